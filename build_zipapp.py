@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Packs storagetm.py into one executable file, byte for byte the same from the same source.
+
+The interpreter line starts Python isolated (-I) and without site (-S): a service that writes to disks must not
+pick up modules from the environment or a user's home, and both also shorten the start. It names /usr/bin/python3
+and not env, because the kernel hands everything after the interpreter over as one argument and the env of small
+systems can't split that (-S).
+"""
+
+import argparse
+import importlib.util
+import io
+import marshal
+import os
+import time
+import zipfile
+from pathlib import Path
+
+INTERPRETER = "/usr/bin/python3 -IS"
+MAIN = """\
+import sys
+
+from storagetm import main
+
+sys.exit(main())
+"""
+# Zip archives know no time before 1980; this is the date of everything where the caller sets none.
+FALLBACK_EPOCH = 315532800
+# In a .pyc's flags: it carries its source's hash in place of a date, and importing it doesn't compare the two.
+PYC_UNCHECKED_HASH = 0b01
+
+
+def bytecode(source: bytes, name: str) -> bytes:
+    """Compile for the running interpreter. A date in it would tie it to the source file's own, so it has none."""
+    code = compile(source, name, "exec", dont_inherit=True, optimize=0)
+    return b"".join(
+        (
+            importlib.util.MAGIC_NUMBER,
+            PYC_UNCHECKED_HASH.to_bytes(4, "little"),
+            importlib.util.source_hash(source),
+            marshal.dumps(code),
+        )
+    )
+
+
+def timestamp() -> tuple[int, int, int, int, int, int]:
+    epoch = int(os.environ.get("SOURCE_DATE_EPOCH") or FALLBACK_EPOCH)
+    t = time.gmtime(max(epoch, FALLBACK_EPOCH))
+    return (t.tm_year, t.tm_mon, t.tm_mday, t.tm_hour, t.tm_min, t.tm_sec)
+
+
+def pack(source: bytes, *, interpreter: str = INTERPRETER, with_bytecode: bool = False) -> bytes:
+    files = {"__main__.py": MAIN.encode(), "storagetm.py": source}
+    if with_bytecode:
+        # zipimport takes the .pyc when its magic number is the interpreter's own and the .py otherwise, so
+        # the archive works with every other version too, only slower.
+        files["storagetm.pyc"] = bytecode(source, "storagetm.py")
+
+    buffer = io.BytesIO()
+    buffer.write(f"#!{interpreter}\n".encode())
+    date = timestamp()
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, content in sorted(files.items()):
+            info = zipfile.ZipInfo(name, date)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            # ZipInfo takes the system from the one it runs on, and the mode of a regular file from nowhere.
+            info.create_system = 3
+            info.external_attr = 0o100644 << 16
+            archive.writestr(info, content, compresslevel=9)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Packs storagetm.py into one executable file.", allow_abbrev=False)
+    parser.add_argument("-o", "--output", type=Path, default=Path("storagetm.pyz"), metavar="FILE")
+    parser.add_argument(
+        "--python", default=INTERPRETER, metavar="COMMAND", help="interpreter line (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--bytecode", action="store_true", help="add bytecode for the Python version that runs this"
+    )
+    parser.add_argument(
+        "source", nargs="?", type=Path, default=Path(__file__).resolve().with_name("storagetm.py")
+    )
+    args = parser.parse_args()
+
+    content = pack(args.source.read_bytes(), interpreter=args.python, with_bytecode=args.bytecode)
+    # Renamed into place, so that a tool that is running meanwhile keeps its archive: it imports from it lazily.
+    temporary = args.output.with_name(f".{args.output.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.chmod(0o755)
+        temporary.replace(args.output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
