@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Packs storagetm.py into one executable file, byte for byte the same from the same source.
 
-The interpreter line starts Python isolated (-I) and without site (-S): a service that writes to disks must not
-pick up modules from the environment or a user's home, and both also shorten the start. It names /usr/bin/python3
-and not env, because the kernel hands everything after the interpreter over as one argument and the env of small
-systems can't split that (-S).
+The interpreter line starts Python isolated (-I) and without site (-S): a service that writes to disks must
+not pick up modules from the environment or a user's home, and both also shorten the start. It names
+/usr/bin/python3 and not env, because the kernel hands everything after the interpreter over as one argument,
+and the env of small systems can't split that (-S).
 """
 
 import argparse
@@ -27,12 +27,12 @@ sys.exit(main())
 """
 # Zip archives know no time before 1980; this is the date of everything where the caller sets none.
 FALLBACK_EPOCH = 315532800
-# In a .pyc's flags: it carries its source's hash in place of a date, and importing it doesn't compare the two.
+# In a .pyc's flags: it carries its source's hash in place of a date, and importing it doesn't look at either.
 PYC_UNCHECKED_HASH = 0b01
 
 
 def bytecode(source: bytes, name: str) -> bytes:
-    """Compile for the running interpreter. A date in it would tie it to the source file's own, so it has none."""
+    """Compile for the running interpreter, without the date that would tie it to one copy of the source."""
     code = compile(source, name, "exec", dont_inherit=True, optimize=0)
     return b"".join(
         (
@@ -72,7 +72,9 @@ def pack(source: bytes, *, interpreter: str = INTERPRETER, with_bytecode: bool =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Packs storagetm.py into one executable file.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Packs storagetm.py into one executable file.", allow_abbrev=False
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("storagetm.pyz"), metavar="FILE")
     parser.add_argument(
         "--python", default=INTERPRETER, metavar="COMMAND", help="interpreter line (default: %(default)s)"
@@ -86,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
 
     content = pack(args.source.read_bytes(), interpreter=args.python, with_bytecode=args.bytecode)
-    # Renamed into place, so that a tool that is running meanwhile keeps its archive: it imports from it lazily.
+    # Renamed into place: a program that is running meanwhile may yet import from the archive it started from.
     temporary = args.output.with_name(f".{args.output.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+
+DESTDIR ?=
+PREFIX ?= /usr/local
+BINDIR ?= $(PREFIX)/bin
+MANDIR ?= $(PREFIX)/share/man
+# Whatever PREFIX is: systemd looks here, and before the directory where it keeps its own storage-target-mode.target,
+# while /etc stays free for the administrator's changes.
+UNITDIR ?= /usr/local/lib/systemd/system
+# dracut looks nowhere else.
+DRACUTDIR ?= /usr/lib/dracut/modules.d
+# What the interpreter line names, and so whose bytecode goes into the installed program.
+PYTHON ?= /usr/bin/python3
+
+VENV := .venv/bin
+UNITS := units/storage-target-mode.target units/storagetm.service
+DRACUT_FILES := 70-storagetm-link-local.network network-generator.conf zzzz-storagetm.network
+DRACUT_SCRIPTS := module-setup.sh python-initrd
+MAN_PAGE := $(wildcard docs/storagetm.8)
+SHELL_FILES := $(shell git grep -lE '^\#!.*[ /](ba)?sh( |$$)' 2>/dev/null)
+PYTHON_FILES := $(shell git ls-files '*.py') dracut-module/python-initrd
+
+.PHONY: all install uninstall lint
+
+all: storagetm.pyz
+
+storagetm.pyz: storagetm.py build_zipapp.py
+	$(PYTHON) build_zipapp.py --output $@
+
+install:
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(UNITDIR) $(DESTDIR)$(DRACUTDIR)/95storagetm
+	$(PYTHON) build_zipapp.py --bytecode --output $(DESTDIR)$(BINDIR)/storagetm
+	install -m 0644 $(UNITS) $(DESTDIR)$(UNITDIR)
+	sed -i 's|^ExecStart=[^ ]*|ExecStart=$(BINDIR)/storagetm|' $(DESTDIR)$(UNITDIR)/storagetm.service
+	install -m 0755 $(DRACUT_SCRIPTS:%=dracut-module/%) $(DESTDIR)$(DRACUTDIR)/95storagetm
+	install -m 0644 $(DRACUT_FILES:%=dracut-module/%) $(DESTDIR)$(DRACUTDIR)/95storagetm
+ifneq ($(MAN_PAGE),)
+	install -d $(DESTDIR)$(MANDIR)/man8
+	install -m 0644 $(MAN_PAGE) $(DESTDIR)$(MANDIR)/man8
+endif
+
+uninstall:
+	rm -f $(DESTDIR)$(BINDIR)/storagetm
+	rm -f $(addprefix $(DESTDIR)$(UNITDIR)/,$(notdir $(UNITS)))
+	rm -f $(addprefix $(DESTDIR)$(DRACUTDIR)/95storagetm/,$(DRACUT_SCRIPTS) $(DRACUT_FILES))
+	-rmdir --ignore-fail-on-non-empty $(DESTDIR)$(DRACUTDIR)/95storagetm
+	rm -f $(DESTDIR)$(MANDIR)/man8/storagetm.8
+
+# Each tool sees everything it is for; the first complaint ends it.
+lint:
+	$(VENV)/ruff format --check $(PYTHON_FILES)
+	$(VENV)/ruff check $(PYTHON_FILES)
+	$(VENV)/mypy $(PYTHON_FILES)
+	$(VENV)/vermin --quiet --no-tips -t=3.9- storagetm.py build_zipapp.py
+	shellcheck $(SHELL_FILES)
+	units/verify
+ifneq ($(MAN_PAGE),)
+	test -z "$$(LC_ALL=C.UTF-8 MANROFFSEQ= MANWIDTH=80 man --warnings -E UTF-8 -l -Tutf8 -Z $(MAN_PAGE) 2>&1 >/dev/null | tee /dev/stderr)"
+endif

@@ -1,0 +1,117 @@
+#!/bin/bash
+# SPDX-License-Identifier: LGPL-2.1-or-later
+#
+# Storage target mode in the initrd: boot with "rd.systemd.unit=storage-target-mode.target ip=link-local".
+# No root= is needed. The target pulls in none of dracut's own services (they hang off initrd.target), so nothing
+# waits for a root device and nothing complains that there is none.
+#
+# shellcheck disable=SC2154  # dracut sets the variables that nothing here does.
+
+# The directory that holds storagetm.service, searched in the order in which systemd would.
+storagetm_unit_dir() {
+    local dir
+
+    for dir in /etc/systemd/system /usr/local/lib/systemd/system "$systemdsystemunitdir"; do
+        if [[ -e $dir/storagetm.service ]]; then
+            echo "$dir"
+            return 0
+        fi
+    done
+    return 1
+}
+
+# The program, at the path that the unit runs it by.
+storagetm_program() {
+    sed -n 's/^ExecStart=[-@:+!]*\([^[:space:]]*\).*/\1/p;T;q' "$(storagetm_unit_dir)/storagetm.service"
+}
+
+check() {
+    [[ $mount_needs ]] && return 1
+    require_binaries /usr/bin/python3 "$systemdutildir"/systemd-networkd "$systemdutildir"/systemd-network-generator \
+        || return 1
+    if ! storagetm_unit_dir > /dev/null || ! [[ -x $(storagetm_program) ]]; then
+        derror "storagetm: the unit or the program isn't installed"
+        return 1
+    fi
+
+    # The drivers for any disk and any network adapter make an image much larger: only where it is asked for.
+    return 255
+}
+
+depends() {
+    # Plymouth's module includes itself where Plymouth is installed. dracut's module for networkd isn't named, since
+    # it enables networkd, and a normal boot with the same image would find its interfaces configured.
+    echo kernel-modules systemd-initrd udev-rules
+}
+
+installkernel() {
+    # A machine in this mode is often one that doesn't work, with a disk moved over from another, a USB adapter
+    # instead of the network card, a Thunderbolt cable. What is plugged in now says little about that, so even an
+    # image for this host gets every driver.
+    hostonly='' instmods \
+        configfs nvmet nvmet-tcp \
+        dm-flakey dm-mod dm-snapshot loop \
+        =drivers/ata =drivers/message =drivers/mmc =drivers/nvme/host =drivers/scsi =drivers/ufs =drivers/usb/storage \
+        floppy mtip32xx sd_mod sr_mod virtio_blk virtio_scsi vmd xen-blkfront \
+        =drivers/firewire =drivers/hv =drivers/pci/controller =drivers/thunderbolt =drivers/usb/host =drivers/virtio \
+        =drivers/net/ethernet =drivers/net/hyperv =drivers/net/mdio =drivers/net/phy =drivers/net/usb \
+        =drivers/net/vmxnet3 =drivers/net/thunderbolt thunderbolt-net virtio_net xen-netfront \
+        af_packet ipv6 \
+        atkbd hid-generic i8042 usbhid
+}
+
+install() {
+    local program unit_dir unit
+
+    unit_dir=$(storagetm_unit_dir)
+    program=$(storagetm_program)
+
+    inst_multiple "$unit_dir"/storage-target-mode.target "$unit_dir"/storagetm.service
+
+    # Python isn't installed whole: python-initrd puts the program and the modules that it can come to import into
+    # the image, both as bytecode for the interpreter they go with, and prints what is left for dracut to install.
+    inst_multiple /usr/bin/python3 || return 1
+    /usr/bin/python3 -IS "$moddir"/python-initrd "$program" "$initdir" > "$initdir"/.storagetm-files || return 1
+    xargs -r -d '\n' -a "$initdir"/.storagetm-files "$DRACUT_INSTALL" -D "$initdir" -l -a || return 1
+    rm "$initdir"/.storagetm-files
+
+    # networkd, not enabled: only the target wants it.
+    inst_multiple -o \
+        "$systemdnetwork"/99-default.link \
+        "$systemdsystemunitdir"/modprobe@.service \
+        "$systemdsystemunitdir"/sys-kernel-config.mount \
+        "$systemdsystemunitdir"/systemd-network-generator.service \
+        "$systemdsystemunitdir"/systemd-networkd.service \
+        "$systemdsystemunitdir"/systemd-networkd.socket \
+        "$systemdutildir"/networkd.conf \
+        "$systemdutildir"/systemd-network-generator \
+        "$systemdutildir"/systemd-networkd \
+        "$tmpfilesdir"/systemd-network.conf \
+        modprobe mount
+    if ! grep -q '^systemd-network:' "$initdir"/etc/passwd; then
+        grep '^systemd-network:' /etc/passwd >> "$initdir"/etc/passwd
+        grep '^systemd-network:' /etc/group >> "$initdir"/etc/group
+    fi
+    inst_simple "$moddir"/zzzz-storagetm.network "$systemdnetwork"/zzzz-storagetm.network
+    if ! grep -q link-local "$systemdutildir"/systemd-network-generator; then
+        # Before systemd 254 it gives up on "ip=link-local", and on the rest of the command line with it.
+        inst_simple "$moddir"/70-storagetm-link-local.network "$systemdnetwork"/70-storagetm-link-local.network
+        inst_simple "$moddir"/network-generator.conf \
+            "$systemdsystemunitdir"/systemd-network-generator.service.d/storagetm.conf
+    fi
+
+    # What says who a disk is, and names the network interfaces.
+    inst_rules 60-block.rules 60-cdrom_id.rules 60-persistent-storage.rules 75-net-description.rules \
+        80-net-setup-link.rules 99-systemd.rules
+    inst_multiple -o "$udevdir"/ata_id "$udevdir"/cdrom_id "$udevdir"/scsi_id
+
+    # The names under which disks are exported are made from the machine ID. dracut's systemd module puts it into an
+    # image for this host; in a generic one systemd makes it up at each boot, except on virtual machines whose firmware
+    # has a UUID, and unless systemd.machine_id= or a credential sets it.
+
+    if [[ $hostonly ]]; then
+        for unit in storage-target-mode.target storagetm.service; do
+            inst_multiple -H -o "/etc/systemd/system/$unit.d/*.conf"
+        done
+    fi
+}
