@@ -1,0 +1,2854 @@
+#!/usr/bin/python3 -IS
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Storage target mode: this machine's disks on the network, over NVMe/TCP.
+
+The file stands alone and imports little, because it is started in an initrd, where every module costs room in the
+image and time at boot. It computes what should be in configfs (*wanted*) from disks, addresses and options, reads
+what is there (*live*), and applies the difference: start, hot-plug, change of a port, restart after a crash, dry run
+and stop are all that. The parts, from top to bottom: constants, kernel structures, thin wrappers, messages, identity,
+devices, addresses, the configfs tree, transports, what is shown, the service with its event loop, the command line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import select
+import stat
+import sys
+import time
+
+# The modules behind the standard library's socket, signal and hashlib: those three import enum, re, selectors and
+# OpenSSL, which together take longer than everything else at start. The public ones serve where these are missing.
+try:
+    import _signal as signal  # type: ignore[import-not-found, unused-ignore]
+    import _socket as socket
+except ImportError:
+    import signal
+    import socket  # type: ignore[no-redef]
+try:
+    from _sha2 import sha256  # type: ignore[import-not-found, unused-ignore]  # Python 3.12 and later
+except ImportError:
+    try:
+        from _sha256 import sha256  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        from hashlib import sha256
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import Any
+
+__version__ = "1"
+
+# Constants from the kernel's and udev's headers, under their own names.
+
+AF_INET = 2
+AF_INET6 = 10
+AF_NETLINK = 16
+AF_UNIX = 1
+BLKGETSIZE64 = 0x80081272
+CDROM_DRIVE_STATUS = 0x5326
+CDS_DISC_OK = 4
+CDS_NO_INFO = 0
+IFA_ADDRESS = 1
+IFA_F_DADFAILED = 0x08
+IFA_F_DEPRECATED = 0x20
+IFA_F_TENTATIVE = 0x40
+IFA_FLAGS = 8
+IFA_LOCAL = 2
+IFF_LOOPBACK = 0x8
+IFF_RUNNING = 0x40
+IFF_UP = 0x1
+IFLA_IFNAME = 3
+NETLINK_KOBJECT_UEVENT = 15
+NETLINK_ROUTE = 0
+NLM_F_DUMP = 0x300
+NLM_F_DUMP_INTR = 0x10
+NLM_F_REQUEST = 0x1
+NLMSG_DONE = 3
+NLMSG_ERROR = 2
+RTM_GETADDR = 22
+RTM_GETLINK = 18
+RTM_NEWADDR = 20
+RTM_NEWLINK = 16
+RTMGRP_IPV4_IFADDR = 0x10
+RTMGRP_IPV6_IFADDR = 0x100
+RTMGRP_LINK = 0x1
+RT_SCOPE_HOST = 254
+RT_SCOPE_LINK = 253
+SO_RCVBUFFORCE = 33
+SOCK_CLOEXEC = 0o2000000
+SOCK_DGRAM = 2
+SOCK_NONBLOCK = 0o4000
+SOCK_RAW = 3
+SOCK_STREAM = 1
+SOL_SOCKET = 1
+UDEV_MONITOR_MAGIC = b"libudev\0"
+UEVENT_GROUP_KERNEL = 1
+UEVENT_GROUP_UDEV = 2
+
+# Limits of the NVMe base specification (2.0, figures 275 and 4.5) as the kernel's drivers/nvme/target enforces them.
+NQN_MAX = 223
+MODEL_MAX = 40
+SERIAL_MAX = 20
+FIRMWARE_MAX = 8
+
+LOCK_WAIT_SEC = 10  # a lock held longer than this is named, and READY=1 no longer waits for it
+LOCK_POLL_SEC = (0.02, 0.25)  # first and longest pause between two tries for a lock
+UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as sysfs describes it
+REDRAW_SEC = 0.7  # between two redraws; what changes meanwhile is shown together
+REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
+REMOVAL_THREADS = 16
+
+CONFIGFS = "/sys/kernel/config/"
+DEV = "/dev/"
+ETC = "/etc/"
+PROC = "/proc/"
+RUN = "/run/storagetm/"
+SYS = "/sys/"
+UDEV = "/run/udev/"
+
+
+# Kernel structures
+
+
+class nlmsghdr(ctypes.Structure):
+    """Header of every netlink message (include/uapi/linux/netlink.h)."""
+
+    _fields_ = [
+        ("nlmsg_len", ctypes.c_uint32),
+        ("nlmsg_type", ctypes.c_uint16),
+        ("nlmsg_flags", ctypes.c_uint16),
+        ("nlmsg_seq", ctypes.c_uint32),
+        ("nlmsg_pid", ctypes.c_uint32),
+    ]
+
+
+class ifinfomsg(ctypes.Structure):
+    """Body of RTM_NEWLINK (include/uapi/linux/rtnetlink.h)."""
+
+    _fields_ = [
+        ("ifi_family", ctypes.c_uint8),
+        ("ifi_pad", ctypes.c_uint8),
+        ("ifi_type", ctypes.c_uint16),
+        ("ifi_index", ctypes.c_int32),
+        ("ifi_flags", ctypes.c_uint32),
+        ("ifi_change", ctypes.c_uint32),
+    ]
+
+
+class ifaddrmsg(ctypes.Structure):
+    """Body of RTM_NEWADDR (include/uapi/linux/if_addr.h)."""
+
+    _fields_ = [
+        ("ifa_family", ctypes.c_uint8),
+        ("ifa_prefixlen", ctypes.c_uint8),
+        ("ifa_flags", ctypes.c_uint8),
+        ("ifa_scope", ctypes.c_uint8),
+        ("ifa_index", ctypes.c_uint32),
+    ]
+
+
+class rtattr(ctypes.Structure):
+    """Header of an attribute after a body (include/uapi/linux/rtnetlink.h)."""
+
+    _fields_ = [("rta_len", ctypes.c_uint16), ("rta_type", ctypes.c_uint16)]
+
+
+# Thin wrappers
+
+
+class UserError(Exception):
+    """Something that can happen, with the sentence for the user. Ends the program with `code`."""
+
+    code = 1
+
+
+class UsageError(UserError):
+    """The command line makes no sense."""
+
+    code = 2
+
+
+def read_bytes(path: str) -> bytes:
+    """All bytes of the file at `path`. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        chunks = []
+        while chunk := os.read(fd, 65536):
+            chunks.append(chunk)
+        return b"".join(chunks)
+    finally:
+        os.close(fd)
+
+
+def read_attribute(path: str) -> str:
+    """The text of a sysfs or procfs file without surrounding blanks; empty if it cannot be read."""
+    try:
+        return printable(read_bytes(path)).strip()
+    except OSError:
+        return ""
+
+
+def write_attribute(path: str, value: str) -> None:
+    """Writes `value` in one write(2) to an existing file, as sysfs and configfs ask. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, os.fsencode(value))
+    finally:
+        os.close(fd)
+
+
+def list_directory(path: str) -> list[str]:
+    """The names in a directory; none if it cannot be read."""
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
+
+
+def printable(raw: bytes) -> str:
+    """`raw` as text that is safe to show: whatever is not UTF-8 or would move a cursor becomes `?`."""
+    text = raw.decode("utf-8", "replace")
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def quoted(text: str) -> str:
+    """`text` as one word of a POSIX shell."""
+    if text and all(c.isascii() and (c.isalnum() or c in "@%+=:,./-_") for c in text):
+        return text
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def reason_of(error: OSError) -> str:
+    """What went wrong, without the traces of Python's own formatting."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def run_program(*argv: str) -> int:
+    """Runs a program silently and returns its exit status, 127 if there is none of that name."""
+    null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]
+    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    try:
+        pid = os.posix_spawnp(argv[0], argv, {"PATH": path}, file_actions=null)
+    except OSError:
+        return 127
+    # os.waitstatus_to_exitcode() is not needed: only success counts.
+    return 0 if os.waitpid(pid, 0)[1] == 0 else 1
+
+
+def mount_configfs() -> None:
+    """Mounts configfs at its place. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = 0x2 | 0x4 | 0x8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
+    if libc.mount(b"configfs", os.fsencode(CONFIGFS), b"configfs", ctypes.c_ulong(flags), None) < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+def prepare_kernel() -> None:
+    """Sees to it that the kernel has an NVMe/TCP target and that configfs is mounted. Raises UserError."""
+    if not os.path.isdir(SYS + "module/nvmet_tcp"):
+        # Built in, nvmet-tcp has no directory there, and modprobe knows: only what follows tells.
+        run_program("modprobe", "-q", "nvmet-tcp")
+    if os.path.isdir(CONFIGFS + "nvmet"):
+        return
+    if not os.path.isdir(CONFIGFS):
+        run_program("modprobe", "-q", "configfs")
+    if not os.path.isdir(CONFIGFS):
+        raise UserError(
+            "This kernel has no configfs, through which disks are exported; boot one with CONFIG_CONFIGFS_FS"
+        )
+    if not os.path.ismount(CONFIGFS):
+        try:
+            mount_configfs()
+        except OSError as e:
+            raise UserError(
+                f"Failed to mount configfs on '{CONFIGFS}': {reason_of(e)}; mount it, then start again"
+            ) from e
+    if not os.path.isdir(CONFIGFS + "nvmet"):
+        raise UserError(
+            "This kernel has no NVMe target: the module 'nvmet-tcp' cannot be loaded; install it "
+            f"(kernel {os.uname().release}) or boot a kernel with CONFIG_NVME_TARGET_TCP"
+        )
+
+
+class ConsoleLevel:
+    """Keeps kernel messages off the console while a screen is shown there, and puts the level back.
+
+    The level found first is kept in RUN as well: whoever restarts after a crash would take the lowered one for it.
+    """
+
+    def __init__(self) -> None:
+        self.file = PROC + "sys/kernel/printk"
+        self.saved = RUN + "printk"
+        self.lowered = False
+
+    def lower(self) -> None:
+        level = read_attribute(self.file).split()
+        if not level:
+            return
+        try:
+            if not os.path.exists(self.saved):
+                write_new_file(self.saved, level[0].encode())
+            write_attribute(self.file, "1")
+            self.lowered = True
+        except OSError as e:
+            debug(f"Failed to lower the console's log level, ignoring: {reason_of(e)}")
+
+    def restore(self) -> None:
+        level = read_attribute(self.saved)
+        if not level.isdigit():
+            return
+        try:
+            write_attribute(self.file, level)
+            os.unlink(self.saved)
+        except OSError as e:
+            debug(f"Failed to put back the console's log level, ignoring: {reason_of(e)}")
+
+
+def write_new_file(path: str, content: bytes) -> None:
+    """Makes or replaces a file so that no reader and no crash ever sees half of it. Raises OSError."""
+    fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, content)
+    finally:
+        os.close(fd)
+    os.rename(path + ".new", path)
+
+
+def send_datagram(name: str, message: bytes) -> None:
+    """Sends to a unix datagram socket, `@` standing for the abstract name space. Errors are ignored."""
+    address = "\0" + name[1:] if name.startswith("@") else name
+    try:
+        s = socket.socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK)
+        try:
+            s.connect(address)
+            s.send(message)
+        finally:
+            s.close()
+    except OSError:
+        pass
+
+
+def notify(state: str) -> None:
+    """Tells the service manager, if there is one (sd_notify(3))."""
+    name = os.environ.get("NOTIFY_SOCKET", "")
+    if name[:1] in ("/", "@"):
+        send_datagram(name, os.fsencode(state))
+
+
+def plymouth(message: str) -> None:
+    """Has Plymouth show `message`, where it runs (protocol: ply-boot-protocol.h, "M", at most 254 bytes)."""
+    text = os.fsencode(message)[:253] + b"\0"
+    try:
+        s = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK)
+        try:
+            s.connect("\0/org/freedesktop/plymouthd")
+            s.send(b"M\x02" + bytes([len(text)]) + text)
+        finally:
+            s.close()
+    except OSError:
+        pass
+
+
+# Messages
+
+
+class Log:
+    """Messages with syslog priorities: to the journal with `<N>` in front, to people without.
+
+    While a screen is shown (`screen` is set), messages go there, since they would tear it.
+    """
+
+    def __init__(self) -> None:
+        self.debug = os.environ.get("SYSTEMD_LOG_LEVEL", "") in ("debug", "7")
+        self.prefix = False
+        self.screen: Callable[[str], None] | None = None
+
+    def __call__(self, priority: int, message: str) -> None:
+        if priority == 7 and not self.debug:
+            return
+        if self.screen and priority < 7:
+            self.screen(message)
+            return
+        line = f"<{priority}>{message}\n" if self.prefix else message + "\n"
+        try:
+            # Facts are output, the rest is about them; a closed descriptor never stops the service.
+            os.write(1 if 4 < priority < 7 else 2, os.fsencode(line))
+        except OSError:
+            pass
+
+
+log = Log()
+
+
+def error(message: str) -> None:
+    log(3, message)
+
+
+def warning(message: str) -> None:
+    log(4, message)
+
+
+def info(message: str) -> None:
+    log(6, message)
+
+
+def debug(message: str) -> None:
+    log(7, message)
+
+
+# Identity
+
+
+def siphash24(key: bytes, data: bytes) -> int:
+    """SipHash-2-4 of `data` under a key of 16 bytes, 64 bits (Aumasson and Bernstein, 2012)."""
+    mask = 0xFFFFFFFFFFFFFFFF
+    k0, k1 = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
+    a, b = k0 ^ 0x736F6D6570736575, k1 ^ 0x646F72616E646F6D
+    c, d = k0 ^ 0x6C7967656E657261, k1 ^ 0x7465646279746573
+
+    def rounds(count: int) -> None:
+        nonlocal a, b, c, d
+        for _ in range(count):
+            a, c = (a + b) & mask, (c + d) & mask
+            b, d = ((b << 13 | b >> 51) & mask) ^ a, ((d << 16 | d >> 48) & mask) ^ c
+            a = (a << 32 | a >> 32) & mask
+            a, c = (a + d) & mask, (c + b) & mask
+            d, b = ((d << 21 | d >> 43) & mask) ^ a, ((b << 17 | b >> 47) & mask) ^ c
+            c = (c << 32 | c >> 32) & mask
+
+    padded = data + bytes(7 - len(data) % 8) + bytes([len(data) & 0xFF])
+    for i in range(0, len(padded), 8):
+        word = int.from_bytes(padded[i : i + 8], "little")
+        d ^= word
+        rounds(2)
+        a ^= word
+    c ^= 0xFF
+    rounds(4)
+    return a ^ b ^ c ^ d
+
+
+def uuid4_from(digest: bytes) -> str:
+    """The first 16 bytes of `digest` as a UUID of version 4, variant 1 (RFC 9562), 32 hexadecimal digits."""
+    raw = bytearray(digest[:16])
+    raw[6] = raw[6] & 0x0F | 0x40
+    raw[8] = raw[8] & 0x3F | 0x80
+    return raw.hex()
+
+
+def hmac_sha256(key: bytes, message: bytes) -> bytes:
+    """HMAC-SHA256 (RFC 2104) for keys of at most 64 bytes. The standard library's brings OpenSSL with it."""
+    padded = key.ljust(64, b"\0")
+    inner = sha256(bytes(b ^ 0x36 for b in padded) + message).digest()
+    return bytes(sha256(bytes(b ^ 0x5C for b in padded) + inner).digest())
+
+
+def dashed(uuid: str) -> str:
+    """32 hexadecimal digits in the form 8-4-4-4-12."""
+    return "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]))
+
+
+def is_id128(text: str) -> bool:
+    return len(text) == 32 and all(c in "0123456789abcdef" for c in text) and text.strip("0") != ""
+
+
+def parse_assignments(raw: bytes) -> dict[str, str]:
+    """KEY=VALUE lines, as in os-release(5), machine-info(5) and sysfs's uevent files; other lines are ignored."""
+    found = {}
+    for line in printable(raw).split("\n"):
+        key, equals, value = line.strip().partition("=")
+        if not equals or not key or key.startswith("#"):
+            continue
+        if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1]
+        found[key] = value
+    return found
+
+
+def read_assignments(*paths: str) -> dict[str, str]:
+    """The assignments in the first of these files that can be read."""
+    for path in paths:
+        try:
+            return parse_assignments(read_bytes(path))
+        except OSError:
+            pass
+    return {}
+
+
+def nvme_string(text: str, length: int) -> str:
+    """`text` as the kernel takes it for an NVMe identity field: printable ASCII, no blanks around it, cut."""
+    clean = "".join(c if " " <= c <= "~" else "_" for c in text).strip()
+    return clean[:length].rstrip()
+
+
+class Machine:
+    """Who this machine is: its ID, its name, its operating system."""
+
+    def __init__(self) -> None:
+        self.id = self.machine_id()
+        release = read_assignments(ETC + "os-release", "/usr/lib/os-release")
+        self.os = release.get("IMAGE_ID") or release.get("ID") or ""
+        self.os_version = release.get("IMAGE_VERSION") or release.get("VERSION_ID") or ""
+        self.os_name = release.get("PRETTY_NAME") or self.os or "Linux"
+
+    @property
+    def name(self) -> str:
+        """What people call it. An initrd mostly has no host name of its own: then it is the product's."""
+        name = read_assignments(ETC + "machine-info").get("PRETTY_HOSTNAME") or os.uname().nodename
+        if name in ("", "(none)", "localhost", "localhost.localdomain"):
+            return read_attribute(SYS + "class/dmi/id/product_name") or "this machine"
+        return name
+
+    @staticmethod
+    def machine_id() -> bytes:
+        """machine-id(5), 16 bytes; without one the firmware's UUID, or else a random one for this boot."""
+        if is_id128(found := read_attribute(ETC + "machine-id")):
+            return bytes.fromhex(found)
+        for path in (SYS + "class/dmi/id/product_uuid", PROC + "device-tree/vm,uuid"):
+            found = read_attribute(path).strip("\0?").replace("-", "").lower()
+            if is_id128(found):
+                warning(f"'{ETC}machine-id' holds no machine ID, using the firmware's UUID instead")
+                return bytes.fromhex(found)
+        # Kept, so that a restart finds again what was exported under it.
+        if not is_id128(found := read_attribute(RUN + "machine-id")):
+            found = uuid4_from(os.urandom(16))
+            try:
+                os.makedirs(RUN, 0o700, exist_ok=True)
+                write_new_file(RUN + "machine-id", found.encode())
+            except OSError as e:
+                debug(f"Failed to keep the random machine ID, ignoring: {reason_of(e)}")
+        warning(
+            f"'{ETC}machine-id' holds no machine ID and the firmware has none: names and ports are random "
+            "and change at the next boot; run 'systemd-machine-id-setup' to fix them"
+        )
+        return bytes.fromhex(found)
+
+    def app_specific(self, application: str) -> str:
+        """sd_id128_get_app_specific(3): an ID derived from the machine's that does not give it away."""
+        return uuid4_from(hmac_sha256(self.id, bytes.fromhex(application)))
+
+
+# Devices
+
+
+class Disk:
+    """A block device or regular file, and whether and how it is exported.
+
+    `name` is its NQN's suffix, `node` the path to open and show, `size` in bytes. `tag` changes when
+    another disk or medium comes under the same name. Exactly one of these tells why it is not exported: `left_out`
+    (a rule), `waiting` (for udev or a lock), `failed` (the kernel refused).
+    """
+
+    __slots__ = (
+        "branch",
+        "buffered",
+        "failed",
+        "fd",
+        "id_serial",
+        "left_out",
+        "model",
+        "name",
+        "node",
+        "read_only",
+        "removable",
+        "reported",
+        "serial",
+        "size",
+        "stable",
+        "sysname",
+        "tag",
+        "waiting",
+        "waiting_named",
+        "waiting_since",
+    )  # fmt: skip
+
+    def __init__(self, name: str, node: str, sysname: str = "") -> None:
+        self.name = name
+        self.node = node
+        self.sysname = sysname  # empty for a regular file
+        self.tag = ""
+        self.size = 0
+        self.read_only = False
+        self.removable = False
+        self.model = ""
+        self.serial = ""  # ID_SERIAL_SHORT
+        self.id_serial = ""  # ID_SERIAL
+        self.stable = ""  # what tells disks without a serial apart
+        self.left_out = ""
+        self.waiting = ""
+        self.failed = ""
+        self.waiting_since = 0.0
+        self.waiting_named = False
+        self.reported = ""
+        self.fd = -1
+        self.branch: Branch | None = None
+        self.buffered = False  # a file on a file system without direct I/O
+
+    @property
+    def key(self) -> str:
+        """What it is known by while it is here."""
+        return self.sysname or self.node
+
+    def fingerprint(self) -> tuple[str, int, bool]:
+        """What must change before an export that failed is tried again."""
+        return self.tag, self.size, self.read_only
+
+    def status(self) -> str:
+        return self.left_out or self.failed or self.waiting
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def sys_block(sysname: str) -> str:
+    return f"{SYS}class/block/{sysname}"
+
+
+def sysname_of(devnum: int) -> str:
+    """The kernel's name of a block device number; empty if there is none."""
+    try:
+        return os.path.basename(os.readlink(f"{SYS}dev/block/{os.major(devnum)}:{os.minor(devnum)}"))
+    except OSError:
+        return ""
+
+
+def device_number(node: str) -> str:
+    """MAJOR:MINOR of a block device's node; empty if `node` is none."""
+    try:
+        st = os.stat(node)
+    except (OSError, ValueError):
+        return ""
+    return f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}" if stat.S_ISBLK(st.st_mode) else ""
+
+
+def partitions_of(sysname: str) -> list[str]:
+    base = sys_block(sysname)
+    return [
+        n for n in list_directory(base) if n.startswith(sysname) and os.path.exists(f"{base}/{n}/partition")
+    ]
+
+
+def natural_order(name: str) -> tuple[int, str]:
+    """sda before sdb before sdaa, nvme0n1 before nvme10n1."""
+    return len(name), name
+
+
+def udev_runs() -> bool:
+    return os.path.exists(UDEV + "control")
+
+
+def parse_udev_database(raw: bytes) -> dict[str, str]:
+    """The properties ("E:" lines) of an entry of udev's database (systemd's device-private.c). Takes any bytes."""
+    lines = (line[2:] for line in raw.split(b"\n") if line.startswith(b"E:"))
+    return parse_assignments(b"\n".join(lines))
+
+
+def parse_vpd_serial(raw: bytes) -> str:
+    """The unit serial number of SCSI's vital product data page 0x80 (SPC-4, 7.8.15). Takes any bytes."""
+    if len(raw) < 4 or raw[1] != 0x80:
+        return ""
+    return printable(raw[4 : 4 + int.from_bytes(raw[2:4], "big")]).strip("\0? \n")
+
+
+def read_vpd_serial(path: str) -> str:
+    try:
+        return parse_vpd_serial(read_bytes(path))
+    except OSError:
+        return ""
+
+
+def identity_from_udev(disk: Disk, properties: dict[str, str]) -> None:
+    """What udev found out of a disk (its rules 60-persistent-storage.rules and its hardware database)."""
+    disk.model = properties.get("ID_MODEL_FROM_DATABASE") or properties.get("ID_MODEL") or ""
+    disk.serial = properties.get("ID_SERIAL_SHORT") or ""
+    disk.id_serial = properties.get("ID_SERIAL") or ""
+
+
+def identity_from_sysfs(disk: Disk) -> None:
+    """The same without udev, from sysfs, composed as udev's rules compose it."""
+    base = sys_block(disk.sysname)
+
+    def joined(text: str) -> str:
+        return "_".join(text.split())
+
+    device = base + "/device"
+    model = read_attribute(device + "/model") or read_attribute(device + "/name")
+    vendor = read_attribute(device + "/vendor")
+    disk.model = joined(model)
+    if serial := read_attribute(base + "/serial"):  # virtio-blk
+        disk.serial, disk.id_serial = "", joined(serial)
+    elif serial := read_attribute(device + "/serial"):  # NVMe, MMC
+        disk.serial = joined(serial)
+        disk.id_serial = f"{disk.model}_{disk.serial}"
+    elif serial := read_vpd_serial(device + "/vpd_pg80"):  # SCSI, and ATA, whose vendor is always "ATA"
+        disk.serial = joined(serial)
+        prefix = disk.model if vendor == "ATA" else f"{joined(vendor)}_{disk.model}"
+        disk.id_serial = f"{prefix}_{disk.serial}"
+
+
+def why_network(sysname: str, depth: int = 0) -> str:
+    """How a disk, or one that it is stacked on, comes over the network itself; empty if it is local.
+
+    Exporting such a disk, then attaching the export on this machine, makes a new disk to export, and so on.
+    """
+    for prefix, what in (
+        ("nbd", "NBD"),
+        ("rbd", "Ceph"),
+        ("rnbd", "RNBD"),
+        ("etherd!", "ATA over Ethernet"),
+    ):
+        if sysname.startswith(prefix):
+            return f"comes over the network ({what})"
+    path = os.path.realpath(sys_block(sysname))
+    for part in path.split("/"):
+        if part.startswith("session") and part[7:].isdigit():
+            return "comes over the network (iSCSI)"
+        if part.startswith("rport-"):
+            return "comes over the network (Fibre Channel)"
+    if sysname.startswith("nvme"):
+        # With multipath the disk hangs below its subsystem, and the controllers are beside it.
+        parent = os.path.dirname(path)
+        controllers = [parent] if os.path.exists(parent + "/transport") else []
+        for name in () if controllers else list_directory(parent):
+            if name.startswith("nvme") and name[4:].isdigit():
+                controllers.append(f"{parent}/{name}")
+        transports = {read_attribute(c + "/transport") for c in controllers}
+        if not transports or "" in transports:
+            return "may come over the network (its NVMe controller does not say)"
+        if others := transports - {"pcie", "apple-nvme"}:
+            return f"comes over the network (NVMe/{sorted(others)[0].upper()})"
+    if depth < 16:
+        for lower in list_directory(sys_block(sysname) + "/slaves"):
+            if why := why_network(lower, depth + 1):
+                return f"is made of '{lower}', which {why}"
+    return ""
+
+
+def unescape_octal(raw: bytes) -> bytes:
+    r"""Undoes the \040 of mountinfo and swaps (fs/proc_namespace.c). Takes any bytes."""
+    head, *rest = raw.split(b"\\")
+    for part in rest:
+        code = part[:3]
+        if len(code) == 3 and all(0x30 <= c <= 0x37 for c in code) and int(code, 8) < 256:
+            head += bytes([int(code, 8)]) + part[3:]
+        else:
+            head += b"\\" + part
+    return head
+
+
+def parse_mountinfo(raw: bytes) -> Iterator[tuple[str, bytes, str]]:
+    """MAJOR:MINOR, source and mount point of every mount in mountinfo (proc(5)). Takes any bytes."""
+    for line in raw.split(b"\n"):
+        fields = line.split(b" ")
+        if len(fields) < 10 or b"-" not in fields[6:-2]:
+            continue
+        source = fields[fields.index(b"-", 6) + 2]
+        yield printable(fields[2]), unescape_octal(source), printable(unescape_octal(fields[4]))
+
+
+def parse_swaps(raw: bytes) -> Iterator[bytes]:
+    """The paths in /proc/swaps. Takes any bytes."""
+    for line in raw.split(b"\n")[1:]:
+        path = line.split(b" ")[0].split(b"\t")[0]
+        if path:
+            yield unescape_octal(path)
+
+
+class Usage:
+    """What the running system does with its block devices, read once.
+
+    `direct` maps MAJOR:MINOR to a sentence's end ("is mounted on '/'"), `loops` a block device or file behind a loop
+    device to that. Raises OSError if it cannot be read, and then nothing is known.
+    """
+
+    def __init__(self) -> None:
+        self.direct: dict[str, str] = {}
+        self.loops: dict[str, str] = {}
+        for devnum, source, where in parse_mountinfo(read_bytes(PROC + "self/mountinfo")):
+            use = f"is mounted on '{where}'"
+            self.direct.setdefault(devnum, use)
+            # btrfs, ZFS, bcachefs and overlays have device numbers of their own, the source tells more.
+            if source.startswith(b"/dev/"):
+                for part in source.split(b":"):
+                    if number := device_number(os.fsdecode(part)):
+                        self.direct.setdefault(number, use)
+        for path in parse_swaps(read_bytes(PROC + "swaps")) if os.path.exists(PROC + "swaps") else ():
+            key = self.key(os.fsdecode(path))
+            self.direct.setdefault(key, "is active swap")
+        for fs in list_directory(SYS + "fs/btrfs"):
+            for name in list_directory(f"{SYS}fs/btrfs/{fs}/devices"):
+                number = read_attribute(sys_block(name) + "/dev")
+                self.direct.setdefault(number, "is part of a mounted btrfs")
+        for name in list_directory(SYS + "block"):
+            if name.startswith("loop"):
+                backing = read_attribute(f"{SYS}block/{name}/loop/backing_file")
+                if backing and (key := self.key(backing)):
+                    self.loops[key] = name
+        self.direct.pop("", None)
+
+    @staticmethod
+    def key(path: str) -> str:
+        """MAJOR:MINOR of a block device, or something as unique for a file."""
+        try:
+            st = os.stat(path)
+        except (OSError, ValueError):
+            return ""
+        if stat.S_ISBLK(st.st_mode):
+            return f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}"
+        return f"file {st.st_dev}:{st.st_ino}"
+
+    def of(self, sysname: str, seen: set[str] | None = None) -> str:
+        """How the running system uses a block device, its partitions, or what is stacked on them; empty if not."""
+        seen = set() if seen is None else seen
+        if sysname in seen:
+            return ""
+        seen.add(sysname)
+        base = sys_block(sysname)
+        number = read_attribute(base + "/dev")
+        if not number:
+            return f"its use cannot be determined ('{base}/dev' cannot be read)"
+        if number in self.direct:
+            return f"'{DEV}{sysname}'{layer_name(sysname)} {self.direct[number]}"
+        try:
+            upper = os.listdir(base + "/holders") + partitions_of(sysname)
+        except OSError as e:
+            return f"its use cannot be determined ('{base}/holders': {reason_of(e)})"
+        if number in self.loops:
+            upper.append(self.loops[number])
+        for name in sorted(upper, key=natural_order):
+            if use := self.of(name, seen):
+                return use
+        return "" if upper else why_claimed(sysname)
+
+    def of_file(self, path: str) -> str:
+        key = self.key(path)
+        if key in self.direct:
+            return self.direct[key]
+        return self.of(self.loops[key]) if key in self.loops else ""
+
+
+def layer_name(sysname: str) -> str:
+    """The name that people gave a device-mapper device, in brackets."""
+    name = read_attribute(sys_block(sysname) + "/dm/name")
+    return f" ({name})" if name else ""
+
+
+def why_claimed(sysname: str) -> str:
+    """Who but a holder in sysfs uses a device exclusively: ZFS, an external journal, a mount elsewhere.
+
+    O_EXCL is the kernel's own answer (bd_prepare_to_claim() in block/bdev.c); the claim ends with close(2).
+    """
+    node = device_node(sysname)
+    try:
+        os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as e:
+        if e.errno == errno.EBUSY:
+            return f"'{node}' is in use by the system, which does not tell what for"
+        if e.errno in (errno.EACCES, errno.EPERM) and os.geteuid() != 0:
+            return ""
+        if e.errno not in (errno.ENOMEDIUM, errno.ENXIO, errno.EROFS):
+            return f"its use cannot be determined ('{node}': {reason_of(e)})"
+    return ""
+
+
+def device_node(sysname: str) -> str:
+    """The node of a block device as devtmpfs names it."""
+    name = read_assignments(sys_block(sysname) + "/uevent").get("DEVNAME") or sysname.replace("!", "/")
+    return DEV + name
+
+
+def probe_block_device(disk: Disk) -> None:
+    """Reads from sysfs and udev's database what can change about a disk. Raises OSError once it is gone."""
+    base = sys_block(disk.sysname)
+    uevent = parse_assignments(read_bytes(base + "/uevent"))
+    number = f"{uevent.get('MAJOR', '')}:{uevent.get('MINOR', '')}"
+    # DISKSEQ (Linux 5.15) tells a disk or medium from the next one with the same number.
+    disk.tag = f"{number} {uevent.get('DISKSEQ', '')}"
+    size = read_attribute(base + "/size")
+    disk.size = int(size) * 512 if size.isdigit() else 0
+    disk.read_only = read_attribute(base + "/ro") == "1"
+    disk.removable = read_attribute(base + "/removable") == "1"
+    disk.stable = (
+        read_attribute(base + "/dm/uuid")
+        or read_attribute(base + "/wwid")
+        or read_attribute(base + "/device/wwid")
+        or (os.path.realpath(base + "/device") if os.path.exists(base + "/device") else disk.node)
+    )
+    try:
+        identity_from_udev(disk, parse_udev_database(read_bytes(f"{UDEV}data/b{number}")))
+        disk.waiting = ""
+    except OSError:
+        disk.waiting = "udev is not done with it" if udev_runs() else ""
+        identity_from_sysfs(disk)
+
+
+def probe_file(disk: Disk) -> None:
+    """The same for a regular file. Raises OSError."""
+    st = os.stat(disk.node)
+    disk.tag = f"file {st.st_dev}:{st.st_ino}"
+    disk.size = st.st_size
+    disk.read_only = not os.access(disk.node, os.W_OK)
+    disk.stable = disk.node
+    try:
+        # tmpfs had no direct I/O before Linux 6.6, and nvmet asks for it unless told to go through the cache.
+        os.close(os.open(disk.node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+        disk.buffered = False
+    except OSError as e:
+        disk.buffered = e.errno == errno.EINVAL
+
+
+def why_no_medium(disk: Disk) -> str:
+    """Whether a removable drive is empty, asked without closing its tray or spinning it up for long."""
+    missing = "No medium found; insert one and it will be exported"
+    optical = read_attribute(sys_block(disk.sysname) + "/device/type") == "5"
+    flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if optical else 0)
+    try:
+        fd = os.open(disk.node, flags)
+    except OSError as e:
+        return missing if e.errno in (errno.ENOMEDIUM, errno.ENXIO) else ""
+    try:
+        # sr(4) keeps the size of the last disc in sysfs, or 1 GiB, so the drive itself has to tell.
+        if optical and fcntl.ioctl(fd, CDROM_DRIVE_STATUS, 0) not in (CDS_NO_INFO, CDS_DISC_OK):
+            return missing
+    except OSError as e:
+        debug(f"Failed to ask '{disk.node}' for its medium, ignoring: {reason_of(e)}")
+    finally:
+        os.close(fd)
+    return ""
+
+
+def why_unfit(disk: Disk) -> str:
+    """Why the kernel could not export a disk at all, whoever asks."""
+    if disk.removable and disk.sysname and (why := why_no_medium(disk)):
+        return why
+    if disk.size == 0:
+        return "it has size 0"
+    if disk.read_only:
+        return "it is read-only, and the kernel's NVMe target only takes what it may write to"
+    try:
+        disk.name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8, as an NQN has to be; rename it"
+    if not disk.name.isprintable() or not disk.node.isprintable():
+        return "its name has control characters; rename it"
+    return ""
+
+
+def why_not_all(disk: Disk) -> str:
+    """Why --all leaves a disk out whoever uses it: it is no disk of its own, stacked upon, or not local."""
+    for prefix, what in (
+        ("loop", "a loop device"),
+        ("zram", "a compressed RAM disk"),
+        ("ram", "a RAM disk"),
+    ):
+        if disk.sysname.startswith(prefix) and disk.sysname[len(prefix) :].isdigit():
+            return f"it is {what}"
+    base = sys_block(disk.sysname)
+    if os.path.isdir(base + "/md") or os.path.isdir(base + "/dm"):
+        if holders := list_directory(base + "/holders"):
+            return f"it is part of '{DEV}{sorted(holders, key=natural_order)[0]}'"
+    if why := why_network(disk.sysname):
+        return f"it {why}"
+    return ""
+
+
+def lock_holder(fd: int) -> str:
+    """Who holds a BSD lock on the open file, as far as /proc/locks tells."""
+    st = os.fstat(fd)
+    for line in read_attribute(PROC + "locks").split("\n"):
+        fields = line.split()
+        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5].endswith(f":{st.st_ino}"):
+            name = read_attribute(f"{PROC}{fields[4]}/comm")
+            return f"process {fields[4]} ({name})" if name else f"process {fields[4]}"
+    return "another process"
+
+
+def try_lock(disk: Disk) -> None:
+    """Takes the disk's BSD lock (systemd's "Locking Block Device Access"), or sets `waiting`. Raises OSError.
+
+    It is held as long as the disk is exported, so that udev does not probe what clients are changing.
+    """
+    fd = disk.fd
+    if fd < 0:
+        fd = os.open(disk.node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        os.close(fd)
+        disk.fd = -1
+        if e.errno != errno.EWOULDBLOCK:
+            raise
+        disk.waiting = "another process holds its lock"
+        return
+    disk.fd = fd
+    disk.waiting = ""
+
+
+class Inventory:
+    """The disks of this machine and which of them are to be exported."""
+
+    def __init__(self, paths: Sequence[str], everything: bool, force: bool) -> None:
+        self.paths = paths  # of the named devices; none for --all
+        self.force = force  # also what is in use
+        self.all = everything
+        self.disks: dict[str, Disk] = {}  # by Disk.key
+
+    def rescan(self) -> None:
+        """Reads all disks again, those named on the command line or, for --all, all whole ones."""
+        if self.all:
+            names = set(list_directory(SYS + "block"))
+            for name in set(self.disks) - names:
+                self.forget(name)
+            usage = self.usage()
+            # Removable drives last: some take seconds to say that they are empty.
+            for name in sorted(
+                names, key=lambda n: (read_attribute(f"{SYS}block/{n}/removable"), natural_order(n))
+            ):
+                self.examine(name, usage)
+            return
+        usage = self.usage()
+        for path in self.paths:
+            try:
+                disk = self.resolve(path)
+            except UserError as e:
+                debug(str(e))
+                continue
+            self.disks.setdefault(disk.key, disk)
+        for name in list(self.disks):
+            self.examine(name, usage)
+
+    def update(self, sysnames: Iterable[str]) -> None:
+        """Reads those disks again, and those that are left out for their use, which may have ended."""
+        if not self.all:
+            self.rescan()
+            return
+        again = set(sysnames)
+        again.update(n for n, d in self.disks.items() if d.left_out and d.sysname not in again and d.fd < 0)
+        usage = self.usage()
+        for name in sorted(again, key=natural_order):
+            if name in self.disks or os.path.exists(f"{SYS}block/{name}"):
+                self.examine(name, usage)
+
+    def usage(self) -> Usage | None:
+        try:
+            return Usage()
+        except OSError as e:
+            warning(f"Failed to find out which disks are in use: {reason_of(e)}; all are left out")
+            return None
+
+    def resolve(self, path: str) -> Disk:
+        """The disk that a path on the command line stands for. Raises UserError."""
+        absolute = os.path.abspath(path)
+        try:
+            st = os.stat(absolute)
+            if stat.S_ISBLK(st.st_mode):
+                os.close(os.open(absolute, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            elif stat.S_ISREG(st.st_mode):
+                os.close(os.open(absolute, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as e:
+            hint = ""
+            if e.errno in (errno.ENOMEDIUM, errno.ENXIO):
+                hint = "; insert one and start again" if e.errno == errno.ENOMEDIUM else ""
+            raise UserError(f"Failed to export '{path}': {reason_of(e)}{hint}") from e
+        if stat.S_ISBLK(st.st_mode):
+            sysname = sysname_of(st.st_rdev)
+            if not sysname:
+                raise UserError(f"Failed to export '{path}': No such device; its node is left over")
+            node = device_node(sysname)
+            if not os.path.exists(node):
+                node = absolute
+            return Disk(os.path.basename(node), node, sysname)
+        if stat.S_ISREG(st.st_mode):
+            return Disk(os.path.basename(absolute), absolute)
+        what = {stat.S_IFDIR: "a directory", stat.S_IFCHR: "a character device"}.get(stat.S_IFMT(st.st_mode))
+        raise UserError(
+            f"Failed to export '{path}': it is {what or 'something else'}; name a block device or a regular file"
+        )
+
+    def check_named(self) -> None:
+        """Takes stock of the devices on the command line before anything is exported. Raises UserError."""
+        by_name: dict[str, str] = {}
+        usage = self.usage()
+        for path in self.paths:
+            disk = self.resolve(path)
+            self.probe(disk)
+            if same := [d.node for d in self.disks.values() if d.tag == disk.tag]:
+                warning(f"'{path}' is the same as '{same[0]}', exporting it once")
+                continue
+            if disk.name in by_name:
+                raise UserError(
+                    f"Failed to export '{path}': its NQN would be that of '{by_name[disk.name]}', which has the "
+                    "same name; rename one of them"
+                )
+            by_name[disk.name] = path
+            self.disks[disk.key] = disk
+            if why := why_unfit(disk):
+                raise UserError(f"Failed to export '{path}': {why}")
+            if why := self.why_used(disk, usage):
+                raise UserError(f"Failed to export '{path}': {why}; stop that use first, or give --force")
+
+    def why_used(self, disk: Disk, usage: Usage | None) -> str:
+        if self.force:
+            return ""
+        if usage is None:
+            return "its use by the running system cannot be determined"
+        use = usage.of(disk.sysname) if disk.sysname else usage.of_file(disk.node)
+        return f"it is in use: {use}" if use else ""
+
+    @staticmethod
+    def probe(disk: Disk) -> None:
+        """Raises UserError if the disk has gone meanwhile."""
+        try:
+            if disk.sysname:
+                probe_block_device(disk)
+            else:
+                probe_file(disk)
+        except OSError as e:
+            raise UserError(f"Failed to export '{disk.node}': {reason_of(e)}") from e
+
+    def examine(self, name: str, usage: Usage | None) -> None:
+        """Reads one disk again and decides whether it is exported; forgets it if it is gone."""
+        disk = self.disks.get(name)
+        if disk is None:
+            if read_attribute(f"{SYS}block/{name}/hidden") == "1":
+                return  # one path of an NVMe multipath disk, without a node
+            node = device_node(name)
+            disk = Disk(os.path.basename(node), node, name)
+        before = disk.fingerprint()
+        try:
+            self.probe(disk)
+        except UserError as e:
+            debug(str(e))
+            self.forget(name)
+            return
+        self.disks[name] = disk
+        if disk.fingerprint() != before:
+            disk.failed = ""
+            if disk.fd >= 0 and disk.tag != before[0]:
+                disk.close()  # the lock belongs to the disk that was here before
+        if disk.fd >= 0:
+            # What is exported stays so even if the system begins to use it: clients are writing to it.
+            disk.left_out = why_unfit(disk) if disk.removable or disk.size == 0 else ""
+            disk.waiting = ""
+        else:
+            rule = why_not_all(disk) if self.all else ""
+            disk.left_out = rule or why_unfit(disk) or self.why_used(disk, usage)
+        if disk.left_out:
+            disk.waiting = ""
+            disk.close()
+
+    def forget(self, name: str) -> None:
+        if disk := self.disks.pop(name, None):
+            disk.close()
+
+    def candidates(self) -> list[Disk]:
+        """The disks that are to be exported, or are being waited for, in the order to show them."""
+        found = [d for d in self.disks.values() if not d.left_out]
+        return sorted(found, key=lambda d: natural_order(d.name))
+
+
+# Addresses
+
+
+class Address:
+    """An address that another machine can use, `interface` being this machine's name of where it is."""
+
+    __slots__ = ("family", "interface", "link_local", "text")
+
+    def __init__(self, family: int, text: str, interface: str, link_local: bool) -> None:
+        self.family = family
+        self.text = text
+        self.interface = interface
+        self.link_local = link_local
+
+    def rank(self) -> tuple[bool, bool, str, str]:
+        """IPv4 first, then global IPv6, then link-local IPv6."""
+        return self.family == AF_INET6, self.link_local, self.interface, self.text
+
+
+def parse_messages(raw: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Type, flags and body of each netlink message. Takes any bytes: what is cut off is left out."""
+    size = ctypes.sizeof(nlmsghdr)
+    offset = 0
+    while offset + size <= len(raw):
+        header = nlmsghdr.from_buffer_copy(raw, offset)
+        length = header.nlmsg_len
+        if length < size or offset + length > len(raw):
+            return
+        yield header.nlmsg_type, header.nlmsg_flags, raw[offset + size : offset + length]
+        offset += (length + 3) & ~3
+
+
+def parse_attributes(raw: bytes) -> dict[int, bytes]:
+    """The attributes after a message's body. Takes any bytes."""
+    size = ctypes.sizeof(rtattr)
+    found = {}
+    offset = 0
+    while offset + size <= len(raw):
+        header = rtattr.from_buffer_copy(raw, offset)
+        if header.rta_len < size or offset + header.rta_len > len(raw):
+            break
+        found[header.rta_type] = raw[offset + size : offset + header.rta_len]
+        offset += (header.rta_len + 3) & ~3
+    return found
+
+
+def parse_link(body: bytes) -> tuple[int, int, str] | None:
+    """Index, flags and name of an RTM_NEWLINK message's interface. Takes any bytes."""
+    size = ctypes.sizeof(ifinfomsg)
+    if len(body) < size:
+        return None
+    message = ifinfomsg.from_buffer_copy(body)
+    name = parse_attributes(body[size:]).get(IFLA_IFNAME, b"")
+    return message.ifi_index, message.ifi_flags, printable(name.rstrip(b"\0"))
+
+
+def parse_address(body: bytes) -> tuple[int, Address] | None:
+    """Interface index and address of an RTM_NEWADDR message, if another machine can use it. Takes any bytes."""
+    size = ctypes.sizeof(ifaddrmsg)
+    if len(body) < size:
+        return None
+    message = ifaddrmsg.from_buffer_copy(body)
+    attributes = parse_attributes(body[size:])
+    # The header has room for the first 8 flags only, and carries no others.
+    flags = int.from_bytes(attributes.get(IFA_FLAGS, b""), sys.byteorder) or message.ifa_flags
+    if flags & (IFA_F_TENTATIVE | IFA_F_DEPRECATED | IFA_F_DADFAILED) or message.ifa_scope >= RT_SCOPE_HOST:
+        return None
+    # On a point-to-point link IFA_ADDRESS is the other end's.
+    raw = attributes.get(IFA_LOCAL) or attributes.get(IFA_ADDRESS, b"")
+    if len(raw) != {AF_INET: 4, AF_INET6: 16}.get(message.ifa_family):
+        return None
+    text = socket.inet_ntop(message.ifa_family, raw)
+    return message.ifa_index, Address(message.ifa_family, text, "", message.ifa_scope == RT_SCOPE_LINK)
+
+
+class Network:
+    """This machine's addresses, and word of their changes (rtnetlink(7))."""
+
+    def __init__(self) -> None:
+        self.socket = socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_ROUTE)
+        self.socket.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
+
+    def changed(self) -> bool:
+        """Takes all pending messages. They only say *that* something changed: what, is read anew."""
+        return bool(drain(self.socket))
+
+    def addresses(self) -> list[Address]:
+        """All usable addresses, in the order to show them. Raises OSError."""
+        while True:
+            links = self.dump(RTM_GETLINK, ifinfomsg())
+            bodies = self.dump(RTM_GETADDR, ifaddrmsg())
+            if links is not None and bodies is not None:
+                break  # else something changed while it was being read
+        names = {}
+        for kind, body in links:
+            link = parse_link(body) if kind == RTM_NEWLINK else None
+            if link and link[1] & IFF_UP and link[1] & IFF_RUNNING and not link[1] & IFF_LOOPBACK:
+                names[link[0]] = link[2]
+        found = []
+        for kind, body in bodies:
+            parsed = parse_address(body) if kind == RTM_NEWADDR else None
+            if parsed and parsed[0] in names:
+                parsed[1].interface = names[parsed[0]]
+                found.append(parsed[1])
+        return sorted(found, key=Address.rank)
+
+    @staticmethod
+    def dump(kind: int, body: ctypes.Structure) -> list[tuple[int, bytes]] | None:
+        """All messages that answer a dump request; None if they contradict each other (NLM_F_DUMP_INTR)."""
+        found: list[tuple[int, bytes]] = []
+        consistent = True
+        header = nlmsghdr(
+            ctypes.sizeof(nlmsghdr) + ctypes.sizeof(body), kind, NLM_F_REQUEST | NLM_F_DUMP, 1, 0
+        )
+        s = socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE)
+        try:
+            s.settimeout(5)
+            s.connect((0, 0))
+            s.send(bytes(header) + bytes(body))
+            while True:
+                for answer, flags, content in parse_messages(s.recv(65536)):
+                    consistent = consistent and not flags & NLM_F_DUMP_INTR
+                    if answer == NLMSG_DONE:
+                        return found if consistent else None
+                    if answer == NLMSG_ERROR:
+                        number = -int.from_bytes(content[:4], sys.byteorder, signed=True)
+                        raise OSError(number, os.strerror(number))
+                    found.append((answer, content))
+        finally:
+            s.close()
+
+
+def drain(s: socket.socket) -> list[bytes]:
+    """All datagrams pending on a netlink socket; an empty one stands for those that were lost (ENOBUFS)."""
+    found: list[bytes] = []
+    while True:
+        try:
+            data, sender = s.recvfrom(65536)
+        except BlockingIOError:
+            return found
+        except OSError as e:
+            if e.errno != errno.ENOBUFS:
+                raise
+            found.append(b"")
+            continue
+        # Only who is privileged can send to a group; anyone could send to this socket alone.
+        if sender[1] != 0:
+            found.append(data)
+
+
+def parse_uevent(raw: bytes) -> str:
+    """The name of the block device that a uevent is about; empty for all others. Takes any bytes.
+
+    Either the kernel's (lib/kobject_uevent.c) or udev's, which has a header in front (systemd's
+    device-monitor.c) that says at which offset the properties begin, in the machine's byte order.
+    """
+    if raw.startswith(UDEV_MONITOR_MAGIC):
+        start = int.from_bytes(raw[16:20], sys.byteorder)
+        raw = raw[start:] if 40 <= start < len(raw) else b""
+    properties = raw.split(b"\0")
+    if b"SUBSYSTEM=block" not in properties:
+        return ""
+    for line in properties:
+        if line.startswith(b"DEVPATH="):
+            return os.fsdecode(line[line.rfind(b"/") + 1 :]) if b"/" in line else ""
+    return ""
+
+
+class Uevents:
+    """Word of block devices that come, go and change."""
+
+    def __init__(self) -> None:
+        self.socket = socket.socket(
+            AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_KOBJECT_UEVENT
+        )
+        try:
+            self.socket.setsockopt(SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
+        except OSError as e:
+            debug(f"Failed to enlarge the receive buffer for uevents, ignoring: {reason_of(e)}")
+        # From udev comes word that a new disk's database entry is there. But while a disk's lock is held, udev
+        # puts its events off, so changes of size and medium come from the kernel.
+        self.socket.bind((0, UEVENT_GROUP_KERNEL | UEVENT_GROUP_UDEV))
+
+    def changed(self) -> set[str] | None:
+        """The names of the block devices with news; None if messages were lost and all have to be read again."""
+        names = set()
+        for message in drain(self.socket):
+            if not message:
+                return None
+            if name := parse_uevent(message):
+                names.add(name)
+        return names
+
+
+# The tree: what creates, adopts and removes entries of configfs
+
+
+class Entry:
+    """One thing in the wanted tree, made and unmade in one step. Paths are relative to the tree's root."""
+
+    __slots__ = ("path", "value")
+
+    def __init__(self, path: str, value: str = "") -> None:
+        self.path = path
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Entry)
+            and type(self) is type(other)
+            and self.path == other.path
+            and self.value == other.value
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def make(self, root: str) -> None:
+        """Raises OSError."""
+
+    def unmake(self, root: str) -> None:
+        """Raises OSError, but not for what is not there."""
+
+    def is_live(self, root: str) -> bool:
+        """Whether the kernel has it just so."""
+        return True
+
+    def described(self, root: str) -> dict[str, str]:
+        """What make() does, for --dry-run: `step`, its operands, and the shell command that does the same."""
+        raise NotImplementedError
+
+    def undescribed(self, root: str) -> dict[str, str] | None:
+        """The same for unmake(); None if it does nothing."""
+        return None
+
+
+class Directory(Entry):
+    """A directory of configfs, that is, an object of the kernel."""
+
+    def make(self, root: str) -> None:
+        os.mkdir(root + self.path)
+
+    def unmake(self, root: str) -> None:
+        try:
+            os.rmdir(root + self.path)
+        except FileNotFoundError:
+            pass
+
+    def is_live(self, root: str) -> bool:
+        return os.path.isdir(root + self.path)
+
+    def described(self, root: str) -> dict[str, str]:
+        path = root + self.path
+        return {"step": "mkdir", "path": path, "command": f"mkdir {quoted(path)}"}
+
+    def undescribed(self, root: str) -> dict[str, str]:
+        path = root + self.path
+        return {"step": "rmdir", "path": path, "command": f"rmdir {quoted(path)}"}
+
+
+class Attribute(Entry):
+    """An attribute, written once. What differs in a live object is not rewritten: the object is made anew."""
+
+    def make(self, root: str) -> None:
+        write_attribute(root + self.path, self.value)
+
+    def is_live(self, root: str) -> bool:
+        return read_attribute(root + self.path) == self.value
+
+    def described(self, root: str) -> dict[str, str]:
+        path = root + self.path
+        command = f"echo {quoted(self.value)} > {quoted(path)}"
+        return {"step": "write", "path": path, "value": self.value, "command": command}
+
+
+class OptionalAttribute(Attribute):
+    """An attribute that older kernels lack, and that is skipped there."""
+
+    def make(self, root: str) -> None:
+        try:
+            super().make(root)
+        except FileNotFoundError:
+            pass
+
+    def is_live(self, root: str) -> bool:
+        return super().is_live(root) or not os.path.exists(root + self.path)
+
+
+class Trigger(OptionalAttribute):
+    """An attribute to which 1 is written each time `value` has changed (and once after a restart)."""
+
+    def make(self, root: str) -> None:
+        try:
+            write_attribute(root + self.path, "1")
+        except FileNotFoundError:
+            pass
+
+    def is_live(self, root: str) -> bool:
+        return False
+
+    def described(self, root: str) -> dict[str, str]:
+        path = root + self.path
+        return {"step": "write", "path": path, "value": "1", "command": f"echo 1 > {quoted(path)}"}
+
+
+class Link(Entry):
+    """A symbolic link to the directory `value`. Links may be added to and taken from a live object."""
+
+    def make(self, root: str) -> None:
+        os.symlink(root + self.value, root + self.path)
+
+    def unmake(self, root: str) -> None:
+        try:
+            os.unlink(root + self.path)
+        except FileNotFoundError:
+            pass
+
+    def is_live(self, root: str) -> bool:
+        path = root + self.path
+        try:
+            # configfs makes the target relative.
+            target = os.path.join(os.path.dirname(path), os.readlink(path))
+        except OSError:
+            return False
+        return os.path.normpath(target) == os.path.normpath(root + self.value)
+
+    def described(self, root: str) -> dict[str, str]:
+        target, path = root + self.value, root + self.path
+        command = f"ln -s {quoted(target)} {quoted(path)}"
+        return {"step": "symlink", "path": path, "target": target, "command": command}
+
+    def undescribed(self, root: str) -> dict[str, str]:
+        path = root + self.path
+        return {"step": "unlink", "path": path, "command": f"rm {quoted(path)}"}
+
+
+class Branch:
+    """A part of the tree that stands or falls as a whole.
+
+    The first of its `entries` is the directory at its root; all are in the order in which they are made. `tag` tells
+    what it was made for: under another tag it is another branch. An `adopted` one was made by an earlier run: its
+    directories and links are known, its attributes have to be read.
+    """
+
+    __slots__ = ("adopted", "entries", "root", "tag")
+
+    def __init__(self, tag: str, entries: list[Entry], *, adopted: bool = False) -> None:
+        self.root = entries[0].path
+        self.tag = tag
+        self.entries = entries
+        self.adopted = adopted
+
+    def same_as(self, other: Branch) -> bool:
+        return (
+            not self.adopted
+            and not other.adopted
+            and self.tag == other.tag
+            and self.entries == other.entries
+        )
+
+    def kept(self, kind: type[Entry]) -> list[Entry]:
+        return [e for e in self.entries if isinstance(e, kind)]
+
+
+class Ledger:
+    """Which branches are ours: a file of intentions, so that a crash at any moment leaves none unaccounted for.
+
+    Records are appended and the last one for a root counts: `+` root, tag, then kind and path of every directory and
+    link, written *before* the first of them is made; `=` root and the inode number of its directory, right after
+    that was made (configfs keeps an inode as long as the object lives); `-` root, when all is gone. Fields end with
+    NUL, records with NUL and a line feed; one that is cut off does not count.
+    """
+
+    KINDS = {"d": Directory, "l": Link}
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.fd = -1
+        self.lock_fd = -1
+        self.records = 0
+
+    def lock(self) -> None:
+        """Opens the file and makes sure that no other instance uses it. Raises UserError."""
+        path = self.path + ".lock"
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            self.lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self.lock_fd, 0)
+            os.write(self.lock_fd, str(os.getpid()).encode())
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except BlockingIOError as e:
+            pid = read_attribute(path)
+            self.close()
+            raise UserError(
+                f"Another storagetm exports under this NQN already, process {pid or 'unknown'}; "
+                "stop it or give another --nqn"
+            ) from e
+        except OSError as e:
+            raise UserError(
+                f"Failed to write to '{path}', where it is noted what is exported: {reason_of(e)}; "
+                "mount a tmpfs on '/run'"
+            ) from e
+
+    def close(self) -> None:
+        for fd in (self.fd, self.lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.lock_fd = -1
+
+    @classmethod
+    def parse(cls, raw: bytes) -> dict[str, tuple[Branch, int | None]]:
+        """The branches noted, by root, with the inode number if it was. Takes any bytes."""
+        found: dict[str, tuple[Branch, int | None]] = {}
+        for record in raw.split(b"\0\n")[:-1]:
+            kind, *fields = (os.fsdecode(f) for f in record.split(b"\0"))
+            if kind == "+" and len(fields) >= 3:
+                entries = [cls.KINDS[f[0]](f[1:]) for f in fields[2:] if f[:1] in cls.KINDS and len(f) > 1]
+                if (
+                    entries
+                    and entries[0].path == fields[0]
+                    and ".." not in record.decode("latin-1").split("/")
+                ):
+                    inode = found[fields[0]][1] if fields[0] in found else None
+                    found[fields[0]] = Branch(fields[1], entries, adopted=True), inode
+            elif kind == "=" and len(fields) == 2 and fields[0] in found and fields[1].isdecimal():
+                found[fields[0]] = found[fields[0]][0], int(fields[1])
+            elif kind == "-" and len(fields) == 1:
+                found.pop(fields[0], None)
+        return found
+
+    def read(self, root: str) -> dict[str, Branch]:
+        """The branches of an earlier run that are still there and still ours. Raises OSError."""
+        found = {}
+        for name, (branch, inode) in self.parse(read_bytes(self.path)).items():
+            try:
+                live = os.stat(root + name).st_ino
+            except OSError:
+                continue
+            # Died between mkdir and the note of its inode: then nothing else can have been made in it.
+            begun = any(e.is_live(root) for e in branch.entries[1:] if isinstance(e, Directory))
+            if live == inode or (inode is None and not begun):
+                found[name] = branch
+            else:
+                debug(f"'{root}{name}' has the name of an entry of ours, but is another's")
+        return found
+
+    def add(self, branch: Branch, inode: int | None = None) -> None:
+        """Notes what is about to be made. Raises OSError."""
+        letters = {kind: letter for letter, kind in self.KINDS.items()}
+        fields = [letters[type(e)] + e.path for e in branch.entries if type(e) in letters]
+        self.append("+", branch.root, branch.tag, *fields)
+        if inode is not None:
+            self.append("=", branch.root, str(inode))
+
+    def confirm(self, branch: Branch, root: str) -> None:
+        self.append("=", branch.root, str(os.stat(root + branch.root).st_ino))
+
+    def remove(self, branch: Branch) -> None:
+        self.append("-", branch.root)
+
+    def append(self, *fields: str) -> None:
+        os.write(self.fd, os.fsencode("\0".join(fields)) + b"\0\n")
+        self.records += 1
+
+    def shorten(self, branches: Iterable[Branch], root: str) -> None:
+        """Drops what no longer counts, once there is much of it. Raises OSError."""
+        if self.records < 4096:
+            return
+        new = os.open(
+            self.path + ".new", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
+        os.close(self.fd)
+        self.fd = new
+        self.records = 0
+        for branch in branches:
+            self.add(branch)
+            self.confirm(branch, root)
+        os.rename(self.path + ".new", self.path)
+
+    def clear(self) -> None:
+        """Removes the file after a clean stop. The lock's file stays: someone may be waiting for it."""
+        try:
+            os.unlink(self.path)
+        except OSError as e:
+            debug(f"Failed to remove '{self.path}', ignoring: {reason_of(e)}")
+
+
+class Tree:
+    """Brings the tree to what is wanted, one branch at a time, and undoes what fails half-way."""
+
+    def __init__(
+        self, root: str, ledger: Ledger, report: Callable[[dict[str, str]], None] | None = None
+    ) -> None:
+        self.root = root
+        self.ledger = ledger
+        self.report = report  # for a dry run: gets each step instead of the kernel
+        self.live: dict[str, Branch] = {}
+        self.leaving: set[str] = set()  # roots whose removal hangs in the kernel, in a thread of its own
+        self.finished: list[tuple[Branch, OSError | None]] = []
+        self.wake: Callable[[], None] = lambda: None
+
+    def adopt(self) -> None:
+        """Takes over what an earlier run left. Raises OSError."""
+        self.live = self.ledger.read(self.root)
+
+    def reconcile(
+        self,
+        wanted: Sequence[Branch],
+        patience: float | None = None,
+        hopeless: Callable[[OSError], bool] = lambda e: False,
+    ) -> dict[str, OSError]:
+        """Makes the kernel have just the wanted branches of ours. Returns what failed, by root.
+
+        Failed branches are gone, unless even their removal failed; then it is tried again the next time. Removals
+        that take longer than `patience` seconds go on in the background (None: all are waited for). After an error
+        that is `hopeless` nothing more is made: the branches after it would fail in the same way.
+        """
+        self.collect()
+        roots = {b.root for b in wanted}
+        removals = [b for r, b in self.live.items() if r not in roots and r not in self.leaving]
+        creations: list[Branch] = []
+        patches: list[tuple[Branch, list[Entry], list[Entry]]] = []
+        for want in wanted:
+            have = self.live.get(want.root)
+            if want.root in self.leaving or (have is not None and (have is want or have.same_as(want))):
+                continue
+            patch = self.patch_for(have, want) if have else None
+            if patch:
+                patches.append((want, *patch))
+                continue
+            if have:
+                removals.append(have)
+            creations.append(want)
+        failures: dict[str, OSError] = {}
+        # What holds others comes first: links before directories, and removals before creations of the same name.
+        for want, stale, _ in patches:
+            self.unmake(stale, want.root, failures)
+        self.remove(removals, patience, failures)
+        for want in creations:
+            if want.root not in self.live:
+                self.create(want, failures)
+                if want.root in failures and hopeless(failures[want.root]):
+                    return failures
+        for want, _, missing in patches:
+            if want.root not in failures:
+                self.patch(want, missing, failures)
+        return failures
+
+    def patch_for(self, have: Branch, want: Branch) -> tuple[list[Entry], list[Entry]] | None:
+        """Links to take away and entries to add for `want`; None if it has to be made anew."""
+        stale = [e for e in have.kept(Link) if e.path not in {w.path for w in want.entries}]
+        if have.tag != want.tag or any(e not in want.entries for e in have.kept(Directory)):
+            return None
+        missing = [e for e in want.entries if not e.is_live(self.root)]
+        if all(isinstance(e, (Link, Trigger)) for e in missing):
+            return stale + [
+                e for e in missing if isinstance(e, Link) and os.path.lexists(self.root + e.path)
+            ], missing
+        return None
+
+    def perform(self, step: Callable[[str], None], description: dict[str, str] | None) -> None:
+        if self.report is None:
+            step(self.root)
+        elif description:
+            self.report(description)
+
+    def create(self, branch: Branch, failures: dict[str, OSError]) -> None:
+        made: list[Entry] = []
+        dry = self.report is not None
+        try:
+            if os.path.lexists(self.root + branch.root):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            if not dry:
+                self.ledger.add(branch)
+            for entry in branch.entries:
+                if not isinstance(entry, Trigger):  # what is new has nothing to catch up with
+                    self.perform(entry.make, entry.described(self.root) if dry else None)
+                made.append(entry)
+                if entry is branch.entries[0] and not dry:
+                    self.ledger.confirm(branch, self.root)
+        except OSError as e:
+            failures[branch.root] = located(e, branch, len(made))
+            if made or e.errno != errno.EEXIST:
+                self.live[branch.root] = Branch(branch.tag, branch.entries, adopted=True)
+                self.remove([self.live[branch.root]], None, {}, made)
+            return
+        self.live[branch.root] = branch
+
+    def patch(self, branch: Branch, missing: list[Entry], failures: dict[str, OSError]) -> None:
+        dry = self.report is not None
+        self.live[branch.root] = Branch(branch.tag, branch.entries, adopted=True)
+        entry = branch.entries[0]
+        try:
+            if not dry and any(isinstance(e, Link) for e in missing):
+                self.ledger.add(branch, os.stat(self.root + branch.root).st_ino)
+            for entry in missing:
+                self.perform(entry.make, entry.described(self.root) if dry else None)
+        except OSError as e:
+            failures[branch.root] = located(e, branch, branch.entries.index(entry))
+            return
+        self.live[branch.root] = branch
+
+    def unmake(self, entries: Iterable[Entry], name: str, failures: dict[str, OSError]) -> bool:
+        for entry in entries:
+            try:
+                self.perform(entry.unmake, entry.undescribed(self.root))
+            except OSError as e:
+                failures[name] = e
+                return False
+        return True
+
+    def remove(
+        self,
+        branches: Sequence[Branch],
+        patience: float | None,
+        failures: dict[str, OSError],
+        made: Sequence[Entry] | None = None,
+    ) -> None:
+        """Removes branches: all links, then all directories, those of many branches at a time.
+
+        Taking away a namespace waits for a grace period of RCU in the kernel, some 20 ms each, unless many do it at
+        once; and for the I/O of a disk that is gone, for which nobody else should wait.
+        """
+        ready: list[tuple[Branch, list[Entry]]] = []
+        for branch in branches:
+            entries = branch.entries if made is None else made
+            if self.unmake([e for e in reversed(entries) if isinstance(e, Link)], branch.root, failures):
+                ready.append((branch, [e for e in reversed(entries) if isinstance(e, Directory)]))
+        if not ready:
+            return
+        if self.report is not None or (patience is None and len(ready) <= 2):
+            for branch, directories in ready:
+                problems: dict[str, OSError] = {}
+                self.unmake(directories, branch.root, problems)
+                self.finished.append((branch, problems.get(branch.root)))
+        else:
+            self.remove_in_threads(ready, patience)
+        failures.update(self.collect())
+
+    def remove_in_threads(self, ready: list[tuple[Branch, list[Entry]]], patience: float | None) -> None:
+        import threading  # at the end of the program or of a disk, not at its start
+
+        pending = list(reversed(ready))
+        self.leaving.update(b.root for b, _ in ready)
+        left = threading.Semaphore(0)
+
+        def work() -> None:
+            while True:
+                try:
+                    branch, directories = pending.pop()
+                except IndexError:
+                    return
+                problems: dict[str, OSError] = {}
+                self.unmake(directories, branch.root, problems)
+                self.finished.append((branch, problems.get(branch.root)))
+                left.release()
+                self.wake()
+
+        for _ in range(min(REMOVAL_THREADS, len(ready))):
+            threading.Thread(target=work, daemon=True).start()
+        deadline = None if patience is None else time.monotonic() + patience
+        for _ in ready:
+            if not left.acquire(timeout=None if deadline is None else max(0.0, deadline - time.monotonic())):
+                break
+
+    def collect(self) -> dict[str, OSError]:
+        """Takes note of removals that have ended; returns those that failed, by root."""
+        failures = {}
+        while self.finished:
+            branch, problem = self.finished.pop()
+            self.leaving.discard(branch.root)
+            if problem is None:
+                self.live.pop(branch.root, None)
+                if self.report is None:
+                    try:
+                        self.ledger.remove(branch)
+                    except OSError as e:
+                        debug(f"Failed to note a removal, ignoring: {reason_of(e)}")
+            else:
+                failures[branch.root] = problem
+                if branch.root in self.live:
+                    self.live[branch.root] = Branch(branch.tag, branch.entries, adopted=True)
+        return failures
+
+
+def located(e: OSError, branch: Branch, index: int) -> OSError:
+    """`e` with the path of the entry at which it happened, by which a transport knows what to do about it."""
+    entries = branch.entries
+    return OSError(e.errno or errno.EIO, reason_of(e), entries[min(index, len(entries) - 1)].path)
+
+
+# Transports
+
+
+class NvmeTcp:
+    """NVMe/TCP through the kernel's target, nvmet: a subsystem for each disk, a port for each address family.
+
+    Names, ports and identities are those of systemd-storagetm.
+    """
+
+    NQN_STEM = "nqn.2023-10.io.systemd:storagetm."
+    NQN_APPLICATION = "b4f94e52b8e245db88846e2ec3f4ef18"
+    PORT_KEY = "d10b67b5e2b74a918d6b27b635c19fd9"
+    FAMILIES = {AF_INET: ("ipv4", "0.0.0.0", "IPv4"), AF_INET6: ("ipv6", "::", "IPv6")}
+    ATTEMPTS = 16
+
+    def __init__(self, machine: Machine, nqn: str = "") -> None:
+        self.machine = machine
+        self.prefix = nqn or self.NQN_STEM + machine.app_specific(self.NQN_APPLICATION)
+        self.ports: dict[int, int] = {}  # number by address family
+        self.attempts = 0
+
+    # Names
+
+    def nqn(self, disk: Disk) -> str:
+        return f"{self.prefix}.{disk.name}"
+
+    def root(self, disk: Disk) -> str:
+        """The root of the disk's branch of the tree."""
+        return f"nvmet/subsystems/{self.nqn(disk)}"
+
+    def why_name(self, disk: Disk) -> str:
+        """Why a disk cannot have an NQN; empty if it can."""
+        length = len(os.fsencode(self.nqn(disk)))
+        return (
+            f"its NQN '{self.nqn(disk)}' has {length} bytes, {NQN_MAX} are allowed"
+            if length > NQN_MAX
+            else ""
+        )
+
+    def port_number(self, family: int) -> int:
+        """The TCP port, and number in configfs, that follows from the NQN; even for IPv4, odd for IPv6."""
+        data = os.fsencode(self.prefix) + family.to_bytes(4, sys.byteorder)
+        number = 1024 + siphash24(bytes.fromhex(self.PORT_KEY), data) % (65535 - 1024)
+        return number & 0xFFFE | (family == AF_INET6)
+
+    # Ports
+
+    def choose_ports(self, live: Iterable[str]) -> None:
+        """Takes the ports of an earlier run, or else those that follow from the NQN unless they are taken."""
+        ours = [int(r.rpartition("/")[2]) for r in live if r.startswith("nvmet/ports/")]
+        for family in self.FAMILIES:
+            if family == AF_INET6 and not os.path.exists(PROC + "net/if_inet6"):
+                debug("IPv6 is off, exporting over IPv4 only")
+                continue
+            earlier = [n for n in ours if n & 1 == (family == AF_INET6)]
+            self.ports[family] = earlier[0] if earlier else self.port_number(family)
+            while not earlier and os.path.lexists(f"{CONFIGFS}nvmet/ports/{self.ports[family]}"):
+                if not self.next_port(family):
+                    raise UserError(
+                        f"Failed to find a free port for {self.FAMILIES[family][2]}; remove some from nvmet"
+                    )
+
+    def next_port(self, family: int) -> bool:
+        """Goes on to a random port of the same parity; False if that was done often enough."""
+        self.attempts += 1
+        taken = self.ports[family]
+        random = 1024 + int.from_bytes(os.urandom(4), "little") % (65535 - 1024)
+        self.ports[family] = random & 0xFFFE | (family == AF_INET6)
+        info(f"Port {taken} is taken, using {self.ports[family]} for {self.FAMILIES[family][2]}")
+        return self.attempts <= self.ATTEMPTS
+
+    @staticmethod
+    def concerns_port(e: OSError) -> bool:
+        """Whether a failed step had to do with a port, so that it would fail for all disks."""
+        return str(e.filename).startswith("nvmet/ports/")
+
+    def adapt(self, e: OSError) -> bool:
+        """Changes what is wanted after a step failed; False if there is nothing that could be changed."""
+        if not self.concerns_port(e):
+            return False
+        number = str(e.filename).split("/")[2]
+        family = AF_INET6 if int(number) & 1 else AF_INET
+        if e.errno in (errno.EADDRINUSE, errno.EEXIST):
+            return self.next_port(family)
+        if e.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and len(self.ports) > 1:
+            info(f"{self.FAMILIES[family][2]} is off, exporting without it")
+            del self.ports[family]
+            return True
+        return False
+
+    # The wanted tree
+
+    def port_branches(self) -> list[Branch]:
+        branches = []
+        for family, number in self.ports.items():
+            adrfam, traddr, _ = self.FAMILIES[family]
+            path = f"nvmet/ports/{number}"
+            branches.append(
+                Branch(
+                    "port",
+                    [
+                        Directory(path),
+                        Attribute(path + "/addr_adrfam", adrfam),
+                        Attribute(path + "/addr_trtype", "tcp"),
+                        Attribute(path + "/addr_trsvcid", str(number)),
+                        Attribute(path + "/addr_traddr", traddr),
+                    ],
+                )
+            )
+        return branches
+
+    def disk_branch(self, disk: Disk) -> Branch:
+        """What has to be in configfs to export `disk`."""
+        subsystem = self.root(disk)
+        namespace = subsystem + "/namespaces/1"
+        links = [f"nvmet/ports/{n}/subsystems/{self.nqn(disk)}" for n in self.ports.values()]
+        entries: list[Entry] = [
+            Directory(subsystem),
+            Attribute(subsystem + "/attr_allow_any_host", "1"),
+            *(
+                OptionalAttribute(f"{subsystem}/attr_{name}", value)
+                for name, value in (
+                    ("model", self.model(disk)),
+                    ("firmware", self.firmware()),
+                    ("serial", self.serial(disk)),
+                )
+                if value
+            ),
+            Directory(namespace),
+            Attribute(namespace + "/device_path", disk.node),
+            OptionalAttribute(namespace + "/device_uuid", self.uuid(disk)),
+            *([Attribute(namespace + "/buffered_io", "1")] if disk.buffered else []),
+            Attribute(namespace + "/enable", "1"),
+            # Linux 5.8; before, clients see a new size when they attach anew.
+            Trigger(namespace + "/revalidate_size", str(disk.size)),
+            *(Link(link, subsystem) for link in links),
+        ]
+        return Branch(disk.tag, entries)
+
+    def model(self, disk: Disk) -> str:
+        if override := os.environ.get("SYSTEMD_NVME_MODEL"):
+            return nvme_string(override, MODEL_MAX)
+        system = self.machine.os
+        return nvme_string(
+            f"{disk.model} ({system})" if disk.model and system else disk.model or system, MODEL_MAX
+        )
+
+    def firmware(self) -> str:
+        return nvme_string(os.environ.get("SYSTEMD_NVME_FIRMWARE") or self.machine.os_version, FIRMWARE_MAX)
+
+    def serial(self, disk: Disk) -> str:
+        """The disk's serial number, or one that is stable for the disk and unique on this machine."""
+        text = nvme_string(os.environ.get("SYSTEMD_NVME_SERIAL") or disk.serial, SERIAL_MAX)
+        return (
+            text or sha256(self.machine.id + b"serial" + os.fsencode(disk.stable)).hexdigest()[:SERIAL_MAX]
+        )
+
+    def uuid(self, disk: Disk) -> str:
+        override = os.environ.get("SYSTEMD_NVME_UUID", "").replace("-", "").lower()
+        if is_id128(override):
+            return dashed(override)
+        if override:
+            warning("$SYSTEMD_NVME_UUID is not a UUID, ignoring it")
+        digest = sha256(self.machine.id + os.fsencode(disk.id_serial or disk.node)).digest()
+        return dashed(uuid4_from(digest))
+
+    # The client's side
+
+    def reachable(self, addresses: Sequence[Address]) -> list[Address]:
+        return [a for a in addresses if a.family in self.ports]
+
+    def connect(self, address: Address, what: str) -> str:
+        """The command that attaches `what` ("connect", "connect-all") on the client.
+
+        A link-local IPv6 address means nothing without the interface, and that is the client's.
+        """
+        scope = "%INTERFACE" if address.family == AF_INET6 and address.link_local else ""
+        return f"nvme {what} -t tcp -a {address.text}{scope} -s {self.ports[address.family]}"
+
+
+# What is shown
+
+
+def size_text(size: int) -> str:
+    """Bytes as people say them, in powers of 1000."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.95:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} PB"
+
+
+class Report:
+    """What there is to show, taken at one moment."""
+
+    def __init__(
+        self, machine: Machine, transport: NvmeTcp, addresses: Sequence[Address], disks: Iterable[Disk]
+    ) -> None:
+        self.title = f"Storage target mode: {machine.name} ({machine.os_name})"
+        self.transport = transport
+        self.addresses = transport.reachable(addresses)
+        ordered = sorted(disks, key=lambda d: natural_order(d.name))
+        self.exported = [d for d in ordered if d.branch]
+        self.others = [(d, d.status()) for d in ordered if not d.branch]
+
+    def status(self) -> str:
+        """The numbers, for the service manager."""
+        disks = f"{len(self.exported)} disk{'s' if len(self.exported) != 1 else ''}"
+        waiting = sum(1 for d, _ in self.others if d.waiting)
+        failed = sum(1 for d, _ in self.others if d.failed)
+        more = (f", {waiting} waiting" if waiting else "") + (f", {failed} failed" if failed else "")
+        addresses = f"{len(self.addresses)} address{'es' if len(self.addresses) != 1 else ''}"
+        return f"Exporting {disks} at {addresses if self.addresses else 'no address (the network is down)'}{more}."
+
+    def for_plymouth(self) -> str:
+        lines = [self.transport.connect(a, "connect-all") for a in self.addresses]
+        return min(lines, key=len) if lines else "Storage target mode: the network is down"
+
+    def facts(self) -> dict[str, str]:
+        """What a journal should have, each fact under a key of its own."""
+        found = {}
+        for address in self.addresses:
+            found[f"address {address.text} {address.interface}"] = (
+                f"Attach all disks with: {self.transport.connect(address, 'connect-all')}"
+            )
+        if not self.addresses:
+            found["network"] = "The network is down: no address yet at which disks could be attached"
+        for disk in self.exported:
+            described = ", ".join(
+                filter(None, (size_text(disk.size), disk.model, self.transport.serial(disk)))
+            )
+            found[f"disk {disk.key} {disk.tag}"] = (
+                f"Exporting '{disk.node}' ({described}) as {self.transport.nqn(disk)}"
+            )
+            found[f"size {disk.key} {disk.tag}"] = f"'{disk.node}' has {disk.size} bytes"
+        for disk, why in self.others:
+            found[f"other {disk.key}"] = f"Not exporting '{disk.node}': {why}"
+        return found
+
+    def blocks(self, width: int) -> list[list[tuple[str, str]]]:
+        """The screen's body: groups of lines to keep together, each line with its style."""
+        blocks: list[list[tuple[str, str]]] = []
+        count = len(self.exported)
+        if not self.addresses:
+            blocks.append(
+                [("alert", "The network is down: plug in a cable, or wait for an address."), ("", "")]
+            )
+        elif count:
+            all_of_them = "its disk" if count == 1 else f"all {count} disks"
+            blocks.append([("", f"To attach {all_of_them}, type as root on the other machine:"), ("", "")])
+            for address in self.addresses:
+                lines = [
+                    ("command", line)
+                    for line in folded(self.transport.connect(address, "connect-all"), width)
+                ]
+                if "%" in lines[-1][1]:
+                    lines.append(
+                        ("dim", "    (INTERFACE: the other machine's interface to this one, see 'ip link')")
+                    )
+                blocks.append([*lines, ("", "")])
+        if not count:
+            blocks.append([("alert", "No disk is exported; plug one in, and it will be."), ("", "")])
+        elif self.addresses:
+            blocks.append([("", "To attach one disk:"), ("", "")])
+        for disk in self.exported:
+            about = f"{disk.node:<13} {size_text(disk.size):>9}  {disk.model.replace('_', ' ')}"
+            about = f"{about:<50}  {self.transport.serial(disk)}"
+            lines = [("disk", about[: width - 1])]
+            if self.addresses:
+                command = self.transport.connect(self.addresses[0], "connect")
+                lines += [
+                    ("command", line)
+                    for line in folded(command, width, f"-n {quoted(self.transport.nqn(disk))}")
+                ]
+            blocks.append([*lines, ("", "")])
+        if self.others:
+            blocks.append([("", "Not exported:")])
+            blocks += [[("dim", f"{d.node:<13} {why}"[: width - 1])] for d, why in self.others]
+        return blocks
+
+
+def folded(command: str, width: int, more: str = "") -> list[str]:
+    """A command on one line, or on two with the shell's own sign for that, so that it can be pasted either way."""
+    if len(command) + len(more) + 4 < width:
+        return [f"  {command} {more}".rstrip()]
+    return [f"  {command} \\", f"    {more}"] if more else [f"  {command}"]
+
+
+class JournalView:
+    """For all that is no terminal: lines, each fact once."""
+
+    keys = -1
+
+    def __init__(self) -> None:
+        self.known: dict[str, str] = {}
+
+    def show(self, report: Report) -> None:
+        facts = report.facts()
+        for key, line in facts.items():
+            # A disk's first size is in its first line.
+            if self.known.get(key) != line and not (key.startswith("size ") and key not in self.known):
+                info(line)
+        for key, line in self.known.items():
+            if key not in facts and not key.startswith(("size ", "other ", "network")):
+                info(f"No longer: {line}")
+        self.known = facts
+
+    def close(self) -> None:
+        pass
+
+
+class PlainView(JournalView):
+    """For a terminal that cannot move its cursor: the whole text again after each change, plain ASCII."""
+
+    def show(self, report: Report) -> None:
+        lines = ["", report.title, ""] + [text for block in report.blocks(80) for _, text in block]
+        info("\n".join(lines).encode("ascii", "replace").decode())
+
+
+class Screen:
+    """A full screen on a terminal, redrawn in place. Space and `b` turn pages where the disks need several."""
+
+    STYLES = {
+        "title": "\x1b[7m",
+        "command": "\x1b[1m",
+        "disk": "\x1b[36m",
+        "alert": "\x1b[1;31m",
+        "dim": "\x1b[2m",
+    }
+    MESSAGES = 3
+
+    def __init__(self) -> None:
+        self.keys = -1  # descriptor to read keys from
+        self.page = 0
+        self.pages = 1
+        self.report: Report | None = None
+        self.messages: list[str] = []
+        self.colour = not os.environ.get("NO_COLOR")
+        self.saved: list[Any] | None = None
+        self.level: ConsoleLevel | None = None
+        self.gone = False
+        self.changed: Callable[[], None] = lambda: None
+        try:
+            # A pseudo terminal never gets kernel messages; the console, serial lines and virtual terminals may.
+            if not os.ttyname(1).startswith("/dev/pts/"):
+                self.level = ConsoleLevel()
+                self.level.lower()
+        except OSError:
+            pass
+        self.take_keys()
+        self.write("\x1b[?1049h\x1b[?25l\x1b[2J")
+
+    def take_keys(self) -> None:
+        """Reads keys unbuffered and without echo, which would tear the screen, if this terminal is ours."""
+        try:
+            if not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp():
+                return
+            import termios
+
+            self.saved = termios.tcgetattr(0)
+            mode = termios.tcgetattr(0)
+            mode[3] &= ~(termios.ICANON | termios.ECHO)
+            termios.tcsetattr(0, termios.TCSANOW, mode)
+            self.keys = 0
+        except (OSError, ImportError) as e:
+            debug(f"Failed to set up the terminal's keys, ignoring: {e}")
+        except Exception as e:  # termios.error is no OSError
+            debug(f"Failed to set up the terminal's keys, ignoring: {e}")
+
+    def read_keys(self) -> None:
+        """Turns the page. Raises nothing: a terminal that is gone has no keys."""
+        try:
+            typed = os.read(0, 64)
+        except OSError:
+            typed = b""
+        if not typed:
+            self.keys = -1
+            return
+        forward = typed in (b" ", b"n", b"j", b"\x1b[6~", b"\x1b[B", b"\x1b[C", b"\r", b"\n")
+        back = typed in (b"b", b"p", b"k", b"\x1b[5~", b"\x1b[A", b"\x1b[D")
+        self.page = (self.page + forward - back) % max(1, self.pages)
+        self.changed()
+
+    def add_message(self, message: str) -> None:
+        self.messages = [*self.messages, f"{time.strftime('%H:%M:%S')} {message}"][-self.MESSAGES :]
+        self.changed()
+
+    def show(self, report: Report) -> None:
+        self.report = report
+        if self.gone:
+            return
+        width, height = self.size()
+        self.write(self.drawn(report, width, height))
+
+    @staticmethod
+    def size() -> tuple[int, int]:
+        """Columns and rows. A serial line does not know its own."""
+        try:
+            columns, rows = os.get_terminal_size(1)
+        except OSError:
+            columns = rows = 0
+        return columns or 80, rows or 24
+
+    def drawn(self, report: Report, width: int, height: int) -> str:
+        """The bytes that draw the page, each line cleared behind its end, so that nothing flickers."""
+        messages = [
+            line
+            for m in self.messages
+            for line in [m[i : i + width - 1] for i in range(0, len(m), width - 1)]
+        ]
+        room = max(4, height - 4 - len(messages))
+        pages = paginated(report.blocks(width), width, room)
+        self.pages = len(pages)
+        self.page = min(self.page, self.pages - 1)
+        lines = [self.styled("title", f" {report.title}"[: width - 1].ljust(width - 1)), ""]
+        lines += [self.styled(style, text) for style, text in pages[self.page]]
+        lines += [""] * (room - sum(rows_of(text, width) for _, text in pages[self.page]))
+        lines += [self.styled("alert", m) for m in messages]
+        turn = f"Page {self.page + 1} of {self.pages}: Space for the next, b for the one before.  "
+        lines += ["", self.styled("dim", (turn if self.pages > 1 else "") + "Ctrl-C stops exporting.")]
+        return "\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[K\x1b[J"
+
+    def styled(self, style: str, text: str) -> str:
+        code = self.STYLES.get(style, "")
+        return f"{code}{text}\x1b[0m" if code and text and (self.colour or style == "title") else text
+
+    def write(self, text: str) -> None:
+        data = text.encode("utf-8", "replace")
+        try:
+            while data:
+                data = data[os.write(1, data) :]
+        except OSError as e:
+            self.gone = True
+            debug(f"The terminal is gone, going on without: {reason_of(e)}")
+
+    def close(self) -> None:
+        self.write("\x1b[?25h\x1b[?1049l\x1b[0m")
+        if self.saved is not None:
+            import termios
+
+            try:
+                termios.tcsetattr(0, termios.TCSANOW, self.saved)
+            except Exception as e:  # termios.error is no OSError
+                debug(f"Failed to put back the terminal's settings, ignoring: {e}")
+        if self.level:
+            self.level.restore()
+
+
+def rows_of(text: str, width: int) -> int:
+    """The rows that a line takes on a terminal that wraps it."""
+    return max(1, -(-len(text) // width))
+
+
+def paginated(blocks: Iterable[list[tuple[str, str]]], width: int, room: int) -> list[list[tuple[str, str]]]:
+    """Blocks of lines put on pages of `room` rows; a block is only cut if it is longer than a page."""
+    pages: list[list[tuple[str, str]]] = [[]]
+    used = 0
+    for block in blocks:
+        rows = sum(rows_of(text, width) for _, text in block)
+        # The blank line that ends a block may fall off the page.
+        needed = rows - 1 if block[-1][1] == "" else rows
+        if used and used + needed > room:
+            pages.append([])
+            used = 0
+        for line in block:
+            if used + rows_of(line[1], width) > room:
+                if line[1] == "":
+                    continue
+                pages.append([])
+                used = 0
+            pages[-1].append(line)
+            used += rows_of(line[1], width)
+    return pages
+
+
+# The service
+
+
+class Service:
+    """Exports disks until it is told to stop."""
+
+    def __init__(self, machine: Machine, transport: NvmeTcp, inventory: Inventory) -> None:
+        self.machine = machine
+        self.transport = transport
+        self.inventory = inventory
+        self.ledger = Ledger(f"{RUN}{transport.prefix}.entries")
+        self.tree = Tree(CONFIGFS, self.ledger)
+        self.addresses: list[Address] = []
+        self.view: JournalView | Screen = JournalView()
+        self.dirty = True  # something to show has changed
+        self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
+        self.started = time.monotonic()
+        self.ready = False
+        self.stopping = False
+        self.status = ""
+        self.splash = ""
+        self.pause = LOCK_POLL_SEC[0]
+
+    def run(self) -> int:
+        """Returns the exit code. Raises UserError for what prevents the start."""
+        if not self.inventory.all:
+            self.inventory.check_named()
+            self.check_names()
+        prepare_kernel()
+        self.ledger.lock()
+        self.tree.adopt()
+        self.transport.choose_ports(self.tree.live)
+        self.catch_signals()
+        failed = True
+        try:
+            # Listening comes before looking: what happens in between is then looked at twice, not missed.
+            self.uevents = Uevents()
+            if self.inventory.all:
+                self.inventory.rescan()
+                self.check_names()
+            self.synchronise(strict=True)
+            self.network = Network()
+            self.addresses = self.network.addresses()
+            self.open_view()
+            self.loop()
+            failed = False
+        finally:
+            clean = self.stop()
+            self.view.close()
+            log.screen = None
+            for message in getattr(self.view, "messages", []) if failed else []:
+                error(message)
+        return 0 if clean else 1
+
+    def check_names(self) -> None:
+        """Raises UsageError if the NQN is too long for one of the disks."""
+        for disk in self.inventory.candidates():
+            if why := self.transport.why_name(disk):
+                raise UsageError(f"--nqn= is too long for '{disk.node}': {why}")
+
+    # Wanted, live, difference
+
+    def synchronise(self, *, strict: bool = False) -> None:
+        """Makes configfs as the disks ask for. With `strict`, what fails for a named device raises UserError."""
+        disks = self.inventory.candidates()
+        now = time.monotonic()
+        for disk in disks:
+            if disk.fd < 0 and not disk.failed:
+                self.claim(disk, now)
+        while True:
+            branches = self.transport.port_branches()
+            owners = {}
+            for disk in disks:
+                if (branch := self.wanted_branch(disk)) is not None:
+                    branches.append(branch)
+                    owners[branch.root] = disk
+            failures = self.tree.reconcile(branches, REMOVAL_WAIT_SEC, self.transport.concerns_port)
+            if not any(self.transport.adapt(e) for e in failures.values()):
+                break
+        for disk in self.inventory.disks.values():
+            disk.branch = self.tree.live.get(self.transport.root(disk))
+        for root, problem in failures.items():
+            self.fail(owners.get(root), root, problem, strict=strict)
+        self.ledger.shorten(self.tree.live.values(), CONFIGFS)
+        if not self.ready and (not self.pending(now) or now - self.started > LOCK_WAIT_SEC):
+            self.ready = True
+            notify("READY=1")
+        self.dirty = True
+
+    def claim(self, disk: Disk, now: float) -> None:
+        """Takes a disk's lock if udev is done with it and nobody else holds it; says so when that takes long."""
+        if not disk.waiting_since:
+            disk.waiting_since = now
+        waited = now - disk.waiting_since
+        if disk.waiting.startswith("udev"):
+            try:
+                probe_block_device(disk)
+            except OSError:
+                return  # its removal is about to be heard of
+            if disk.waiting and waited < UDEV_WAIT_SEC:
+                return
+        try:
+            try_lock(disk)
+        except OSError as e:
+            disk.failed = reason_of(e)
+            error(f"Failed to export '{disk.node}': {disk.failed}")
+            return
+        if disk.fd >= 0:
+            disk.waiting_since, disk.waiting_named = 0.0, False
+        elif waited > LOCK_WAIT_SEC and not disk.waiting_named:
+            disk.waiting_named = True
+            warning(
+                f"'{disk.node}' is not exported yet: {disk.waiting}; it will be as soon as that is released"
+            )
+
+    def wanted_branch(self, disk: Disk) -> Branch | None:
+        if disk.failed or self.transport.why_name(disk):
+            return None
+        if disk.fd >= 0:
+            return self.transport.disk_branch(disk)
+        # What an earlier run exported stays while the lock that died with it is waited for.
+        live = self.tree.live.get(self.transport.root(disk))
+        return live if live and live.tag == disk.tag else None
+
+    def pending(self, now: float) -> list[Disk]:
+        return [d for d in self.inventory.candidates() if d.waiting and d.fd < 0 and not d.failed]
+
+    def fail(self, disk: Disk | None, root: str, problem: OSError, *, strict: bool) -> None:
+        """Tells the user, once, what could not be done, and leaves the disk alone until it changes."""
+        reason = reason_of(problem)
+        if disk is None:
+            what = "listen on" if self.transport.concerns_port(problem) else "remove"
+            message = f"Failed to {what} '{CONFIGFS}{root}': {reason}"
+            if strict:
+                raise UserError(message)
+            error(message)
+            return
+        if problem.errno == errno.EEXIST:
+            reason = f"{self.transport.nqn(disk)} exists already, made by another program; stop that or give another --nqn"
+        elif problem.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            reason += "; it may be write-protected"
+        elif problem.errno in (errno.ENOMEDIUM, errno.ENXIO):
+            reason = "No medium found; insert one and it will be exported"
+        elif self.transport.concerns_port(problem):
+            reason += f" ('{CONFIGFS}{problem.filename}')"
+        message = f"Failed to export '{disk.node}': {reason}"
+        disk.failed = reason
+        disk.close()
+        if strict and (not self.inventory.all or self.transport.concerns_port(problem)):
+            raise UserError(message)
+        if disk.reported != message:
+            error(message)
+            disk.reported = message
+
+    # Events
+
+    def catch_signals(self) -> None:
+        self.signals, wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        self.tree.wake = lambda: wake(wakeup)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGWINCH, signal.SIGCONT):
+            signal.signal(number, self.on_signal)
+        # A terminal that hangs up ends what is shown on it, not what is exported.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def on_signal(self, number: int, frame: object) -> None:
+        if number in (signal.SIGINT, signal.SIGTERM):
+            if self.stopping:
+                # Once is enough to stop; a second time is from someone who will not wait for a disk that hangs.
+                os._exit(1)
+            self.stop_asked = True
+
+    stop_asked = False
+
+    def open_view(self) -> None:
+        if not os.path.exists("/proc/self/fd/1") or not os.isatty(1):
+            log.prefix = True
+        elif os.environ.get("TERM", "dumb") == "dumb":
+            self.view = PlainView()
+        else:
+            self.view = Screen()
+            self.view.changed = self.set_dirty
+            log.screen = self.view.add_message
+
+    def set_dirty(self) -> None:
+        self.dirty = True
+
+    def loop(self) -> None:
+        """Waits for news and acts on it, until a signal says to stop. Nothing wakes it up without reason."""
+        poll = select.poll()
+        for source in (self.uevents.socket, self.network.socket, self.signals):
+            poll.register(source, select.POLLIN)
+        if self.view.keys >= 0:
+            poll.register(self.view.keys, select.POLLIN)
+        # What the service manager prints on the console about this very start is drawn over a little later.
+        redraws = [time.monotonic() + 1, time.monotonic() + 4] if isinstance(self.view, Screen) else []
+        while not self.stop_asked:
+            now = time.monotonic()
+            if redraws and redraws[0] <= now:
+                redraws.pop(0)
+                self.dirty = True
+            if self.dirty and now - self.shown >= REDRAW_SEC:
+                self.show(now)
+            deadlines = redraws[:1]
+            if self.dirty:
+                deadlines.append(self.shown + REDRAW_SEC)
+            if self.pending(now):
+                deadlines.append(now + self.pause)
+            timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
+            ready = {fd for fd, _ in poll.poll(timeout)}
+            if self.view.keys >= 0 and self.view.keys in ready and isinstance(self.view, Screen):
+                self.view.read_keys()
+                if self.view.keys < 0:
+                    poll.unregister(0)
+            if self.signals in ready:
+                os.read(self.signals, 4096)
+                self.dirty = True
+            self.take_news(ready)
+
+    def take_news(self, ready: set[int]) -> None:
+        """Brings disks and addresses up to date with what the sockets say."""
+        if self.network.socket.fileno() in ready and self.network.changed():
+            try:
+                self.addresses = self.network.addresses()
+            except OSError as e:
+                warning(f"Failed to read this machine's addresses: {reason_of(e)}")
+            self.dirty = True
+        again = bool(self.tree.finished)
+        if self.uevents.socket.fileno() in ready:
+            names = self.uevents.changed()
+            if names is None:
+                debug("Uevents were lost, reading all disks again")
+                self.inventory.rescan()
+            elif names:
+                self.inventory.update(names)
+            again = again or names is None or bool(names)
+        if again:
+            self.pause = LOCK_POLL_SEC[0]
+            self.synchronise()
+        elif self.pending(time.monotonic()):
+            self.pause = min(self.pause * 1.5, LOCK_POLL_SEC[1])
+            self.synchronise()
+
+    def show(self, now: float) -> None:
+        self.dirty = False
+        self.shown = now
+        report = Report(self.machine, self.transport, self.addresses, self.inventory.disks.values())
+        self.view.show(report)
+        if (status := report.status()) != self.status:
+            self.status = status
+            notify(f"STATUS={status}")
+        if (splash := report.for_plymouth()) != self.splash:
+            self.splash = splash
+            plymouth(splash)
+
+    def stop(self) -> bool:
+        """Takes all exports down again; False if some would not go."""
+        self.stopping = True
+        notify("STOPPING=1")
+        failures: dict[str, OSError] = {}
+        for _ in range(3):
+            failures = self.tree.reconcile([])
+            if not self.tree.live:
+                break
+        for root, problem in failures.items():
+            error(f"Failed to remove '{CONFIGFS}{root}': {reason_of(problem)}; remove what is below it")
+        for disk in self.inventory.disks.values():
+            disk.close()
+        if not self.tree.live:
+            self.ledger.clear()
+        self.ledger.close()
+        if self.splash:
+            plymouth("")
+        return not self.tree.live
+
+
+def wake(fd: int) -> None:
+    try:
+        os.write(fd, b"\0")
+    except OSError:
+        pass  # full: it wakes up anyway
+
+
+# The command line
+
+
+class Options:
+    """What the command line asks for."""
+
+    def __init__(self) -> None:
+        self.devices: list[str] = []
+        self.all = 0
+        self.nqn = ""
+        self.list_devices = False
+        self.dry_run = False
+        self.json = False
+        self.force = False
+        self.help = False
+        self.version = False
+
+
+# Short and long name, what its value is called, what it does. argparse would be the largest import.
+OPTIONS = (
+    (
+        "a",
+        "all",
+        "",
+        "Export all local disks, now and as they come and go;\ntwice: also those in use by this system",
+    ),
+    ("", "nqn", "NQN", "Use this NVMe Qualified Name in front of the disks' names"),
+    ("", "force", "", "Export the named devices even if they are in use"),
+    ("", "list-devices", "", "Show what --all would export, what not, and why"),
+    ("", "dry-run", "", "Show each step in configfs and do none; needs no root"),
+    ("", "json", "", "With --list-devices or --dry-run: as JSON"),
+    ("h", "help", "", "Show this help"),
+    ("", "version", "", "Show the version"),
+)
+
+
+def help_text() -> str:
+    lines = [
+        "storagetm [OPTIONS...] DEVICE...",
+        "storagetm [OPTIONS...] --all",
+        "storagetm --list-devices",
+        "",
+        "Export block devices or regular files over NVMe/TCP.",
+        "",
+    ]
+    for short, name, value, text in OPTIONS:
+        left = (f"-{short} " if short else "   ") + f"--{name}" + (f"={value}" if value else "")
+        first, *rest = text.split("\n")
+        lines.append(f"  {left:<22}{first}")
+        lines += [" " * 24 + line for line in rest]
+    return "\n".join([*lines, "", "See storagetm(8) for the details."])
+
+
+def parse_arguments(argv: Sequence[str]) -> Options:
+    """Options and devices in any order, as getopt_long(3) takes them. Raises UsageError."""
+    options = Options()
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            options.devices += rest
+            break
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            matches = [o for o in OPTIONS if o[1] == name] or [o for o in OPTIONS if o[1].startswith(name)]
+            if len(matches) != 1:
+                raise UsageError(f"{'Ambiguous' if matches else 'Unknown'} option '--{name}'; see --help")
+            if matches[0][2] and not equals:
+                if not rest:
+                    raise UsageError(f"Option '--{matches[0][1]}' needs a value")
+                value = rest.pop(0)
+            elif equals and not matches[0][2]:
+                raise UsageError(f"Option '--{matches[0][1]}' takes no value")
+            set_option(options, matches[0][1], value)
+        elif argument.startswith("-") and argument != "-":
+            for letter in argument[1:]:
+                known = [o for o in OPTIONS if o[0] == letter]
+                if not known:
+                    raise UsageError(f"Unknown option '-{letter}'; see --help")
+                set_option(options, known[0][1], "")
+        else:
+            options.devices.append(argument)
+    if not (options.help or options.version):
+        check_arguments(options)
+    return options
+
+
+def set_option(options: Options, name: str, value: str) -> None:
+    if name == "nqn":
+        check_nqn(value)
+        options.nqn = value
+    elif name == "all":
+        options.all += 1
+    else:
+        setattr(options, name.replace("-", "_"), True)
+
+
+def check_nqn(nqn: str) -> None:
+    """Raises UsageError unless `nqn` can stand in front of a disk's name, in an NQN and as a file name."""
+    if not nqn:
+        raise UsageError("--nqn= is empty")
+    try:
+        length = len(nqn.encode())
+    except UnicodeEncodeError as e:
+        raise UsageError("--nqn= is not UTF-8") from e
+    if "/" in nqn:
+        raise UsageError(f"--nqn={nqn} has a '/' in it")
+    if not nqn.isprintable():
+        raise UsageError("--nqn= has control characters in it")
+    if length + 2 > NQN_MAX:
+        raise UsageError(
+            f"--nqn= is too long: {length} bytes, and with '.' and a disk's name {NQN_MAX} are allowed"
+        )
+
+
+def check_arguments(options: Options) -> None:
+    """Raises UsageError for options that do not go together."""
+    if options.json and not (options.list_devices or options.dry_run):
+        raise UsageError("--json goes with --list-devices or --dry-run")
+    if options.devices and (options.all or options.list_devices):
+        raise UsageError(
+            f"--{'all' if options.all else 'list-devices'} takes no device ('{options.devices[0]}')"
+        )
+    if not (options.devices or options.all or options.list_devices):
+        raise UsageError("Name a device, or give --all; see --help")
+    if any("\0" in d or not d for d in options.devices):
+        raise UsageError("A device's name is empty")
+
+
+def write_output(text: str) -> None:
+    try:
+        data = os.fsencode(text + "\n")
+        while data:
+            data = data[os.write(1, data) :]
+    except OSError as e:
+        debug(f"Failed to write the output, ignoring: {reason_of(e)}")
+
+
+def write_json(value: object) -> None:
+    import json
+
+    write_output(json.dumps(value, indent=2))
+
+
+def list_devices(options: Options) -> int:
+    """Says what --all would export, what not, and why."""
+    inventory = Inventory((), True, options.all > 1)
+    inventory.rescan()
+    disks = sorted(inventory.disks.values(), key=lambda d: natural_order(d.name))
+    if options.json:
+        write_json(
+            [
+                {
+                    "node": d.node,
+                    "size": d.size,
+                    "model": d.model or None,
+                    "serial": d.serial or None,
+                    "export": not d.left_out,
+                    "reason": d.left_out or None,
+                }
+                for d in disks
+            ]
+        )
+        return 0
+    rows = [("NODE", "SIZE", "MODEL", "SERIAL", "EXPORT")]
+    for d in disks:
+        rows.append(
+            (d.node, size_text(d.size), d.model, d.serial, f"no: {d.left_out}" if d.left_out else "yes")
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        write_output("  ".join([cell.ljust(width) for cell, width in zip(row, widths)] + [row[4]]))
+    return 0
+
+
+def dry_run(options: Options, transport: NvmeTcp, inventory: Inventory) -> int:
+    """Shows the steps from what is live now to what is wanted."""
+    steps: list[dict[str, str]] = []
+    if inventory.all:
+        inventory.rescan()
+    else:
+        inventory.check_named()
+    ledger = Ledger(f"{RUN}{transport.prefix}.entries")
+    tree = Tree(CONFIGFS, ledger, steps.append)
+    try:
+        tree.adopt()
+    except OSError as e:
+        debug(f"Nothing of ours is noted as exported: {reason_of(e)}")
+    transport.choose_ports(tree.live)
+    branches = transport.port_branches()
+    code = 0
+    for disk in inventory.candidates():
+        if why := transport.why_name(disk):
+            raise UsageError(f"--nqn= is too long for '{disk.node}': {why}")
+        branches.append(transport.disk_branch(disk))
+    for root, problem in tree.reconcile(branches).items():
+        error(f"Would fail at '{CONFIGFS}{root}': {reason_of(problem)}")
+        code = 1
+    if options.json:
+        write_json([{k: v for k, v in step.items() if k != "command"} for step in steps])
+    else:
+        for step in steps:
+            write_output(step["command"])
+    return code
+
+
+def start(argv: Sequence[str]) -> int:
+    """Does what the command line says; returns the exit code. Raises UserError."""
+    options = parse_arguments(argv)
+    if options.help:
+        write_output(help_text())
+        return 0
+    if options.version:
+        write_output(f"storagetm {__version__}")
+        return 0
+    if not os.path.isdir(SYS + "block"):
+        raise UserError(f"'{SYS}' is not mounted, or this kernel has no block devices; mount sysfs there")
+    if options.list_devices:
+        return list_devices(options)
+    if not options.dry_run and os.geteuid() != 0:
+        raise UserError("Only root can export disks; run it as root, or see what it would do with --dry-run")
+    machine = Machine()
+    transport = NvmeTcp(machine, options.nqn)
+    inventory = Inventory(options.devices, bool(options.all), options.force or options.all > 1)
+    if options.dry_run:
+        return dry_run(options, transport, inventory)
+    return Service(machine, transport, inventory).run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 0 after a clean stop, 1 on failure, 2 on wrong usage."""
+    try:
+        return start(sys.argv[1:] if argv is None else argv)
+    except UserError as e:
+        error(str(e))
+        return e.code
+    except KeyboardInterrupt:
+        return 1
+    except OSError as e:
+        where = f"'{e.filename}': " if e.filename else ""
+        error(f"Failed at {where}{reason_of(e)}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
