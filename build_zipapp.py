@@ -27,7 +27,7 @@ sys.exit(main())
 """
 # Zip archives know no time before 1980; this is the date of everything where the caller sets none.
 FALLBACK_EPOCH = 315532800
-# In a .pyc's flags: it carries its source's hash in place of a date, and importing it doesn't look at either.
+# In a .pyc's flags: it carries its source's hash in place of a date, and importing it looks at neither.
 PYC_UNCHECKED_HASH = 0b01
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
 
     content = pack(args.source.read_bytes(), interpreter=args.python, with_bytecode=args.bytecode)
-    # Renamed into place: a program that is running meanwhile may yet import from the archive it started from.
+    # Renamed into place: a program that is running meanwhile may yet import from the archive it has open.
     temporary = args.output.with_name(f".{args.output.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)

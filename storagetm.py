@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Storage target mode: this machine's disks on the network, over NVMe/TCP.
 
-The file stands alone and imports little, because it is started in an initrd, where every module costs room in the
-image and time at boot. It computes what should be in configfs (*wanted*) from disks, addresses and options, reads
-what is there (*live*), and applies the difference: start, hot-plug, change of a port, restart after a crash, dry run
-and stop are all that. The parts, from top to bottom: constants, kernel structures, thin wrappers, messages, identity,
-devices, addresses, the configfs tree, transports, what is shown, the service with its event loop, the command line.
+The file stands alone and imports little, because it is started in an initrd, where every module costs room
+in the image and time at boot. It computes what should be in configfs (*wanted*) from disks, addresses and
+options, reads what is there (*live*), and applies the difference: start, hot-plug, change of a port, restart
+after a crash, dry run and stop are all that. The parts, from top to bottom: constants, kernel structures,
+thin wrappers, messages, identity, devices, addresses, the configfs tree, transports, what is shown, the
+service with its event loop, the command line.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import stat
 import sys
 import time
 
-# The modules behind the standard library's socket, signal and hashlib: those three import enum, re, selectors and
-# OpenSSL, which together take longer than everything else at start. The public ones serve where these are missing.
+# The modules behind the standard library's socket, signal and hashlib: those three import enum, re,
+# selectors and OpenSSL, which together take longer than everything else at start. The public ones serve
+# where these are missing.
 try:
     import _signal as signal  # type: ignore[import-not-found, unused-ignore]
     import _socket as socket
@@ -39,7 +41,7 @@ except ImportError:
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any
+    from typing import Any, ClassVar
 
 __version__ = "1"
 
@@ -90,7 +92,8 @@ UDEV_MONITOR_MAGIC = b"libudev\0"
 UEVENT_GROUP_KERNEL = 1
 UEVENT_GROUP_UDEV = 2
 
-# Limits of the NVMe base specification (2.0, figures 275 and 4.5) as the kernel's drivers/nvme/target enforces them.
+# Limits of the NVMe base specification (2.0, figures 275 and 4.5) as the kernel's drivers/nvme/target
+# enforces them.
 NQN_MAX = 223
 MODEL_MAX = 40
 SERIAL_MAX = 20
@@ -281,7 +284,8 @@ def prepare_kernel() -> None:
 class ConsoleLevel:
     """Keeps kernel messages off the console while a screen is shown there, and puts the level back.
 
-    The level found first is kept in RUN as well: whoever restarts after a crash would take the lowered one for it.
+    The level found first is kept in RUN as well: whoever restarts after a crash would take the lowered one
+    for it.
     """
 
     def __init__(self) -> None:
@@ -460,7 +464,7 @@ def is_id128(text: str) -> bool:
 
 
 def parse_assignments(raw: bytes) -> dict[str, str]:
-    """KEY=VALUE lines, as in os-release(5), machine-info(5) and sysfs's uevent files; other lines are ignored."""
+    """KEY=VALUE lines, as in os-release(5) and sysfs's uevent files; other lines are ignored."""
     found = {}
     for line in printable(raw).split("\n"):
         key, equals, value = line.strip().partition("=")
@@ -483,7 +487,7 @@ def read_assignments(*paths: str) -> dict[str, str]:
 
 
 def nvme_string(text: str, length: int) -> str:
-    """`text` as the kernel takes it for an NVMe identity field: printable ASCII, no blanks around it, cut."""
+    """`text` as the kernel takes it for an NVMe identity: printable ASCII, no blanks around it, cut."""
     clean = "".join(c if " " <= c <= "~" else "_" for c in text).strip()
     return clean[:length].rstrip()
 
@@ -541,8 +545,8 @@ class Machine:
 class Disk:
     """A block device or regular file, and whether and how it is exported.
 
-    `name` is its NQN's suffix, `node` the path to open and show, `size` in bytes. `tag` changes when
-    another disk or medium comes under the same name. Exactly one of these tells why it is not exported: `left_out`
+    `name` is its NQN's suffix, `node` the path to open and show, `size` in bytes. `tag` changes when another
+    disk or medium comes under the same name. Exactly one of these tells why it is not exported: `left_out`
     (a rule), `waiting` (for udev or a lock), `failed` (the kernel refused).
     """
 
@@ -647,7 +651,7 @@ def udev_runs() -> bool:
 
 
 def parse_udev_database(raw: bytes) -> dict[str, str]:
-    """The properties ("E:" lines) of an entry of udev's database (systemd's device-private.c). Takes any bytes."""
+    """The properties of an entry of udev's database (systemd's device-private.c). Takes any bytes."""
     lines = (line[2:] for line in raw.split(b"\n") if line.startswith(b"E:"))
     return parse_assignments(b"\n".join(lines))
 
@@ -766,8 +770,8 @@ def parse_swaps(raw: bytes) -> Iterator[bytes]:
 class Usage:
     """What the running system does with its block devices, read once.
 
-    `direct` maps MAJOR:MINOR to a sentence's end ("is mounted on '/'"), `loops` a block device or file behind a loop
-    device to that. Raises OSError if it cannot be read, and then nothing is known.
+    `direct` maps MAJOR:MINOR to a sentence's end ("is mounted on '/'"), `loops` a block device or file
+    behind a loop device to that. Raises OSError if it cannot be read, and then nothing is known.
     """
 
     def __init__(self) -> None:
@@ -807,7 +811,7 @@ class Usage:
         return f"file {st.st_dev}:{st.st_ino}"
 
     def of(self, sysname: str, seen: set[str] | None = None) -> str:
-        """How the running system uses a block device, its partitions, or what is stacked on them; empty if not."""
+        """How the system uses a block device, its partitions, or what is stacked on them; empty if not."""
         seen = set() if seen is None else seen
         if sysname in seen:
             return ""
@@ -899,7 +903,8 @@ def probe_file(disk: Disk) -> None:
     disk.read_only = not os.access(disk.node, os.W_OK)
     disk.stable = disk.node
     try:
-        # tmpfs had no direct I/O before Linux 6.6, and nvmet asks for it unless told to go through the cache.
+        # tmpfs had no direct I/O before Linux 6.6, and nvmet asks for it unless told to go through the
+        # cache.
         os.close(os.open(disk.node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
         disk.buffered = False
     except OSError as e:
@@ -953,9 +958,9 @@ def why_not_all(disk: Disk) -> str:
         if disk.sysname.startswith(prefix) and disk.sysname[len(prefix) :].isdigit():
             return f"it is {what}"
     base = sys_block(disk.sysname)
-    if os.path.isdir(base + "/md") or os.path.isdir(base + "/dm"):
-        if holders := list_directory(base + "/holders"):
-            return f"it is part of '{DEV}{sorted(holders, key=natural_order)[0]}'"
+    stacked = os.path.isdir(base + "/md") or os.path.isdir(base + "/dm")
+    if stacked and (holders := list_directory(base + "/holders")):
+        return f"it is part of '{DEV}{min(holders, key=natural_order)}'"
     if why := why_network(disk.sysname):
         return f"it {why}"
     return ""
@@ -973,7 +978,7 @@ def lock_holder(fd: int) -> str:
 
 
 def try_lock(disk: Disk) -> None:
-    """Takes the disk's BSD lock (systemd's "Locking Block Device Access"), or sets `waiting`. Raises OSError.
+    """Takes the disk's BSD lock (systemd: "Locking Block Device Access"), or sets `waiting`. Raises OSError.
 
     It is held as long as the disk is exported, so that udev does not probe what clients are changing.
     """
@@ -1071,7 +1076,7 @@ class Inventory:
             return Disk(os.path.basename(absolute), absolute)
         what = {stat.S_IFDIR: "a directory", stat.S_IFCHR: "a character device"}.get(stat.S_IFMT(st.st_mode))
         raise UserError(
-            f"Failed to export '{path}': it is {what or 'something else'}; name a block device or a regular file"
+            f"Failed to export '{path}': it is {what or 'something else'}, no block device or regular file"
         )
 
     def check_named(self) -> None:
@@ -1086,8 +1091,8 @@ class Inventory:
                 continue
             if disk.name in by_name:
                 raise UserError(
-                    f"Failed to export '{path}': its NQN would be that of '{by_name[disk.name]}', which has the "
-                    "same name; rename one of them"
+                    f"Failed to export '{path}': its NQN would be that of '{by_name[disk.name]}', which "
+                    "has the same name; rename one of them"
                 )
             by_name[disk.name] = path
             self.disks[disk.key] = disk
@@ -1213,7 +1218,7 @@ def parse_link(body: bytes) -> tuple[int, int, str] | None:
 
 
 def parse_address(body: bytes) -> tuple[int, Address] | None:
-    """Interface index and address of an RTM_NEWADDR message, if another machine can use it. Takes any bytes."""
+    """Interface index and address of RTM_NEWADDR, if another machine can use it. Takes any bytes."""
     size = ctypes.sizeof(ifaddrmsg)
     if len(body) < size:
         return None
@@ -1335,12 +1340,12 @@ class Uevents:
             self.socket.setsockopt(SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
         except OSError as e:
             debug(f"Failed to enlarge the receive buffer for uevents, ignoring: {reason_of(e)}")
-        # From udev comes word that a new disk's database entry is there. But while a disk's lock is held, udev
-        # puts its events off, so changes of size and medium come from the kernel.
+        # From udev comes word that a new disk's database entry is there. But while a disk's lock is held,
+        # udev puts its events off, so changes of size and medium come from the kernel.
         self.socket.bind((0, UEVENT_GROUP_KERNEL | UEVENT_GROUP_UDEV))
 
     def changed(self) -> set[str] | None:
-        """The names of the block devices with news; None if messages were lost and all have to be read again."""
+        """The names of block devices with news; None if messages were lost and all have to be read again."""
         names = set()
         for message in drain(self.socket):
             if not message:
@@ -1383,7 +1388,7 @@ class Entry:
         return True
 
     def described(self, root: str) -> dict[str, str]:
-        """What make() does, for --dry-run: `step`, its operands, and the shell command that does the same."""
+        """What make() does: `step`, its operands, and the shell command that does the same."""
         raise NotImplementedError
 
     def undescribed(self, root: str) -> dict[str, str] | None:
@@ -1416,7 +1421,7 @@ class Directory(Entry):
 
 
 class Attribute(Entry):
-    """An attribute, written once. What differs in a live object is not rewritten: the object is made anew."""
+    """An attribute, written once: where it differs in a live object, the object is made anew."""
 
     def make(self, root: str) -> None:
         write_attribute(root + self.path, self.value)
@@ -1494,9 +1499,9 @@ class Link(Entry):
 class Branch:
     """A part of the tree that stands or falls as a whole.
 
-    The first of its `entries` is the directory at its root; all are in the order in which they are made. `tag` tells
-    what it was made for: under another tag it is another branch. An `adopted` one was made by an earlier run: its
-    directories and links are known, its attributes have to be read.
+    The first of its `entries` is the directory at its root; all are in the order in which they are made.
+    `tag` tells what it was made for: under another tag it is another branch. An `adopted` one was made by an
+    earlier run: its directories and links are known, its attributes have to be read.
     """
 
     __slots__ = ("adopted", "entries", "root", "tag")
@@ -1520,15 +1525,16 @@ class Branch:
 
 
 class Ledger:
-    """Which branches are ours: a file of intentions, so that a crash at any moment leaves none unaccounted for.
+    """Which branches are ours: a file of intentions, so that a crash at any moment leaves none unknown.
 
-    Records are appended and the last one for a root counts: `+` root, tag, then kind and path of every directory and
-    link, written *before* the first of them is made; `=` root and the inode number of its directory, right after
-    that was made (configfs keeps an inode as long as the object lives); `-` root, when all is gone. Fields end with
-    NUL, records with NUL and a line feed; one that is cut off does not count.
+    Records are appended and the last one for a root counts: `+` root, tag, then kind and path of every
+    directory and link, written *before* the first of them is made; `=` root and the inode number of its
+    directory, right after that was made (configfs keeps an inode as long as the object lives); `-` root,
+    when all is gone. Fields end with NUL, records with NUL and a line feed; one that is cut off does not
+    count.
     """
 
-    KINDS = {"d": Directory, "l": Link}
+    KINDS: ClassVar[dict[str, type[Entry]]] = {"d": Directory, "l": Link}
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -1665,13 +1671,14 @@ class Tree:
         self,
         wanted: Sequence[Branch],
         patience: float | None = None,
-        hopeless: Callable[[OSError], bool] = lambda e: False,
+        hopeless: Callable[[OSError], bool] | None = None,
     ) -> dict[str, OSError]:
         """Makes the kernel have just the wanted branches of ours. Returns what failed, by root.
 
-        Failed branches are gone, unless even their removal failed; then it is tried again the next time. Removals
-        that take longer than `patience` seconds go on in the background (None: all are waited for). After an error
-        that is `hopeless` nothing more is made: the branches after it would fail in the same way.
+        Failed branches are gone, unless even their removal failed; then it is tried again the next time.
+        Removals that take longer than `patience` seconds go on in the background (None: all are waited for).
+        After an error that is `hopeless` nothing more is made: the branches after it would fail in the same
+        way.
         """
         self.collect()
         roots = {b.root for b in wanted}
@@ -1690,14 +1697,15 @@ class Tree:
                 removals.append(have)
             creations.append(want)
         failures: dict[str, OSError] = {}
-        # What holds others comes first: links before directories, and removals before creations of the same name.
+        # What holds others comes first: links before directories, and removals before creations of the same
+        # name.
         for want, stale, _ in patches:
             self.unmake(stale, want.root, failures)
         self.remove(removals, patience, failures)
         for want in creations:
             if want.root not in self.live:
                 self.create(want, failures)
-                if want.root in failures and hopeless(failures[want.root]):
+                if hopeless and want.root in failures and hopeless(failures[want.root]):
                     return failures
         for want, _, missing in patches:
             if want.root not in failures:
@@ -1776,8 +1784,8 @@ class Tree:
     ) -> None:
         """Removes branches: all links, then all directories, those of many branches at a time.
 
-        Taking away a namespace waits for a grace period of RCU in the kernel, some 20 ms each, unless many do it at
-        once; and for the I/O of a disk that is gone, for which nobody else should wait.
+        Taking away a namespace waits for a grace period of RCU in the kernel, some 20 ms each, unless many
+        do it at once; and for the I/O of a disk that is gone, for which nobody else should wait.
         """
         ready: list[tuple[Branch, list[Entry]]] = []
         for branch in branches:
@@ -1842,7 +1850,7 @@ class Tree:
 
 
 def located(e: OSError, branch: Branch, index: int) -> OSError:
-    """`e` with the path of the entry at which it happened, by which a transport knows what to do about it."""
+    """`e` with the path of the entry at which it happened, by which a transport knows what to do."""
     entries = branch.entries
     return OSError(e.errno or errno.EIO, reason_of(e), entries[min(index, len(entries) - 1)].path)
 
@@ -1851,7 +1859,7 @@ def located(e: OSError, branch: Branch, index: int) -> OSError:
 
 
 class NvmeTcp:
-    """NVMe/TCP through the kernel's target, nvmet: a subsystem for each disk, a port for each address family.
+    """NVMe/TCP through the kernel's nvmet: a subsystem for each disk, a port for each address family.
 
     Names, ports and identities are those of systemd-storagetm.
     """
@@ -1859,7 +1867,10 @@ class NvmeTcp:
     NQN_STEM = "nqn.2023-10.io.systemd:storagetm."
     NQN_APPLICATION = "b4f94e52b8e245db88846e2ec3f4ef18"
     PORT_KEY = "d10b67b5e2b74a918d6b27b635c19fd9"
-    FAMILIES = {AF_INET: ("ipv4", "0.0.0.0", "IPv4"), AF_INET6: ("ipv6", "::", "IPv6")}
+    FAMILIES: ClassVar[dict[int, tuple[str, str, str]]] = {
+        AF_INET: ("ipv4", "0.0.0.0", "IPv4"),
+        AF_INET6: ("ipv6", "::", "IPv6"),
+    }
     ATTEMPTS = 16
 
     def __init__(self, machine: Machine, nqn: str = "") -> None:
@@ -1895,7 +1906,7 @@ class NvmeTcp:
     # Ports
 
     def choose_ports(self, live: Iterable[str]) -> None:
-        """Takes the ports of an earlier run, or else those that follow from the NQN unless they are taken."""
+        """Takes the ports of an earlier run, or those that follow from the NQN unless they are taken."""
         ours = [int(r.rpartition("/")[2]) for r in live if r.startswith("nvmet/ports/")]
         for family in self.FAMILIES:
             if family == AF_INET6 and not os.path.exists(PROC + "net/if_inet6"):
@@ -2060,7 +2071,8 @@ class Report:
         failed = sum(1 for d, _ in self.others if d.failed)
         more = (f", {waiting} waiting" if waiting else "") + (f", {failed} failed" if failed else "")
         addresses = f"{len(self.addresses)} address{'es' if len(self.addresses) != 1 else ''}"
-        return f"Exporting {disks} at {addresses if self.addresses else 'no address (the network is down)'}{more}."
+        where = addresses if self.addresses else "no address (the network is down)"
+        return f"Exporting {disks} at {where}{more}."
 
     def for_plymouth(self) -> str:
         lines = [self.transport.connect(a, "connect-all") for a in self.addresses]
@@ -2130,7 +2142,7 @@ class Report:
 
 
 def folded(command: str, width: int, more: str = "") -> list[str]:
-    """A command on one line, or on two with the shell's own sign for that, so that it can be pasted either way."""
+    """A command on one line, or on two with the shell's sign for that: it can be pasted either way."""
     if len(command) + len(more) + 4 < width:
         return [f"  {command} {more}".rstrip()]
     return [f"  {command} \\", f"    {more}"] if more else [f"  {command}"]
@@ -2168,9 +2180,9 @@ class PlainView(JournalView):
 
 
 class Screen:
-    """A full screen on a terminal, redrawn in place. Space and `b` turn pages where the disks need several."""
+    """A full screen on a terminal, redrawn in place. Space and `b` turn pages, where there are several."""
 
-    STYLES = {
+    STYLES: ClassVar[dict[str, str]] = {
         "title": "\x1b[7m",
         "command": "\x1b[1m",
         "disk": "\x1b[36m",
@@ -2191,7 +2203,8 @@ class Screen:
         self.gone = False
         self.changed: Callable[[], None] = lambda: None
         try:
-            # A pseudo terminal never gets kernel messages; the console, serial lines and virtual terminals may.
+            # A pseudo terminal never gets kernel messages; the console, serial lines and virtual terminals
+            # may.
             if not os.ttyname(1).startswith("/dev/pts/"):
                 self.level = ConsoleLevel()
                 self.level.lower()
@@ -2386,7 +2399,7 @@ class Service:
     # Wanted, live, difference
 
     def synchronise(self, *, strict: bool = False) -> None:
-        """Makes configfs as the disks ask for. With `strict`, what fails for a named device raises UserError."""
+        """Makes configfs as the disks ask for. `strict`: what fails for a named device raises UserError."""
         disks = self.inventory.candidates()
         now = time.monotonic()
         for disk in disks:
@@ -2407,13 +2420,13 @@ class Service:
         for root, problem in failures.items():
             self.fail(owners.get(root), root, problem, strict=strict)
         self.ledger.shorten(self.tree.live.values(), CONFIGFS)
-        if not self.ready and (not self.pending(now) or now - self.started > LOCK_WAIT_SEC):
+        if not self.ready and (not self.pending() or now - self.started > LOCK_WAIT_SEC):
             self.ready = True
             notify("READY=1")
         self.dirty = True
 
     def claim(self, disk: Disk, now: float) -> None:
-        """Takes a disk's lock if udev is done with it and nobody else holds it; says so when that takes long."""
+        """Takes a disk's lock, if udev is done with it and nobody holds it; says when that takes long."""
         if not disk.waiting_since:
             disk.waiting_since = now
         waited = now - disk.waiting_since
@@ -2447,7 +2460,7 @@ class Service:
         live = self.tree.live.get(self.transport.root(disk))
         return live if live and live.tag == disk.tag else None
 
-    def pending(self, now: float) -> list[Disk]:
+    def pending(self) -> list[Disk]:
         return [d for d in self.inventory.candidates() if d.waiting and d.fd < 0 and not d.failed]
 
     def fail(self, disk: Disk | None, root: str, problem: OSError, *, strict: bool) -> None:
@@ -2461,7 +2474,7 @@ class Service:
             error(message)
             return
         if problem.errno == errno.EEXIST:
-            reason = f"{self.transport.nqn(disk)} exists already, made by another program; stop that or give another --nqn"
+            reason = f"another program made '{self.transport.nqn(disk)}'; stop it, or give another --nqn"
         elif problem.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             reason += "; it may be write-protected"
         elif problem.errno in (errno.ENOMEDIUM, errno.ENXIO):
@@ -2491,7 +2504,8 @@ class Service:
     def on_signal(self, number: int, frame: object) -> None:
         if number in (signal.SIGINT, signal.SIGTERM):
             if self.stopping:
-                # Once is enough to stop; a second time is from someone who will not wait for a disk that hangs.
+                # Once is enough to stop; a second time is from someone who will not wait for a disk that
+                # hangs.
                 os._exit(1)
             self.stop_asked = True
 
@@ -2529,7 +2543,7 @@ class Service:
             deadlines = redraws[:1]
             if self.dirty:
                 deadlines.append(self.shown + REDRAW_SEC)
-            if self.pending(now):
+            if self.pending():
                 deadlines.append(now + self.pause)
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
             ready = {fd for fd, _ in poll.poll(timeout)}
@@ -2562,7 +2576,7 @@ class Service:
         if again:
             self.pause = LOCK_POLL_SEC[0]
             self.synchronise()
-        elif self.pending(time.monotonic()):
+        elif self.pending():
             self.pause = min(self.pause * 1.5, LOCK_POLL_SEC[1])
             self.synchronise()
 

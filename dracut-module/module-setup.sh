@@ -61,7 +61,7 @@ installkernel() {
 }
 
 install() {
-    local program unit_dir unit
+    local files program unit_dir unit
 
     unit_dir=$(storagetm_unit_dir)
     program=$(storagetm_program)
@@ -70,10 +70,15 @@ install() {
 
     # Python isn't installed whole: python-initrd puts the program and the modules that it can come to import into
     # the image, both as bytecode for the interpreter they go with, and prints what is left for dracut to install.
-    inst_multiple /usr/bin/python3 || return 1
-    /usr/bin/python3 -IS "$moddir"/python-initrd "$program" "$initdir" > "$initdir"/.storagetm-files || return 1
-    xargs -r -d '\n' -a "$initdir"/.storagetm-files "$DRACUT_INSTALL" -D "$initdir" -l -a || return 1
-    rm "$initdir"/.storagetm-files
+    # dracut later adds the libraries of executables, which Python's modules aren't: their libraries are asked for
+    # here. And it would go on without any of it, to an image that can't do the one thing it is for.
+    inst_multiple /usr/bin/python3
+    # shellcheck disable=SC2086  # These paths are Python's own and have no spaces.
+    if ! files=$(/usr/bin/python3 -IS "$moddir"/python-initrd "$program" "$initdir") \
+        || ! DRACUT_RESOLVE_DEPS=1 inst_multiple $files; then
+        dfatal "storagetm: could not install the program and the part of Python that it needs"
+        exit 1
+    fi
 
     # networkd, not enabled: only the target wants it.
     inst_multiple -o \
