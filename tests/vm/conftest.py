@@ -1,0 +1,129 @@
+"""Fixtures for tests that need machines.
+
+- `target` and `client` are two machines of Debian 13 on one wire, shared by all tests: a test leaves them as it found them.
+  Their addresses are 192.0.2.1 and 192.0.2.2, and link-local ones.
+- `boot` boots more, of either release, for one test only.
+- `release` runs a test once for each release.
+
+What a machine has shown on its console is in build/vm-logs/, and is added to the report of a test that fails.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from tests.harness import images as harness_images
+from tests.harness.images import PROJECT, RELEASES, Image
+from tests.harness.machine import Disk, Machine, Nic, Wire, boot_all, live_machines
+
+LOGS = PROJECT / "build" / "vm-logs"
+TOOL = "/usr/local/bin/storagetm.pyz"
+
+# One of every kind, with and without a serial number.
+TARGET_DISKS = (
+    Disk("alpha", serial="DISK-ALPHA"),
+    Disk("beta", serial="DISK-BETA"),
+    Disk("plain"),
+    Disk("small", size=16 << 20, bus="scsi", serial="DISK-SCSI"),
+    Disk("flash", bus="nvme", serial="DISK-NVME"),
+    Disk("cdrom", bus="ide", kind="cd"),
+)
+
+
+class BootMachine(Protocol):
+    """What the fixture `boot` is: `Machine()`, with a release instead of an image."""
+
+    def __call__(self, name: str, image: str = "trixie", *, wait: bool = True, **options: Any) -> Machine: ...
+
+
+def prepare(machine: Machine, tool: Path, number: int = 0) -> None:
+    """Put the tool into a machine that has booted, and switch its network on."""
+    machine.put(TOOL, tool, mode=0o755)
+    # Without the check for duplicates an address can be used at once.
+    for nic in range(machine.nic_count):
+        machine.run(f"sysctl -q net.ipv6.conf.eth{nic}.accept_dad=0 && ip link set eth{nic} up")
+    if number:
+        machine.run(f"ip address add 192.0.2.{number}/24 dev eth0")
+
+
+@pytest.fixture(scope="session")
+def images() -> dict[str, Image]:
+    """The images of all releases."""
+    return harness_images.build(*RELEASES)
+
+
+@pytest.fixture(scope="session")
+def tool() -> Path:
+    """The packed program, built from what is in the work tree now."""
+    subprocess.run(["make", "--silent", "storagetm.pyz"], cwd=PROJECT, check=True)
+    return PROJECT / "storagetm.pyz"
+
+
+@pytest.fixture(scope="session")
+def shared_machines(images: dict[str, Image], tool: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Machine]]:
+    wire = Wire()
+    target = Machine("target", images["trixie"], disks=TARGET_DISKS, nics=[Nic(wire, 0)], log_directory=LOGS)
+    client = Machine("client", images["trixie"], nics=[Nic(wire, 1)], log_directory=LOGS)
+    with target, client:
+        boot_all(target, client)
+        prepare(target, tool, 1)
+        prepare(client, tool, 2)
+        yield [target, client]
+
+
+@pytest.fixture(scope="session")
+def target(shared_machines: list[Machine]) -> Machine:
+    """The machine with the disks, `TARGET_DISKS`."""
+    return shared_machines[0]
+
+
+@pytest.fixture(scope="session")
+def client(shared_machines: list[Machine]) -> Machine:
+    """The machine that connects to them."""
+    return shared_machines[1]
+
+
+@pytest.fixture(params=RELEASES)
+def release(request: pytest.FixtureRequest) -> str:
+    value: str = request.param
+    return value
+
+
+@pytest.fixture
+def boot(images: dict[str, Image], tool: Path, request: pytest.FixtureRequest) -> Iterator[BootMachine]:
+    """Boot a machine that is gone when the test ends.
+
+    With `wait=False` it returns at once. Otherwise the tool is put into the machine, and its network is switched on.
+    """
+    machines: list[Machine] = []
+    logs = LOGS / re.sub(r"[^\w.-]+", "-", request.node.name).strip("-")
+
+    def boot_machine(name: str, image: str = "trixie", *, wait: bool = True, **options: Any) -> Machine:
+        machine = Machine(name, images[image], log_directory=logs, **options)
+        machines.append(machine)
+        machine.start()
+        if wait:
+            machine.wait_boot()
+            prepare(machine, tool)
+        return machine
+
+    try:
+        yield boot_machine
+    finally:
+        for machine in machines:
+            machine.kill()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    report = yield
+    if report.failed:
+        for machine in live_machines():
+            report.sections.append((f"console of {machine.name}: {machine.console_log}", machine.console_tail()))
+    return report
