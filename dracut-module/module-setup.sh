@@ -70,12 +70,11 @@ install() {
 
     # Python isn't installed whole: python-initrd puts the program and the modules that it can come to import into
     # the image, both as bytecode for the interpreter they go with, and prints what is left for dracut to install.
-    # dracut later adds the libraries of executables, which Python's modules aren't: their libraries are asked for
-    # here. And it would go on without any of it, to an image that can't do the one thing it is for.
+    # dracut would go on without any of it, to an image that can't do the one thing it is for.
     inst_multiple /usr/bin/python3
     # shellcheck disable=SC2086  # These paths are Python's own and have no spaces.
     if ! files=$(/usr/bin/python3 -IS "$moddir"/python-initrd "$program" "$initdir") \
-        || ! DRACUT_RESOLVE_DEPS=1 inst_multiple $files; then
+        || ! inst_multiple $files; then
         dfatal "storagetm: could not install the program and the part of Python that it needs"
         exit 1
     fi
