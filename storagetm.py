@@ -919,10 +919,12 @@ def why_no_medium(disk: Disk) -> str:
     try:
         fd = os.open(disk.node, flags)
     except OSError as e:
+        disk.size = 0
         return missing if e.errno in (errno.ENOMEDIUM, errno.ENXIO) else ""
     try:
         # sr(4) keeps the size of the last disc in sysfs, or 1 GiB, so the drive itself has to tell.
         if optical and fcntl.ioctl(fd, CDROM_DRIVE_STATUS, 0) not in (CDS_NO_INFO, CDS_DISC_OK):
+            disk.size = 0
             return missing
     except OSError as e:
         debug(f"Failed to ask '{disk.node}' for its medium, ignoring: {reason_of(e)}")
@@ -2032,10 +2034,11 @@ class NvmeTcp:
     def connect(self, address: Address, what: str) -> str:
         """The command that attaches `what` ("connect", "connect-all") on the client.
 
-        A link-local IPv6 address means nothing without the interface, and that is the client's.
+        A link-local IPv6 address means nothing without the interface, and that is the client's. Behind the address
+        (`%eth0`) it is lost in "connect-all", which goes on with addresses that the target has told, without any.
         """
-        scope = "%INTERFACE" if address.family == AF_INET6 and address.link_local else ""
-        return f"nvme {what} -t tcp -a {address.text}{scope} -s {self.ports[address.family]}"
+        scope = " -f INTERFACE" if address.family == AF_INET6 and address.link_local else ""
+        return f"nvme {what} -t tcp -a {address.text} -s {self.ports[address.family]}{scope}"
 
 
 # What is shown
@@ -2115,7 +2118,7 @@ class Report:
                     ("command", line)
                     for line in folded(self.transport.connect(address, "connect-all"), width)
                 ]
-                if "%" in lines[-1][1]:
+                if address.family == AF_INET6 and address.link_local:
                     lines.append(
                         ("dim", "    (INTERFACE: the other machine's interface to this one, see 'ip link')")
                     )
@@ -2431,12 +2434,8 @@ class Service:
             disk.waiting_since = now
         waited = now - disk.waiting_since
         if disk.waiting.startswith("udev"):
-            try:
-                probe_block_device(disk)
-            except OSError:
-                return  # its removal is about to be heard of
-            if disk.waiting and waited < UDEV_WAIT_SEC:
-                return
+            if waited < UDEV_WAIT_SEC:
+                return  # until udev says so, and the disk is read again
         try:
             try_lock(disk)
         except OSError as e:
