@@ -20,14 +20,16 @@ MAN_PAGE := $(wildcard docs/storagetm.8)
 SHELL_FILES := $(shell git grep -lE '^\#!.*[ /](ba)?sh( |$$)' 2>/dev/null)
 PYTHON_FILES := $(shell git ls-files '*.py') dracut-module/python-initrd
 
-.PHONY: all install uninstall lint
+PYTEST := $(VENV)/python -m pytest -ra --durations=10
 
-all: storagetm.pyz
+.PHONY: all install uninstall lint help deps test test-unit test-vm shell demo clean
+
+all: storagetm.pyz  ## Pack the program into storagetm.pyz
 
 storagetm.pyz: storagetm.py build_zipapp.py
 	$(PYTHON) build_zipapp.py --output $@
 
-install:
+install:  ## Install the program, its units, the dracut module and the manual page; see DESTDIR, PREFIX
 	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(UNITDIR) $(DESTDIR)$(DRACUTDIR)/95storagetm
 	$(PYTHON) build_zipapp.py --bytecode --output $(DESTDIR)$(BINDIR)/storagetm
 	install -m 0644 $(UNITS) $(DESTDIR)$(UNITDIR)
@@ -39,7 +41,7 @@ ifneq ($(MAN_PAGE),)
 	install -m 0644 $(MAN_PAGE) $(DESTDIR)$(MANDIR)/man8
 endif
 
-uninstall:
+uninstall:  ## Remove what install has installed
 	rm -f $(DESTDIR)$(BINDIR)/storagetm
 	rm -f $(addprefix $(DESTDIR)$(UNITDIR)/,$(notdir $(UNITS)))
 	rm -f $(addprefix $(DESTDIR)$(DRACUTDIR)/95storagetm/,$(DRACUT_SCRIPTS) $(DRACUT_FILES))
@@ -47,7 +49,7 @@ uninstall:
 	rm -f $(DESTDIR)$(MANDIR)/man8/storagetm.8
 
 # Each tool sees everything it is for; the first complaint ends it.
-lint:
+lint: deps  ## Check formatting, types, the oldest Python, shell scripts, units and the manual page
 	$(VENV)/ruff format --check $(PYTHON_FILES)
 	$(VENV)/ruff check $(PYTHON_FILES)
 	$(VENV)/mypy $(PYTHON_FILES)
@@ -57,3 +59,30 @@ lint:
 ifneq ($(MAN_PAGE),)
 	test -z "$$(LC_ALL=C.UTF-8 MANROFFSEQ= MANWIDTH=80 man --warnings -E UTF-8 -l -Tutf8 -Z $(MAN_PAGE) 2>&1 >/dev/null | tee /dev/stderr)"
 endif
+
+help:  ## Show this
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+
+deps:  # What the tests need; quick when it is there already.
+	@tests/install-deps
+
+test: deps  ## Everything that must pass: lint, test-unit, test-vm
+	$(MAKE) lint
+	$(MAKE) test-unit
+	$(MAKE) test-vm
+
+test-unit: deps  ## Tests that need no kernel but the one they run on; T=NAME for those whose name has NAME in it
+	$(PYTEST) --ignore=tests/vm $(if $(T),-k '$(T)') tests
+
+test-vm: deps  ## Tests in emulated machines; T=NAME for those whose name has NAME in it
+	$(PYTEST) --verbose $(if $(T),-k '$(T)') tests/vm
+
+shell: deps storagetm.pyz  ## A root shell in an emulated machine, with the tool and two disks; IMAGE=bookworm for Debian 12
+	$(VENV)/python -m tests.harness.shell $(if $(IMAGE),--release=$(IMAGE)) storagetm.pyz
+
+demo: deps storagetm.pyz  ## Boot a target and a client, and show what the tool does; INTERACTIVE=1 to look for yourself
+	INTERACTIVE=$(INTERACTIVE) $(VENV)/python -m tests.demo
+
+clean:  ## Remove what was built; the images in the cache stay
+	rm -rf build storagetm.pyz .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -exec rm -rf {} +

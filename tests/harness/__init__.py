@@ -1,4 +1,6 @@
-"""Emulated machines for the tests: real kernels, real udev, real nvmet, and no risk to the machine that runs the tests.
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Emulated machines for the tests: real kernels, real udev, real nvmet, and no risk to the machine that runs
+the tests.
 
 - `images` makes root file systems of two Debian releases, kept in a cache.
 - `machine` boots them in QEMU, without hardware virtualisation, and runs commands in them.
@@ -11,5 +13,6 @@ A test that needs a machine of its own, with a second disk that is plugged in la
         machine.add_disk(Disk("second", size=64 << 20, serial="DISK-B"))
         machine.run("udevadm wait --timeout=20 /dev/disk/by-id/virtio-DISK-B")
 
-A machine takes about ten seconds to boot, so tests share one where they can: see the fixtures in tests/vm/conftest.py.
+A machine takes a while to boot, so tests share one where they can: see the fixtures in
+tests/vm/conftest.py.
 """

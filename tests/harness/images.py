@@ -1,13 +1,16 @@
-"""Root file systems, kernels and initrds of two Debian releases for the emulated machines, made once and cached.
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Root file systems, kernels and initrds of two Debian releases for the emulated machines, made once and
+cached.
 
-Making them needs root, for chroot and mounts. That part runs as a process of its own (`python3 -m tests.harness.images`,
-through sudo if need be) in a mount namespace of its own, so that no mount outlives it however it ends.
+Making them needs root, for chroot and mounts. That part runs as a process of its own (`python3 -m
+tests.harness.images`, through sudo if need be) in a mount namespace of its own, so that no mount outlives it
+however it ends.
 
 What is in the cache, under `${STORAGETM_CACHE:-${XDG_CACHE_HOME:-~/.cache}/storagetm}`:
 
 - `RELEASE-base-KEY/root/`: the release as mmdebstrap made it. This is what takes two minutes.
-- `RELEASE-KEY/`: `root.img` is that tree with our settings and the agent as an ext4 file system; `vmlinuz` its kernel;
-  `boot.img` an initrd that does no more than mount that file system.
+- `RELEASE-KEY/`: `root.img` is that tree with our settings and the agent as an ext4 file system; `vmlinuz`
+  its kernel; `boot.img` an initrd that does no more than mount that file system.
 - `RELEASE-storagetm-KEY.img`: an initrd made by the release's own dracut, with the project installed.
 
 KEY is a hash of all that the thing is made from, so nothing is ever out of date. Older ones are removed.
@@ -66,8 +69,8 @@ PACKAGES = (
     "xfsprogs",
 )
 
-# What no test needs. The drivers make up most of a kernel package, and all that remain end up in an initrd made with
-# --no-hostonly, which the emulated machine then has to unpack.
+# What no test needs. The drivers make up most of a kernel package, and all that remain end up in an initrd
+# made with --no-hostonly, which the emulated machine then has to unpack.
 LEAVE_OUT = (
     "/usr/share/doc/*",
     "/usr/share/info/*",
@@ -91,14 +94,16 @@ LEAVE_OUT = (
     "/*lib/modules/*/kernel/sound/*",
 )
 
-# The packages of the kernel and of dracut both call this hook to make an initrd, which takes a minute and is not used.
+# The packages of the kernel and of dracut both call this hook to make an initrd, which takes a minute and is
+# not used.
 NO_INITRD = r"""
 mkdir -p "$1/etc/kernel/postinst.d"
 printf '#!/bin/sh\n' >"$1/etc/kernel/postinst.d/dracut"
 chmod +x "$1/etc/kernel/postinst.d/dracut"
 """
 
-# Units that make the boot slower and that no test is about. The activation of LVM volumes and RAID arrays by udev stays.
+# Units that make the boot slower and that no test is about. The activation of LVM volumes and RAID arrays by
+# udev stays.
 MASKED_UNITS = (
     "apt-daily-upgrade.timer",
     "apt-daily.timer",
@@ -169,20 +174,19 @@ OOMScoreAdjust=-1000
 WantedBy=sysinit.target
 """
 
-# A root shell on the serial console; not started unless the kernel command line has systemd.wants=harness-shell.service.
+# A root shell on the serial console, which nothing starts by itself. The machine ends with it.
 SHELL_UNIT = """\
 [Unit]
 Description=Root Shell on the Serial Console
-After=multi-user.target
 SuccessAction=poweroff-force
+FailureAction=poweroff-force
 
 [Service]
-Type=idle
 Environment=TERM=xterm HOME=/root
 WorkingDirectory=/root
-ExecStartPre=-/bin/sh -c "test ! -e /run/harness-stty || stty -F /dev/ttyS0 $(cat /run/harness-stty)"
+ExecStartPre=cat /etc/motd
 ExecStart=/bin/bash --login
-StandardInput=tty
+StandardInput=tty-force
 StandardOutput=tty
 StandardError=tty
 TTYPath=/dev/ttyS0
@@ -248,7 +252,9 @@ def digest(*parts: str | bytes | Path) -> str:
             paths = sorted(part.rglob("*")) if part.is_dir() else [part]
             for path in paths:
                 if path.is_file() and "__pycache__" not in path.parts:
-                    total.update(f"{path.relative_to(part.parent)}\0{path.stat().st_mode & 0o111:o}\0".encode())
+                    total.update(
+                        f"{path.relative_to(part.parent)}\0{path.stat().st_mode & 0o111:o}\0".encode()
+                    )
                     total.update(hashlib.sha256(path.read_bytes()).digest())
         else:
             total.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
@@ -282,8 +288,12 @@ def image_path(release: str) -> Path:
 
 
 def initrd_path(release: str, options: Sequence[str]) -> Path:
-    parts = [PROJECT / name for name in ("Makefile", "build_zipapp.py", "dracut-module", "storagetm.py", "units")]
-    return cache_directory() / f"{release}-storagetm-{digest(image_path(release).name, *parts, *options)}.img"
+    parts = [
+        PROJECT / name for name in ("Makefile", "build_zipapp.py", "dracut-module", "storagetm.py", "units")
+    ]
+    return (
+        cache_directory() / f"{release}-storagetm-{digest(image_path(release).name, *parts, *options)}.img"
+    )
 
 
 def build(*releases: str) -> dict[str, Image]:
@@ -296,7 +306,9 @@ def build(*releases: str) -> dict[str, Image]:
 
 
 def initrd(image: Image, *options: str) -> Path:
-    """The path of an initrd with the project in it, made by the release's own dracut with these further options."""
+    """The path of an initrd with the project in it, made by the release's own dracut with these further
+    options.
+    """
     path = initrd_path(image.release, options)
     if not path.exists():
         finish_builder(start_builder("initrd", image.release, *options), f"the initrd for {image.release}")
@@ -336,7 +348,11 @@ def say(release: str, message: str) -> None:
 def run(*command: str | Path, **keywords: str) -> None:
     """Run a command, and show what it printed only if it fails."""
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **keywords}
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **keywords},
     )
     if done.returncode != 0:
         sys.stderr.write(done.stdout.decode(errors="replace"))
@@ -372,7 +388,7 @@ def overlay(lower: Path) -> Iterator[Path]:
 
 
 def remove_older(pattern: str, keep: Path) -> None:
-    """Remove what an earlier version of the recipe made, but nothing that a test may be running on just now."""
+    """Remove what an earlier recipe made, but nothing that a test may be running on just now."""
     for path in cache_directory().glob(pattern):
         outdated = path.stat().st_mtime < time.time() - 3 * 3600
         if outdated and path.name != keep.name and len(path.name) == len(keep.name):
@@ -398,7 +414,9 @@ def make_base(release: str) -> Path:
 
 def configure(root: Path) -> None:
     """Our settings, and the agent."""
-    (root / "etc/machine-id").write_text("")  # Empty, not missing, so that no boot takes itself for the first.
+    (root / "etc/machine-id").write_text(
+        ""
+    )  # Empty, not missing, so that no boot takes itself for the first.
     (root / "etc/hostname").write_text("machine\n")
     (root / "etc/fstab").write_text("")
     (root / "etc/resolv.conf").unlink(missing_ok=True)
@@ -438,7 +456,9 @@ def make_boot_initrd(root: Path, version: str, path: Path) -> None:
     for name in BOOT_MODULES:
         if name in by_name:  # Otherwise it is built in.
             # depmod lists what a module needs with the one to load first at the end.
-            wanted += [module for module in [*reversed(needs[by_name[name]]), by_name[name]] if module not in wanted]
+            wanted += [
+                module for module in [*reversed(needs[by_name[name]]), by_name[name]] if module not in wanted
+            ]
 
     with tempfile.TemporaryDirectory() as name:
         tree = Path(name)
@@ -483,7 +503,20 @@ def make_image(release: str) -> None:
             shutil.copyfile(root / f"boot/vmlinuz-{version}", partial / "vmlinuz")
             make_boot_initrd(root, version, partial / "boot.img")
             run(
-                *("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-m", "0", "-L", "root"),
+                *(
+                    "mke2fs",
+                    "-q",
+                    "-t",
+                    "ext4",
+                    "-O",
+                    "^has_journal",
+                    "-E",
+                    "root_owner=0:0",
+                    "-m",
+                    "0",
+                    "-L",
+                    "root",
+                ),
                 *("-d", root, partial / "root.img", "2G"),
             )
         partial.rename(path)
@@ -508,7 +541,15 @@ def make_initrd(release: str, options: Sequence[str]) -> None:
             # By the release's own Python: what is installed may contain its bytecode.
             run("chroot", root, "make", "-C", "/mnt", "install")
             run(
-                *("chroot", root, "dracut", "--force", "--no-hostonly", "--no-hostonly-cmdline", "--no-early-microcode"),
+                *(
+                    "chroot",
+                    root,
+                    "dracut",
+                    "--force",
+                    "--no-hostonly",
+                    "--no-hostonly-cmdline",
+                    "--no-early-microcode",
+                ),
                 # Not compressed: unpacking it is what an emulated machine would spend most of its boot on.
                 *("--no-compress", "--add", "storagetm", *options, "--kver", version, "/tmp/initrd.img"),
             )
@@ -521,7 +562,9 @@ def make_initrd(release: str, options: Sequence[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="images.py", description="Make what the emulated machines boot from.")
+    parser = argparse.ArgumentParser(
+        prog="images.py", description="Make what the emulated machines boot from."
+    )
     parser.add_argument("kind", choices=("image", "initrd"))
     parser.add_argument("release", choices=RELEASES)
     parser.add_argument("options", nargs="*", help="further options for dracut")

@@ -1,4 +1,5 @@
-"""Emulated machines: booted in QEMU without hardware virtualisation, and controlled from the outside and the inside.
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Emulated machines: QEMU without hardware virtualisation, controlled from the outside and the inside.
 
     with Machine("target", image, disks=[Disk("data", serial="DISK-A")]) as machine:
         machine.start()
@@ -6,16 +7,16 @@
         print(machine.run("lsblk").stdout)
 
 - From the inside, through the agent: `run()`, `start_process()`, `put()`, `get()`.
-- From the outside, through QEMU: `add_disk()`, `remove_disk()`, `resize_disk()`, `insert_medium()`, `eject_medium()`,
-  `set_link()`, `reset()`, `kill()`, `screendump()`, `vga_text()`.
+- From the outside, through QEMU: `add_disk()`, `remove_disk()`, `resize_disk()`, `insert_medium()`,
+  `eject_medium()`, `set_link()`, `reset()`, `kill()`, `screendump()`, `vga_text()`.
 - As somebody who sits in front of it: `screen()`, `wait_screen()`, `send_keys()` for the serial console.
 
-Nothing that a machine does to its root disk is kept. Machines are `start()`ed from the main thread: they die with the
-thread that started them, so that a test run that is killed leaves none behind. To boot several at a time, start them all
-and then wait for each.
+Nothing that a machine does to its root disk is kept. Machines are `start()`ed from the main thread: they die
+with the thread that started them, so that a test run that is killed leaves none behind. To boot several at a
+time, start them all and then wait for each.
 
-All times are in seconds. They are limits for a machine that is stuck, not expectations: emulation is slow, and a host that
-is busy with something else makes it slower.
+All times are in seconds. They are limits for a machine that is stuck, not expectations: emulation is slow,
+and a host that is busy with something else makes it slower.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import base64
 import dataclasses
 import hashlib
 import json
-import os
 import queue
 import re
 import shlex
@@ -100,7 +100,8 @@ class Result:
 class Disk:
     """A disk, or with `kind="cd"` a CD drive, that is empty unless it has a path.
 
-    `size` and `block_size` are in bytes. Without a path the disk is a new file full of zeros, see `Machine.disk_path()`.
+    `size` and `block_size` are in bytes. Without a path the disk is a new file full of zeros, see
+    `Machine.disk_path()`.
     """
 
     id: str
@@ -116,7 +117,8 @@ class Disk:
 class Wire:
     """A network cable: give one end to each of two machines.
 
-    An end can be used again once its machine is gone. Packets into an end without a machine are lost, as they should be.
+    An end can be used again once its machine is gone. Packets into an end without a machine are lost, as
+    they should be.
     """
 
     def __init__(self) -> None:
@@ -178,7 +180,7 @@ class Qmp:
         return str(self.call("human-monitor-command", command_line=command))
 
     def wait_event(self, name: str, timeout: float, **data: str) -> dict[str, Any]:
-        """Wait for an event whose data has these values, among them one that has come in since the last wait for it."""
+        """Wait for an event whose data has these values; it may have come in since the last wait for it."""
         deadline = time.monotonic() + timeout
         with self._lock:
             while True:
@@ -200,15 +202,19 @@ class Qmp:
 class Terminal:
     """A terminal of a fixed size that understands what programs write to the serial console."""
 
-    # pyte prints these, which it doesn't know, instead of skipping them: control sequences with intermediate bytes or
-    # private parameters that only xterm knows, and device control, application and privacy strings.
-    UNKNOWN = re.compile(rb"\x1b\[[0-?]*[ -/]+[@-~]|\x1b\[[<=>][0-?]*[@-~]|\x1b[PX^_].*?(?:\x1b\\|\x07)", re.DOTALL)
-    UNFINISHED = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|[PX^_][^\x1b\x07]{0,4096}\x1b?|\][^\x1b\x07]{0,4096}\x1b?)?\Z")
+    # pyte prints these, which it doesn't know, instead of skipping them: control sequences with intermediate
+    # bytes or private parameters that only xterm knows, and device control, application and privacy strings.
+    UNKNOWN = re.compile(
+        rb"\x1b\[[0-?]*[ -/]+[@-~]|\x1b\[[<=>][0-?]*[@-~]|\x1b[PX^_].*?(?:\x1b\\|\x07)", re.DOTALL
+    )
+    UNFINISHED = re.compile(
+        rb"\x1b(?:\[[0-?]*[ -/]*|[PX^_][^\x1b\x07]{0,4096}\x1b?|\][^\x1b\x07]{0,4096}\x1b?)?\Z"
+    )
 
     def __init__(self, columns: int, rows: int, reply: Callable[[str], None] | None = None) -> None:
         self._screen = pyte.Screen(columns, rows)
         if reply:
-            self._screen.write_process_input = reply  # type: ignore[method-assign]
+            self._screen.write_process_input = reply  # type: ignore[assignment]
         self._stream = pyte.ByteStream(self._screen)
         self._rest = b""
 
@@ -257,7 +263,9 @@ class Process:
         """Wait for its end and return its return code."""
         returncode = self.poll(timeout)
         if returncode is None:
-            raise self.machine.error(f"Process {self.pid} has not ended within {timeout:.0f} s; it wrote:\n{self.output}")
+            raise self.machine.error(
+                f"Process {self.pid} has not ended within {timeout:.0f} s; it wrote:\n{self.output}"
+            )
         return returncode
 
     @property
@@ -281,7 +289,9 @@ class Process:
 
     def kill(self, number: int = signal.SIGTERM, *, group: bool = False) -> None:
         """Send a signal to it, or with `group` also to what it has started."""
-        self.machine.agent.request({"op": "signal", "pid": self.pid, "signal": int(number), "group": group}, 60)
+        self.machine.agent.request(
+            {"op": "signal", "pid": self.pid, "signal": int(number), "group": group}, 60
+        )
 
 
 class Agent:
@@ -352,12 +362,12 @@ class Agent:
 class Machine:
     """One emulated machine.
 
-    `memory` is in MiB, `terminal` the columns and rows of the terminal on the serial console. `kernel_options` are added to
-    the command line. With an `initrd` the machine boots that instead of the image's, and has no root disk unless
-    `root_disk` is true.
+    `memory` is in MiB, `terminal` the columns and rows of the terminal on the serial console.
+    `kernel_options` are added to the command line. With an `initrd` the machine boots that instead of the
+    image's, and has no root disk unless `root_disk` is true.
 
-    `machine_id` is what systemd takes for the machine's ID, by default one made from the name; an empty string leaves it
-    to the machine. `reboots` says what a reboot does: boot again, or end the machine.
+    `machine_id` is what systemd takes for the machine's ID, by default one made from the name; an empty
+    string leaves it to the machine. `reboots` says what a reboot does: boot again, or end the machine.
     """
 
     def __init__(
@@ -429,7 +439,15 @@ class Machine:
         command = [
             # Ends QEMU if this process ends, however that comes about.
             *("setpriv", "--pdeathsig", "KILL"),
-            *("qemu-system-x86_64", "-name", self.name, "-nodefaults", "-no-user-config", "-display", "none"),
+            *(
+                "qemu-system-x86_64",
+                "-name",
+                self.name,
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+            ),
             # The plain old PC: any of its PCI slots takes a disk while it runs, and it has an IDE bus.
             *("-machine", "pc,usb=off", "-accel", "tcg,thread=multi,tb-size=256"),
             # Five-level page tables only make emulation slower.
@@ -444,8 +462,9 @@ class Machine:
             *("-vga", "std" if self._vga else "none"),
         ]
         if self._interactive:
-            # mux: Ctrl-A X ends the machine.
-            command += ["-serial", "mon:stdio"]
+            # With mux, Ctrl-A X ends the machine; without signal, Ctrl-C is the machine's.
+            command += ["-chardev", f"stdio,id=console,mux=on,signal=off,logfile={self.console_log}"]
+            command += ["-serial", "chardev:console", "-mon", "chardev=console"]
         else:
             command += [
                 "-chardev",
@@ -456,7 +475,10 @@ class Machine:
             command.append("-no-reboot")
         if self._root_disk:
             # First, so that it is /dev/vda.
-            command += ["-drive", f"if=none,id=root,format=raw,file={self.image.root},snapshot=on,cache=unsafe"]
+            command += [
+                "-drive",
+                f"if=none,id=root,format=raw,file={self.image.root},snapshot=on,cache=unsafe",
+            ]
             command += ["-device", "virtio-blk-pci,drive=root,serial=root"]
         command += ["-device", "virtio-scsi-pci,id=scsi"]
         if any(disk.bus == "usb" for disk in self._disks):
@@ -564,7 +586,9 @@ class Machine:
         return MachineError(f"{self.name}: {message}{self._tail_note()}")
 
     def _tail_note(self) -> str:
-        return f"\n--- {self.name}'s console, its last lines (all of it: {self.console_log}) ---\n{self.console_tail()}"
+        return (
+            f"\n--- the last lines of {self.name}'s console, {self.console_log} ---\n{self.console_tail()}"
+        )
 
     # Inside, through the agent.
 
@@ -593,12 +617,14 @@ class Machine:
         )
         stdout, stderr = base64.b64decode(reply["stdout"]), base64.b64decode(reply["stderr"])
         shown = command if isinstance(command, str) else shlex.join(command)
-        output = f"--- stdout ---\n{stdout.decode(errors='replace')}\n--- stderr ---\n{stderr.decode(errors='replace')}"
+        result = Result(reply["returncode"], stdout, stderr)
+        output = f"--- stdout ---\n{result.stdout}\n--- stderr ---\n{result.stderr}"
         if reply["timed_out"]:
             raise self.error(f"`{shown}` has not ended within {timeout:.0f} s.\n{output}")
-        result = Result(reply["returncode"], stdout, stderr)
         if check and result.returncode != 0:
-            raise CommandError(f"{self.name}: `{shown}` returned {result.returncode}.\n{output}{self._tail_note()}")
+            raise CommandError(
+                f"{self.name}: `{shown}` returned {result.returncode}.\n{output}{self._tail_note()}"
+            )
         return result
 
     def start_process(self, command: Command, *, environment: Mapping[str, str] | None = None) -> Process:
@@ -619,14 +645,17 @@ class Machine:
             data = data.read_bytes()
         content = data.encode() if isinstance(data, str) else data
         self.agent.request(
-            {"op": "put", "path": path, "data": base64.b64encode(content).decode(), "mode": mode}, COMMAND_TIMEOUT
+            {"op": "put", "path": path, "data": base64.b64encode(content).decode(), "mode": mode},
+            COMMAND_TIMEOUT,
         )
 
     def get(self, path: str) -> bytes:
         """Read a file in the machine."""
         return base64.b64decode(self.agent.request({"op": "get", "path": path}, COMMAND_TIMEOUT)["data"])
 
-    def wait_until(self, condition: Callable[[], T | None], timeout: float = COMMAND_TIMEOUT, interval: float = 0.2) -> T:
+    def wait_until(
+        self, condition: Callable[[], T | None], timeout: float = COMMAND_TIMEOUT, interval: float = 0.2
+    ) -> T:
         """Wait until a function returns something true, and return that. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while True:
@@ -712,7 +741,9 @@ class Machine:
         self.qmp.call("blockdev-change-medium", id=f"{drive_id}-device", filename=str(path), format="raw")
 
     def eject_medium(self, drive_id: str, *, force: bool = False) -> None:
-        """Press a CD drive's eject button, or with `force` pull the CD out although the machine has locked the drive."""
+        """Press a CD drive's eject button, or with `force` pull the CD out although the machine has locked
+        the drive.
+        """
         deadline = time.monotonic() + 60
         while True:
             try:
@@ -748,7 +779,11 @@ class Machine:
 
     def console_tail(self, lines: int = 40) -> str:
         """The last lines that the serial console has shown, without what controls the terminal."""
-        text = re.sub(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])|\r", b"", bytes(self._console))
+        text = re.sub(
+            rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])|\r",
+            b"",
+            bytes(self._console),
+        )
         return "\n".join(text.decode(errors="replace").splitlines()[-lines:])
 
     def console_bytes(self) -> bytes:
@@ -759,8 +794,8 @@ class Machine:
     def screen(self, columns: int | None = None, rows: int | None = None) -> list[str]:
         """What the serial console shows on a terminal, line by line.
 
-        Without a size it is that of the terminal that the machine knows of. For another one, all that was ever written is
-        drawn again.
+        Without a size it is that of the terminal that the machine knows of. For another one, all that was
+        ever written is drawn again.
         """
         with self._console_changed:
             if columns is None and rows is None:
@@ -770,7 +805,7 @@ class Machine:
             return terminal.lines()
 
     def wait_screen(self, pattern: str, timeout: float = BOOT_TIMEOUT) -> list[str]:
-        """Wait until the screen shows something that a regular expression matches; return the screen then."""
+        """Wait until a regular expression matches what the screen shows; return the screen then."""
         deadline = time.monotonic() + timeout
         with self._console_changed:
             while True:
@@ -793,7 +828,9 @@ class Machine:
         self.qmp.call("screendump", filename=str(path), format="png")
 
     def vga_text(self, columns: int = 80, rows: int = 25) -> list[str]:
-        """What the VGA console shows, line by line, while it is in text mode: `vga=True`, kernel option `nomodeset`."""
+        """What the VGA console shows, line by line, while it is in text mode: `vga=True`, kernel option
+        `nomodeset`.
+        """
         start = 0
         for register in (0x0C, 0x0D):
             self.qmp.monitor(f"o/b 0x3d4 {register}")

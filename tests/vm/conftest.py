@@ -1,11 +1,13 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Fixtures for tests that need machines.
 
-- `target` and `client` are two machines of Debian 13 on one wire, shared by all tests: a test leaves them as it found them.
-  Their addresses are 192.0.2.1 and 192.0.2.2, and link-local ones.
+- `target` and `client` are two machines of Debian 13 on one wire, shared by all tests: a test leaves them as
+  it found them. Their addresses are 192.0.2.1 and 192.0.2.2, and link-local ones.
 - `boot` boots more, of either release, for one test only.
 - `release` runs a test once for each release.
 
-What a machine has shown on its console is in build/vm-logs/, and is added to the report of a test that fails.
+What a machine has shown on its console is in build/vm-logs/, and is added to the report of a test that
+fails.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ TARGET_DISKS = (
 class BootMachine(Protocol):
     """What the fixture `boot` is: `Machine()`, with a release instead of an image."""
 
-    def __call__(self, name: str, image: str = "trixie", *, wait: bool = True, **options: Any) -> Machine: ...
+    def __call__(
+        self, name: str, image: str = "trixie", *, wait: bool = True, **options: Any
+    ) -> Machine: ...
 
 
 def prepare(machine: Machine, tool: Path, number: int = 0) -> None:
@@ -66,7 +70,7 @@ def tool() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_machines(images: dict[str, Image], tool: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Machine]]:
+def shared_machines(images: dict[str, Image], tool: Path) -> Iterator[list[Machine]]:
     wire = Wire()
     target = Machine("target", images["trixie"], disks=TARGET_DISKS, nics=[Nic(wire, 0)], log_directory=LOGS)
     client = Machine("client", images["trixie"], nics=[Nic(wire, 1)], log_directory=LOGS)
@@ -99,7 +103,8 @@ def release(request: pytest.FixtureRequest) -> str:
 def boot(images: dict[str, Image], tool: Path, request: pytest.FixtureRequest) -> Iterator[BootMachine]:
     """Boot a machine that is gone when the test ends.
 
-    With `wait=False` it returns at once. Otherwise the tool is put into the machine, and its network is switched on.
+    With `wait=False` it returns at once. Otherwise the tool is put into the machine, and its network is
+    switched on.
     """
     machines: list[Machine] = []
     logs = LOGS / re.sub(r"[^\w.-]+", "-", request.node.name).strip("-")
@@ -121,9 +126,11 @@ def boot(images: dict[str, Image], tool: Path, request: pytest.FixtureRequest) -
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Any:
+def pytest_runtest_makereport() -> Any:
     report = yield
     if report.failed:
         for machine in live_machines():
-            report.sections.append((f"console of {machine.name}: {machine.console_log}", machine.console_tail()))
+            report.sections.append(
+                (f"console of {machine.name}: {machine.console_log}", machine.console_tail())
+            )
     return report

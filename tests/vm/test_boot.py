@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The test machines themselves: that they boot, and that all that other tests rely on works."""
 
 from __future__ import annotations
@@ -62,14 +63,18 @@ def test_medium(target: Machine, tmp_path: Path) -> None:
 def test_release(boot: BootMachine, release: str) -> None:
     """Either release has the kernel modules that the project is about, and sees disks come, grow and go."""
     begin = time.monotonic()
-    machine = boot("machine", image=release, disks=[Disk("first", serial="DISK-1")], machine_id="0123456789abcdef" * 2)
+    machine = boot(
+        "machine", image=release, disks=[Disk("first", serial="DISK-1")], machine_id="0123456789abcdef" * 2
+    )
     print(f"{release} booted in {time.monotonic() - begin:.1f} s.")
     machine.run("modprobe -a nvmet-tcp nvme-tcp null_blk")
     assert machine.run("cat /etc/machine-id").stdout == "0123456789abcdef" * 2 + "\n"
 
     machine.add_disk(Disk("second", serial="DISK-2", size=8 << 20))
     machine.add_disk(Disk("third", serial="DISK-3", bus="scsi"))
-    machine.wait_run("test -b /dev/disk/by-id/virtio-DISK-2 -a -b /dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_DISK-3")
+    machine.wait_run(
+        "test -b /dev/disk/by-id/virtio-DISK-2 -a -b /dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_DISK-3"
+    )
     machine.run("printf written >/dev/disk/by-id/virtio-DISK-2 && sync")
     assert machine.disk_path("second").read_bytes().startswith(b"written\0")
 
@@ -78,4 +83,6 @@ def test_release(boot: BootMachine, release: str) -> None:
 
     machine.remove_disk("second")
     machine.remove_disk("third")
-    machine.wait_run("! test -e /dev/disk/by-id/virtio-DISK-2 -o -e /dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_DISK-3")
+    machine.wait_run(
+        "! test -e /dev/disk/by-id/virtio-DISK-2 -o -e /dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_DISK-3"
+    )

@@ -1,9 +1,10 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Carries out the test harness's commands inside an emulated machine.
 
-Speaks over a virtio-serial port, so it needs no network and works whatever a test does to it. A request is one line of
-JSON with an `id` and an `op`; the reply is one line with the same `id` and either the results or an `error`. Bytes travel
-as base64. Every request gets a thread, so a long one does not hold up the others.
+Speaks over a virtio-serial port, so it needs no network and works whatever a test does to it. A request is
+one line of JSON with an `id` and an `op`; the reply is one line with the same `id` and either the results or
+an `error`. Bytes travel as base64. Every request gets a thread, so a long one does not hold up the others.
 """
 
 import base64
@@ -25,7 +26,9 @@ _processes: dict[int, tuple[subprocess.Popen[bytes], str]] = {}
 
 
 def find_port() -> str:
-    """The device node of the port; found through sysfs, since udev's link to it may come later than this agent."""
+    """The device node of the port; found through sysfs, since udev's link to it may come later than this
+    agent.
+    """
     while True:
         for path in glob.glob("/sys/class/virtio-ports/*/name"):
             with open(path) as file:
@@ -54,14 +57,18 @@ def kill_session(pid: int, number: int = signal.SIGKILL) -> None:
         pass
 
 
-def op_hello(request: dict[str, Any]) -> dict[str, Any]:
+def op_hello(_request: dict[str, Any]) -> dict[str, Any]:
     with open("/proc/sys/kernel/random/boot_id") as file:
         return {"boot_id": file.read().strip(), "uptime": time.clock_gettime(time.CLOCK_BOOTTIME)}
 
 
 def op_run(request: dict[str, Any]) -> dict[str, Any]:
     # Files rather than pipes: a daemon that inherits them must not keep this waiting for the end of a pipe.
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+    with (
+        tempfile.TemporaryFile() as stdin,
+        tempfile.TemporaryFile() as stdout,
+        tempfile.TemporaryFile() as stderr,
+    ):
         stdin.write(base64.b64decode(request.get("stdin", "")))
         stdin.seek(0)
         process = spawn(request, stdin=stdin, stdout=stdout, stderr=stderr)
@@ -118,7 +125,11 @@ def op_put(request: dict[str, Any]) -> dict[str, Any]:
     path = request["path"]
     os.makedirs(os.path.dirname(path), exist_ok=True)
     # Replaced, not rewritten: a program that runs from the old file keeps it.
-    temporary = f"{path}.agent-{threading.get_ident()}" if not path.startswith(("/sys/", "/proc/", "/dev/")) else path
+    temporary = (
+        f"{path}.agent-{threading.get_ident()}"
+        if not path.startswith(("/sys/", "/proc/", "/dev/"))
+        else path
+    )
     with open(temporary, "wb") as file:
         file.write(base64.b64decode(request["data"]))
         if temporary != path:
