@@ -2034,8 +2034,9 @@ class NvmeTcp:
     def connect(self, address: Address, what: str) -> str:
         """The command that attaches `what` ("connect", "connect-all") on the client.
 
-        A link-local IPv6 address means nothing without the interface, and that is the client's. Behind the address
-        (`%eth0`) it is lost in "connect-all", which goes on with addresses that the target has told, without any.
+        A link-local IPv6 address means nothing without the interface, and that is the client's. Behind the
+        address (`%eth0`) it is lost in "connect-all", which goes on with addresses that the target has told,
+        without any.
         """
         scope = " -f INTERFACE" if address.family == AF_INET6 and address.link_local else ""
         return f"nvme {what} -t tcp -a {address.text} -s {self.ports[address.family]}{scope}"
@@ -2433,9 +2434,8 @@ class Service:
         if not disk.waiting_since:
             disk.waiting_since = now
         waited = now - disk.waiting_since
-        if disk.waiting.startswith("udev"):
-            if waited < UDEV_WAIT_SEC:
-                return  # until udev says so, and the disk is read again
+        if disk.waiting.startswith("udev") and waited < UDEV_WAIT_SEC:
+            return  # until udev says so, and the disk is read again
         try:
             try_lock(disk)
         except OSError as e:
