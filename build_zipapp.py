@@ -25,6 +25,28 @@ from storagetm import main
 
 sys.exit(main())
 """
+# What the compiler takes, some 10 MB, Python does not give back. So a child compiles, and the service, which may
+# run for days, gets the code through a pipe.
+MAIN_FROM_SOURCE = """\
+import marshal
+import os
+import sys
+
+incoming, outgoing = os.pipe()
+if (child := os.fork()) == 0:
+    try:
+        with open(outgoing, "wb") as pipe:
+            marshal.dump(__loader__.get_code("storagetm"), pipe)
+    finally:
+        os._exit(0)
+os.close(outgoing)
+with open(incoming, "rb") as pipe:
+    code = marshal.load(pipe)
+os.waitpid(child, 0)
+module = sys.modules["storagetm"] = type(sys)("storagetm")
+exec(code, module.__dict__)
+sys.exit(module.main())
+"""
 # Zip archives know no time before 1980; this is the date of everything where the caller sets none.
 FALLBACK_EPOCH = 315532800
 # In a .pyc's flags: it carries its source's hash in place of a date, and importing it looks at neither.
@@ -33,7 +55,7 @@ PYC_UNCHECKED_HASH = 0b01
 
 def bytecode(source: bytes, name: str) -> bytes:
     """Compile for the running interpreter, without the date that would tie it to one copy of the source."""
-    code = compile(source, name, "exec", dont_inherit=True, optimize=0)
+    code = compile(source, name, "exec", dont_inherit=True, optimize=2)
     return b"".join(
         (
             importlib.util.MAGIC_NUMBER,
@@ -51,7 +73,7 @@ def timestamp() -> tuple[int, int, int, int, int, int]:
 
 
 def pack(source: bytes, *, interpreter: str = INTERPRETER, with_bytecode: bool = False) -> bytes:
-    files = {"__main__.py": MAIN.encode(), "storagetm.py": source}
+    files = {"__main__.py": (MAIN if with_bytecode else MAIN_FROM_SOURCE).encode(), "storagetm.py": source}
     if with_bytecode:
         # zipimport takes the .pyc when its magic number is the interpreter's own and the .py otherwise, so
         # the archive works with every other version too, only slower.
@@ -63,7 +85,8 @@ def pack(source: bytes, *, interpreter: str = INTERPRETER, with_bytecode: bool =
     with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, content in sorted(files.items()):
             info = zipfile.ZipInfo(name, date)
-            info.compress_type = zipfile.ZIP_DEFLATED
+            # Bytecode is there for a quick start, and an initrd is compressed anyway.
+            info.compress_type = zipfile.ZIP_STORED if name.endswith(".pyc") else zipfile.ZIP_DEFLATED
             # ZipInfo takes the system from the one it runs on, and the mode of a regular file from nowhere.
             info.create_system = 3
             info.external_attr = 0o100644 << 16
