@@ -2645,7 +2645,7 @@ OPTIONS = (
         "",
         "Export all local disks, now and as they come and go;\ntwice: also those in use by this system",
     ),
-    ("", "nqn", "NQN", "Use this NVMe Qualified Name in front of the disks' names"),
+    ("", "nqn", "NQN", "Use this NVMe Qualified Name before the disks' names"),
     ("", "force", "", "Export the named devices even if they are in use"),
     ("", "list-devices", "", "Show what --all would export, what not, and why"),
     ("", "dry-run", "", "Show each step in configfs and do none; needs no root"),
