@@ -25,8 +25,8 @@ from storagetm import main
 
 sys.exit(main())
 """
-# What the compiler takes, some 10 MB, Python does not give back. So a child compiles, and the service, which may
-# run for days, gets the code through a pipe.
+# What the compiler takes, some 10 MB, Python does not give back. So a child compiles, and the service, which
+# may run for days, gets the code through a pipe.
 MAIN_FROM_SOURCE = """\
 import marshal
 import os
