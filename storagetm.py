@@ -189,11 +189,18 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_attribute(path: str) -> str:
-    """The text of a sysfs or procfs file without surrounding blanks; empty if it cannot be read."""
+    """The text of a small file, as in sysfs, without blanks around it; empty if it cannot be read."""
     try:
-        return printable(read_bytes(path)).strip()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return ""
+    try:
+        # One read(2) gives all of an attribute, which is at most a page long.
+        return printable(os.read(fd, 4096).strip())
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
 
 
 def write_attribute(path: str, value: str) -> None:
@@ -466,8 +473,8 @@ def is_id128(text: str) -> bool:
 def parse_assignments(raw: bytes) -> dict[str, str]:
     """KEY=VALUE lines, as in os-release(5) and sysfs's uevent files; other lines are ignored."""
     found = {}
-    for line in printable(raw).split("\n"):
-        key, equals, value = line.strip().partition("=")
+    for line in raw.split(b"\n"):
+        key, equals, value = printable(line.strip()).partition("=")
         if not equals or not key or key.startswith("#"):
             continue
         if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
@@ -565,12 +572,12 @@ class Disk:
         "reported",
         "serial",
         "size",
-        "stable",
         "sysname",
         "tag",
         "waiting",
         "waiting_named",
         "waiting_since",
+        "wanted",
     )  # fmt: skip
 
     def __init__(self, name: str, node: str, sysname: str = "") -> None:
@@ -584,7 +591,6 @@ class Disk:
         self.model = ""
         self.serial = ""  # ID_SERIAL_SHORT
         self.id_serial = ""  # ID_SERIAL
-        self.stable = ""  # what tells disks without a serial apart
         self.left_out = ""
         self.waiting = ""
         self.failed = ""
@@ -592,7 +598,8 @@ class Disk:
         self.waiting_named = False
         self.reported = ""
         self.fd = -1
-        self.branch: Branch | None = None
+        self.branch: Branch | None = None  # what of it is live
+        self.wanted: tuple[object, Branch] | None = None  # the last one computed, and from what
         self.buffered = False  # a file on a file system without direct I/O
 
     @property
@@ -603,6 +610,18 @@ class Disk:
     def fingerprint(self) -> tuple[str, int, bool]:
         """What must change before an export that failed is tried again."""
         return self.tag, self.size, self.read_only
+
+    def stable(self) -> str:
+        """What tells it from other disks without a serial number, as long as nobody moves it."""
+        base = sys_block(self.sysname)
+        if not self.sysname:
+            return self.node
+        return (
+            read_attribute(base + "/dm/uuid")
+            or read_attribute(base + "/wwid")
+            or read_attribute(base + "/device/wwid")
+            or (os.path.realpath(base + "/device") if os.path.exists(base + "/device") else self.node)
+        )
 
     def status(self) -> str:
         return self.left_out or self.failed or self.waiting
@@ -634,6 +653,11 @@ def device_number(node: str) -> str:
     return f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}" if stat.S_ISBLK(st.st_mode) else ""
 
 
+def is_stacked(sysname: str) -> bool:
+    """Whether a block device is made of others; of whole disks only those of md and device-mapper are."""
+    return sysname.startswith(("dm-", "md"))
+
+
 def partitions_of(sysname: str) -> list[str]:
     base = sys_block(sysname)
     return [
@@ -652,8 +676,10 @@ def udev_runs() -> bool:
 
 def parse_udev_database(raw: bytes) -> dict[str, str]:
     """The properties of an entry of udev's database (systemd's device-private.c). Takes any bytes."""
-    lines = (line[2:] for line in raw.split(b"\n") if line.startswith(b"E:"))
-    return parse_assignments(b"\n".join(lines))
+    # All others begin with links and tags, of which there may be many.
+    return parse_assignments(
+        b"\n".join([line[2:] for line in raw.split(b"\n") if line.startswith(b"E:ID_")])
+    )
 
 
 def parse_vpd_serial(raw: bytes) -> str:
@@ -712,7 +738,11 @@ def why_network(sysname: str, depth: int = 0) -> str:
     ):
         if sysname.startswith(prefix):
             return f"comes over the network ({what})"
-    path = os.path.realpath(sys_block(sysname))
+    try:
+        # Its place in the device tree, "../../devices/pci0000:00/...": realpath() would ask at each part.
+        path = os.path.normpath(os.path.join(SYS + "class/block", os.readlink(sys_block(sysname))))
+    except OSError:
+        return "may come over the network (it is not in sysfs)"
     for part in path.split("/"):
         if part.startswith("session") and part[7:].isdigit():
             return "comes over the network (iSCSI)"
@@ -730,7 +760,7 @@ def why_network(sysname: str, depth: int = 0) -> str:
             return "may come over the network (its NVMe controller does not say)"
         if others := transports - {"pcie", "apple-nvme"}:
             return f"comes over the network (NVMe/{sorted(others)[0].upper()})"
-    if depth < 16:
+    if is_stacked(sysname) and depth < 16:
         for lower in list_directory(sys_block(sysname) + "/slaves"):
             if why := why_network(lower, depth + 1):
                 return f"is made of '{lower}', which {why}"
@@ -810,14 +840,14 @@ class Usage:
             return f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}"
         return f"file {st.st_dev}:{st.st_ino}"
 
-    def of(self, sysname: str, seen: set[str] | None = None) -> str:
+    def of(self, sysname: str, seen: set[str] | None = None, number: str = "") -> str:
         """How the system uses a block device, its partitions, or what is stacked on them; empty if not."""
         seen = set() if seen is None else seen
         if sysname in seen:
             return ""
         seen.add(sysname)
         base = sys_block(sysname)
-        number = read_attribute(base + "/dev")
+        number = number or read_attribute(base + "/dev")
         if not number:
             return f"its use cannot be determined ('{base}/dev' cannot be read)"
         if number in self.direct:
@@ -866,8 +896,7 @@ def why_claimed(sysname: str) -> str:
 
 def device_node(sysname: str) -> str:
     """The node of a block device as devtmpfs names it."""
-    name = read_assignments(sys_block(sysname) + "/uevent").get("DEVNAME") or sysname.replace("!", "/")
-    return DEV + name
+    return DEV + sysname.replace("!", "/")
 
 
 def probe_block_device(disk: Disk) -> None:
@@ -881,12 +910,6 @@ def probe_block_device(disk: Disk) -> None:
     disk.size = int(size) * 512 if size.isdigit() else 0
     disk.read_only = read_attribute(base + "/ro") == "1"
     disk.removable = read_attribute(base + "/removable") == "1"
-    disk.stable = (
-        read_attribute(base + "/dm/uuid")
-        or read_attribute(base + "/wwid")
-        or read_attribute(base + "/device/wwid")
-        or (os.path.realpath(base + "/device") if os.path.exists(base + "/device") else disk.node)
-    )
     try:
         identity_from_udev(disk, parse_udev_database(read_bytes(f"{UDEV}data/b{number}")))
         disk.waiting = ""
@@ -901,7 +924,6 @@ def probe_file(disk: Disk) -> None:
     disk.tag = f"file {st.st_dev}:{st.st_ino}"
     disk.size = st.st_size
     disk.read_only = not os.access(disk.node, os.W_OK)
-    disk.stable = disk.node
     try:
         # tmpfs had no direct I/O before Linux 6.6, and nvmet asks for it unless told to go through the
         # cache.
@@ -959,9 +981,7 @@ def why_not_all(disk: Disk) -> str:
     ):
         if disk.sysname.startswith(prefix) and disk.sysname[len(prefix) :].isdigit():
             return f"it is {what}"
-    base = sys_block(disk.sysname)
-    stacked = os.path.isdir(base + "/md") or os.path.isdir(base + "/dm")
-    if stacked and (holders := list_directory(base + "/holders")):
+    if is_stacked(disk.sysname) and (holders := list_directory(sys_block(disk.sysname) + "/holders")):
         return f"it is part of '{DEV}{min(holders, key=natural_order)}'"
     if why := why_network(disk.sysname):
         return f"it {why}"
@@ -971,7 +991,11 @@ def why_not_all(disk: Disk) -> str:
 def lock_holder(fd: int) -> str:
     """Who holds a BSD lock on the open file, as far as /proc/locks tells."""
     st = os.fstat(fd)
-    for line in read_attribute(PROC + "locks").split("\n"):
+    try:
+        lines = printable(read_bytes(PROC + "locks")).split("\n")
+    except OSError:
+        lines = []
+    for line in lines:
         fields = line.split()
         if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5].endswith(f":{st.st_ino}"):
             name = read_attribute(f"{PROC}{fields[4]}/comm")
@@ -1017,9 +1041,7 @@ class Inventory:
                 self.forget(name)
             usage = self.usage()
             # Removable drives last: some take seconds to say that they are empty.
-            for name in sorted(
-                names, key=lambda n: (read_attribute(f"{SYS}block/{n}/removable"), natural_order(n))
-            ):
+            for name in sorted(names, key=lambda n: (n.startswith(("fd", "sr")), natural_order(n))):
                 self.examine(name, usage)
             return
         usage = self.usage()
@@ -1108,7 +1130,8 @@ class Inventory:
             return ""
         if usage is None:
             return "its use by the running system cannot be determined"
-        use = usage.of(disk.sysname) if disk.sysname else usage.of_file(disk.node)
+        number = disk.tag.partition(" ")[0]
+        use = usage.of(disk.sysname, None, number) if disk.sysname else usage.of_file(disk.node)
         return f"it is in use: {use}" if use else ""
 
     @staticmethod
@@ -1126,7 +1149,7 @@ class Inventory:
         """Reads one disk again and decides whether it is exported; forgets it if it is gone."""
         disk = self.disks.get(name)
         if disk is None:
-            if read_attribute(f"{SYS}block/{name}/hidden") == "1":
+            if name.startswith("nvme") and read_attribute(f"{SYS}block/{name}/hidden") == "1":
                 return  # one path of an NVMe multipath disk, without a node
             node = device_node(name)
             disk = Disk(os.path.basename(node), node, name)
@@ -1972,7 +1995,13 @@ class NvmeTcp:
         return branches
 
     def disk_branch(self, disk: Disk) -> Branch:
-        """What has to be in configfs to export `disk`."""
+        """What has to be in configfs to export `disk`; the same object as long as nothing changes."""
+        basis = (disk.tag, disk.size, disk.model, disk.serial, disk.id_serial, tuple(self.ports.values()))
+        if disk.wanted is None or disk.wanted[0] != basis:
+            disk.wanted = basis, self.make_disk_branch(disk)
+        return disk.wanted[1]
+
+    def make_disk_branch(self, disk: Disk) -> Branch:
         subsystem = self.root(disk)
         namespace = subsystem + "/namespaces/1"
         links = [f"nvmet/ports/{n}/subsystems/{self.nqn(disk)}" for n in self.ports.values()]
@@ -2014,7 +2043,7 @@ class NvmeTcp:
         """The disk's serial number, or one that is stable for the disk and unique on this machine."""
         text = nvme_string(os.environ.get("SYSTEMD_NVME_SERIAL") or disk.serial, SERIAL_MAX)
         return (
-            text or sha256(self.machine.id + b"serial" + os.fsencode(disk.stable)).hexdigest()[:SERIAL_MAX]
+            text or sha256(self.machine.id + b"serial" + os.fsencode(disk.stable())).hexdigest()[:SERIAL_MAX]
         )
 
     def uuid(self, disk: Disk) -> str:
@@ -2404,8 +2433,10 @@ class Service:
 
     def synchronise(self, *, strict: bool = False) -> None:
         """Makes configfs as the disks ask for. `strict`: what fails for a named device raises UserError."""
-        disks = self.inventory.candidates()
         now = time.monotonic()
+        for disk in self.inventory.candidates():
+            disk.left_out = self.transport.why_name(disk)
+        disks = self.inventory.candidates()
         for disk in disks:
             if disk.fd < 0 and not disk.failed:
                 self.claim(disk, now)
@@ -2451,7 +2482,7 @@ class Service:
             )
 
     def wanted_branch(self, disk: Disk) -> Branch | None:
-        if disk.failed or self.transport.why_name(disk):
+        if disk.failed:
             return None
         if disk.fd >= 0:
             return self.transport.disk_branch(disk)
