@@ -23,7 +23,7 @@ PYTHON_FILES = $(shell git ls-files '*.py') dracut-module/python-initrd
 
 PYTEST := $(VENV)/python -m pytest -ra --durations=10
 
-.PHONY: all install uninstall lint help deps test test-unit test-vm shell demo clean
+.PHONY: all install uninstall lint help deps test test-unit test-vm bench shell demo clean
 
 all: storagetm.pyz  ## Pack the program into storagetm.pyz
 
@@ -77,6 +77,9 @@ test-unit: deps  ## Tests that need no kernel but the one they run on; T=NAME fo
 
 test-vm: deps  ## Tests in emulated machines; T=NAME for those whose name has NAME in it
 	$(PYTEST) --verbose $(if $(T),-k '$(T)') tests/vm
+
+bench: deps storagetm.pyz  ## Start and stop with few and many disks, beside systemd-storagetm, as a table
+	$(VENV)/python -m tests.bench
 
 shell: deps storagetm.pyz  ## A root shell in an emulated machine, with the tool and two disks; IMAGE=bookworm for Debian 12
 	$(VENV)/python -m tests.harness.shell $(if $(IMAGE),--release=$(IMAGE)) storagetm.pyz

@@ -1,0 +1,124 @@
+"""`make bench`: the project beside systemd-storagetm, on one kernel, in one run.
+
+One emulated machine of Debian 13 is booted, and both are started and stopped in it in turn, with 1 and with
+256 disks. What is printed are medians, the spread, and the ratio of the two. Absolute times are those of an
+emulated processor; only what stands in one line may be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tests.harness import images
+from tests.harness.images import PROJECT
+from tests.harness.machine import Machine
+
+PEER = "/usr/lib/systemd/systemd-storagetm"
+MEASURE = "/root/measure.py"
+COMMANDS = {
+    "peer": PEER,
+    "installed": "/usr/local/bin/storagetm",
+    "one file": "/usr/local/bin/storagetm.pyz",
+}
+
+
+def install(machine: Machine) -> None:
+    """Puts the program into a machine in both its forms: the one file, and installed, with bytecode."""
+    subprocess.run(["make", "--silent", "storagetm.pyz"], cwd=PROJECT, check=True)
+    machine.put("/usr/local/bin/storagetm.pyz", PROJECT / "storagetm.pyz", mode=0o755)
+    for name in ("storagetm.py", "build_zipapp.py"):
+        machine.put(f"/root/{name}", PROJECT / name)
+    machine.run("python3 /root/build_zipapp.py --bytecode -o /usr/local/bin/storagetm")
+    machine.put(MEASURE, PROJECT / "tests/harness/guest/measure.py")
+
+
+def measure(
+    machine: Machine,
+    runs: int,
+    disks: int,
+    state: str,
+    names: Sequence[str] = tuple(COMMANDS),
+    timeout: float = 3000,
+) -> list[dict[str, Any]]:
+    """The results of measure.py: `ready` and `stop` in seconds, `memory` in KiB, `wakeups` in 3 s."""
+    arguments = [f"{name}={COMMANDS[name]}" for name in names]
+    output = machine.run(
+        ["python3", MEASURE, str(runs), str(disks), state, *arguments], timeout=timeout
+    ).stdout
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """Lines of a Markdown table: a row for each quantity, medians with the lowest and highest value."""
+    lines = [f"| | {' | '.join(names)} | {' | '.join(f'{n} / peer' for n in names[1:])} |"]
+    lines.append("| --- |" + " --: |" * (2 * len(names) - 1))
+    cases = sorted({(r["disks"], r["state"]) for r in results}, key=lambda c: (c[0], c[1] != "rest"))
+    for disks, state in cases:
+        rows = [r for r in results if (r["disks"], r["state"]) == (disks, state)]
+        quantities = [("ready", "s"), ("stop", "s"), ("memory", "KiB"), ("wakeups", "")]
+        for quantity, unit in quantities if state == "rest" else quantities[:2]:
+            cells, medians = [], []
+            for name in names:
+                values = [float(r[quantity]) for r in rows if r["name"] == name]
+                medians.append(statistics.median(values))
+                digits = 2 if unit == "s" else 0
+                cells.append(
+                    f"{medians[-1]:.{digits}f} {unit} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+                )
+            ratios = [f"{m / medians[0]:.2f}" if medians[0] else "-" for m in medians[1:]]
+            what = {
+                "ready": "READY=1",
+                "stop": "stop",
+                "memory": "resident memory",
+                "wakeups": "wake-ups in 3 s",
+            }[quantity]
+            where = f"{disks} disk{'s' if disks > 1 else ''}" + (", udev probing" if state != "rest" else "")
+            lines.append(f"| {where}: {what} | {' | '.join(cells)} | {' | '.join(ratios)} |")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=5, help="of each case (default: %(default)s)")
+    parser.add_argument("--disks", type=int, nargs="+", default=[1, 256])
+    args = parser.parse_args()
+    begin = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - begin:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+    image = images.build("trixie")["trixie"]
+    say("booting an emulated machine")
+    results = []
+    with Machine("bench", image, memory=2048) as machine:
+        machine.wait_boot()
+        install(machine)
+        for disks in args.disks:
+            for state in ("rest", "probing"):
+                if disks == 1 and state == "probing":
+                    continue
+                say(f"{disks} disks, udev {'at rest' if state == 'rest' else 'probing'}")
+                for _ in range(args.runs):
+                    results += measure(machine, 1, disks, state)
+                    say(
+                        "  "
+                        + ", ".join(f"{r['name']} {r['ready']:.2f} s" for r in results[-len(COMMANDS) :])
+                    )
+        kernel = machine.run("uname -r").stdout.strip()
+        version = machine.run([PEER, "--version"]).stdout.split("\n")[0]
+    size = (PROJECT / "storagetm.pyz").stat().st_size
+    print(f"\nLinux {kernel}, {version}, emulated processor. Median of {args.runs} (lowest-highest).\n")
+    print("\n".join(table(results, list(COMMANDS))))
+    print(f"\nstoragetm.pyz: {size} bytes ({size / 1024:.1f} KiB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Measures the project's program or the peer inside an emulated machine, where this script runs.
+
+    measure.py RUNS DISKS rest|probing NAME=COMMAND...
+
+For each run, and in it for each command in turn, DISKS null_blk disks are made anew; then the command is
+started with `--all`, as a service manager would start it. "rest" waits first until udev has left the disks
+alone, "probing" does not. Prints one JSON object a line, times in seconds, memory in KiB.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+SUBSYSTEMS = "/sys/kernel/config/nvmet/subsystems"
+NOTIFY = "/run/measure.notify"
+TIMEOUT = 600.0
+IDLE = 3.0  # for how long wake-ups are counted
+
+
+def make_disks(count: int, *, settle: bool) -> None:
+    subprocess.run(["modprobe", "-r", "null_blk"], check=True)
+    parameters = [f"nr_devices={count}", "gb=1", "submit_queues=1", "hw_queue_depth=4"]
+    subprocess.run(["modprobe", "null_blk", *parameters], check=True)
+    if settle:
+        # Whoever closes a disk makes udev probe it again, so once is not enough.
+        for _ in range(4):
+            subprocess.run(["udevadm", "settle"], check=True)
+            time.sleep(0.5)
+
+
+def status(pid: int, name: str) -> int:
+    with open(f"/proc/{pid}/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def measure(command: list[str]) -> dict[str, object]:
+    """Starts the command, waits for READY=1, lets it idle, stops it."""
+    if os.path.exists(NOTIFY):
+        os.unlink(NOTIFY)
+    notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notify.bind(NOTIFY)
+    notify.settimeout(TIMEOUT)
+    environment = dict(os.environ, NOTIFY_SOCKET=NOTIFY)
+    with open("/run/measure.log", "wb") as log:
+        begin = time.monotonic()
+        process = subprocess.Popen(
+            [*command, "--all"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+        )
+        while b"READY=1" not in notify.recv(8192).split(b"\n"):
+            pass
+        ready = time.monotonic() - begin
+        exported = len(os.listdir(SUBSYSTEMS))
+        ports = len(os.listdir(SUBSYSTEMS + "/../ports"))
+        time.sleep(2)  # what is put off, as redrawing is, has been done by then
+        before = status(process.pid, "voluntary_ctxt_switches")
+        time.sleep(IDLE)
+        wakeups = status(process.pid, "voluntary_ctxt_switches") - before
+        memory = status(process.pid, "VmRSS")
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(TIMEOUT)
+        stop = time.monotonic() - begin
+    notify.close()
+    return {
+        "ready": ready,
+        "stop": stop,
+        "memory": memory,
+        "wakeups": wakeups,
+        "exported": exported,
+        "ports": ports,
+        "code": code,
+        "left": len(glob.glob(SUBSYSTEMS + "/*")) + len(glob.glob(SUBSYSTEMS + "/../ports/*")),
+    }
+
+
+def main() -> None:
+    runs, disks, state = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    subprocess.run(["modprobe", "-a", "nvmet-tcp", "null_blk"], check=True)
+    for run in range(runs):
+        for argument in sys.argv[4:]:
+            name, _, command = argument.partition("=")
+            make_disks(disks, settle=state == "rest")
+            result = measure(shlex.split(command))
+            print(
+                json.dumps({"name": name, "run": run, "disks": disks, "state": state, **result}), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
