@@ -14,6 +14,7 @@ PYTHON ?= /usr/bin/python3
 
 VENV := .venv/bin
 UNITS := units/storage-target-mode.target units/storagetm.service
+GETTYS := console-getty.service getty@.service serial-getty@.service
 DRACUT_FILES := 70-storagetm-link-local.network network-generator.conf zzzz-storagetm.network
 DRACUT_SCRIPTS := module-setup.sh python-initrd
 MAN_PAGE := $(wildcard docs/storagetm.8)
@@ -34,6 +35,9 @@ install:  ## Install the program, its units, the dracut module and the manual pa
 	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(UNITDIR) $(DESTDIR)$(DRACUTDIR)/95storagetm
 	$(PYTHON) build_zipapp.py --bytecode --output $(DESTDIR)$(BINDIR)/storagetm
 	install -m 0644 $(UNITS) $(DESTDIR)$(UNITDIR)
+	for unit in $(GETTYS); do \
+		install -D -m 0644 units/getty.conf $(DESTDIR)$(UNITDIR)/$$unit.d/storagetm.conf || exit 1; \
+	done
 	sed -i 's|^ExecStart=[^ ]*|ExecStart=$(BINDIR)/storagetm|' $(DESTDIR)$(UNITDIR)/storagetm.service
 	install -m 0755 $(DRACUT_SCRIPTS:%=dracut-module/%) $(DESTDIR)$(DRACUTDIR)/95storagetm
 	install -m 0644 $(DRACUT_FILES:%=dracut-module/%) $(DESTDIR)$(DRACUTDIR)/95storagetm
@@ -45,6 +49,8 @@ endif
 uninstall:  ## Remove what install has installed
 	rm -f $(DESTDIR)$(BINDIR)/storagetm
 	rm -f $(addprefix $(DESTDIR)$(UNITDIR)/,$(notdir $(UNITS)))
+	rm -f $(GETTYS:%=$(DESTDIR)$(UNITDIR)/%.d/storagetm.conf)
+	-rmdir --ignore-fail-on-non-empty $(GETTYS:%=$(DESTDIR)$(UNITDIR)/%.d)
 	rm -f $(addprefix $(DESTDIR)$(DRACUTDIR)/95storagetm/,$(DRACUT_SCRIPTS) $(DRACUT_FILES))
 	-rmdir --ignore-fail-on-non-empty $(DESTDIR)$(DRACUTDIR)/95storagetm
 	rm -f $(DESTDIR)$(MANDIR)/man8/storagetm.8
