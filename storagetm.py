@@ -240,16 +240,15 @@ def reason_of(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
-def run_program(*argv: str) -> int:
-    """Runs a program silently and returns its exit status, 127 if there is none of that name."""
+def run_program(name: str, *arguments: str) -> int:
+    """Runs a system program silently. Returns 0 if it succeeded, 1 if not, 127 if there is none of that name."""
     null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]
-    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    try:
-        pid = os.posix_spawnp(argv[0], argv, {"PATH": path}, file_actions=null)
-    except OSError:
-        return 127
-    # os.waitstatus_to_exitcode() is not needed: only success counts.
-    return 0 if os.waitpid(pid, 0)[1] == 0 else 1
+    for directory in ("/usr/sbin", "/usr/bin", "/sbin", "/bin"):
+        path = f"{directory}/{name}"
+        if os.access(path, os.X_OK):
+            pid = os.posix_spawn(path, (name, *arguments), {}, file_actions=null)
+            return 1 if os.waitpid(pid, 0)[1] else 0
+    return 127
 
 
 def mount_configfs() -> None:
@@ -263,9 +262,13 @@ def mount_configfs() -> None:
 
 def prepare_kernel() -> None:
     """Sees to it that the kernel has an NVMe/TCP target and that configfs is mounted. Raises UserError."""
-    if not os.path.isdir(SYS + "module/nvmet_tcp"):
-        # Built in, nvmet-tcp has no directory there, and modprobe knows: only what follows tells.
-        run_program("modprobe", "-q", "nvmet-tcp")
+    # Built in, it has no directory there, but modprobe knows.
+    loaded = os.path.isdir(SYS + "module/nvmet_tcp")
+    if not loaded and run_program("modprobe", "-q", "nvmet-tcp") == 1:
+        raise UserError(
+            "The module 'nvmet-tcp', the kernel's NVMe target, cannot be loaded; install the modules of "
+            f"kernel {os.uname().release}, or boot one with CONFIG_NVME_TARGET_TCP"
+        )
     if os.path.isdir(CONFIGFS + "nvmet"):
         return
     if not os.path.isdir(CONFIGFS):
@@ -283,8 +286,8 @@ def prepare_kernel() -> None:
             ) from e
     if not os.path.isdir(CONFIGFS + "nvmet"):
         raise UserError(
-            "This kernel has no NVMe target: the module 'nvmet-tcp' cannot be loaded; install it "
-            f"(kernel {os.uname().release}) or boot a kernel with CONFIG_NVME_TARGET_TCP"
+            f"This kernel ({os.uname().release}) has no NVMe target, or its module 'nvmet' is not loaded; "
+            "boot one with CONFIG_NVME_TARGET_TCP"
         )
 
 
@@ -379,7 +382,7 @@ class Log:
 
     def __init__(self) -> None:
         self.debug = os.environ.get("SYSTEMD_LOG_LEVEL", "") in ("debug", "7")
-        self.prefix = False
+        self.prefix = "JOURNAL_STREAM" in os.environ
         self.screen: Callable[[str], None] | None = None
 
     def __call__(self, priority: int, message: str) -> None:
@@ -387,7 +390,8 @@ class Log:
             return
         if self.screen and priority < 7:
             self.screen(message)
-            return
+            if os.isatty(2):
+                return
         line = f"<{priority}>{message}\n" if self.prefix else message + "\n"
         try:
             # Facts are output, the rest is about them; a closed descriptor never stops the service.
@@ -1061,7 +1065,7 @@ class Inventory:
             self.rescan()
             return
         again = set(sysnames)
-        again.update(n for n, d in self.disks.items() if d.left_out and d.sysname not in again and d.fd < 0)
+        again.update(n for n, d in self.disks.items() if d.left_out.startswith("it is in use"))
         usage = self.usage()
         for name in sorted(again, key=natural_order):
             if name in self.disks or os.path.exists(f"{SYS}block/{name}"):
@@ -1105,7 +1109,7 @@ class Inventory:
 
     def check_named(self) -> None:
         """Takes stock of the devices on the command line before anything is exported. Raises UserError."""
-        by_name: dict[str, str] = {}
+        by_name: dict[str, str] = {}  # and so without those that are named twice
         usage = self.usage()
         for path in self.paths:
             disk = self.resolve(path)
@@ -1124,6 +1128,7 @@ class Inventory:
                 raise UserError(f"Failed to export '{path}': {why}")
             if why := self.why_used(disk, usage):
                 raise UserError(f"Failed to export '{path}': {why}; stop that use first, or give --force")
+        self.paths = list(by_name.values())
 
     def why_used(self, disk: Disk, usage: Usage | None) -> str:
         if self.force:
@@ -1274,11 +1279,12 @@ class Network:
 
     def addresses(self) -> list[Address]:
         """All usable addresses, in the order to show them. Raises OSError."""
-        while True:
-            links = self.dump(RTM_GETLINK, ifinfomsg())
-            bodies = self.dump(RTM_GETADDR, ifaddrmsg())
-            if links is not None and bodies is not None:
-                break  # else something changed while it was being read
+        # What changes while it is being read is read again; a dump that never ends well is as good as any.
+        for _ in range(8):
+            links, settled = self.dump(RTM_GETLINK, ifinfomsg())
+            bodies, settled_too = self.dump(RTM_GETADDR, ifaddrmsg())
+            if settled and settled_too:
+                break
         names = {}
         for kind, body in links:
             link = parse_link(body) if kind == RTM_NEWLINK else None
@@ -1293,8 +1299,8 @@ class Network:
         return sorted(found, key=Address.rank)
 
     @staticmethod
-    def dump(kind: int, body: ctypes.Structure) -> list[tuple[int, bytes]] | None:
-        """All messages that answer a dump request; None if they contradict each other (NLM_F_DUMP_INTR)."""
+    def dump(kind: int, body: ctypes.Structure) -> tuple[list[tuple[int, bytes]], bool]:
+        """All messages that answer a dump request, and whether they fit together (NLM_F_DUMP_INTR)."""
         found: list[tuple[int, bytes]] = []
         consistent = True
         header = nlmsghdr(
@@ -1309,7 +1315,7 @@ class Network:
                 for answer, flags, content in parse_messages(s.recv(65536)):
                     consistent = consistent and not flags & NLM_F_DUMP_INTR
                     if answer == NLMSG_DONE:
-                        return found if consistent else None
+                        return found, consistent
                     if answer == NLMSG_ERROR:
                         number = -int.from_bytes(content[:4], sys.byteorder, signed=True)
                         raise OSError(number, os.strerror(number))
@@ -1655,16 +1661,17 @@ class Ledger:
         """Drops what no longer counts, once there is much of it. Raises OSError."""
         if self.records < 4096:
             return
-        new = os.open(
-            self.path + ".new", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
-        )
+        new = Ledger(self.path + ".new")
+        new.fd = os.open(new.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            for branch in branches:
+                new.add(branch, os.stat(root + branch.root).st_ino)
+            os.rename(new.path, self.path)
+        except OSError:
+            new.close()
+            raise
         os.close(self.fd)
-        self.fd = new
-        self.records = 0
-        for branch in branches:
-            self.add(branch)
-            self.confirm(branch, root)
-        os.rename(self.path + ".new", self.path)
+        self.fd, self.records = new.fd, 0
 
     def clear(self) -> None:
         """Removes the file after a clean stop. The lock's file stays: someone may be waiting for it."""
@@ -1956,18 +1963,19 @@ class NvmeTcp:
 
     @staticmethod
     def concerns_port(e: OSError) -> bool:
-        """Whether a failed step had to do with a port, so that it would fail for all disks."""
-        return str(e.filename).startswith("nvmet/ports/")
+        """Whether a step failed because its port cannot be used, so that it would fail for all disks."""
+        unusable = (errno.EADDRINUSE, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+        return str(e.filename).startswith("nvmet/ports/") and e.errno in unusable
 
-    def adapt(self, e: OSError) -> bool:
-        """Changes what is wanted after a step failed; False if there is nothing that could be changed."""
-        if not self.concerns_port(e):
+    def adapt(self, root: str, e: OSError) -> bool:
+        """Changes what is wanted after a step for `root` failed; False if nothing could be changed."""
+        taken = root.startswith("nvmet/ports/") and e.errno == errno.EEXIST
+        if not taken and not self.concerns_port(e):
             return False
-        number = str(e.filename).split("/")[2]
-        family = AF_INET6 if int(number) & 1 else AF_INET
-        if e.errno in (errno.EADDRINUSE, errno.EEXIST):
+        family = AF_INET6 if int(str(e.filename).split("/")[2]) & 1 else AF_INET
+        if taken or e.errno == errno.EADDRINUSE:
             return self.next_port(family)
-        if e.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and len(self.ports) > 1:
+        if len(self.ports) > 1:
             info(f"{self.FAMILIES[family][2]} is off, exporting without it")
             del self.ports[family]
             return True
@@ -2448,13 +2456,17 @@ class Service:
                     branches.append(branch)
                     owners[branch.root] = disk
             failures = self.tree.reconcile(branches, REMOVAL_WAIT_SEC, self.transport.concerns_port)
-            if not any(self.transport.adapt(e) for e in failures.values()):
+            if not any(self.transport.adapt(root, e) for root, e in failures.items()):
                 break
         for disk in self.inventory.disks.values():
-            disk.branch = self.tree.live.get(self.transport.root(disk))
+            root = self.transport.root(disk)
+            disk.branch = None if root in self.tree.leaving else self.tree.live.get(root)
         for root, problem in failures.items():
             self.fail(owners.get(root), root, problem, strict=strict)
-        self.ledger.shorten(self.tree.live.values(), CONFIGFS)
+        try:
+            self.ledger.shorten(self.tree.live.values(), CONFIGFS)
+        except OSError as e:
+            debug(f"Failed to shorten '{self.ledger.path}', ignoring: {reason_of(e)}")
         if not self.ready and (not self.pending() or now - self.started > LOCK_WAIT_SEC):
             self.ready = True
             notify("READY=1")
@@ -2497,7 +2509,7 @@ class Service:
         """Tells the user, once, what could not be done, and leaves the disk alone until it changes."""
         reason = reason_of(problem)
         if disk is None:
-            what = "listen on" if self.transport.concerns_port(problem) else "remove"
+            what = "remove" if root in self.tree.live else "make"
             message = f"Failed to {what} '{CONFIGFS}{root}': {reason}"
             if strict:
                 raise UserError(message)
@@ -2509,7 +2521,7 @@ class Service:
             reason += "; it may be write-protected"
         elif problem.errno in (errno.ENOMEDIUM, errno.ENXIO):
             reason = "No medium found; insert one and it will be exported"
-        elif self.transport.concerns_port(problem):
+        else:
             reason += f" ('{CONFIGFS}{problem.filename}')"
         message = f"Failed to export '{disk.node}': {reason}"
         disk.failed = reason
@@ -2536,13 +2548,14 @@ class Service:
             if self.stopping:
                 # Once is enough to stop; a second time is from someone who will not wait for a disk that
                 # hangs.
+                self.view.close()
                 os._exit(1)
             self.stop_asked = True
 
     stop_asked = False
 
     def open_view(self) -> None:
-        if not os.path.exists("/proc/self/fd/1") or not os.isatty(1):
+        if not os.isatty(1):
             log.prefix = True
         elif os.environ.get("TERM", "dumb") == "dumb":
             self.view = PlainView()
@@ -2881,6 +2894,10 @@ def start(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0 after a clean stop, 1 on failure, 2 on wrong usage."""
+    # With one of these closed, the next file opened would get its number, and all that is meant to be shown.
+    while (fd := os.open("/dev/null", os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
     try:
         return start(sys.argv[1:] if argv is None else argv)
     except UserError as e:

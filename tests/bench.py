@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.harness import images
 from tests.harness.images import PROJECT
-from tests.harness.machine import Machine
+from tests.harness.machine import Machine, boot_all
 
 PEER = "/usr/lib/systemd/systemd-storagetm"
 MEASURE = "/root/measure.py"
@@ -98,7 +98,7 @@ def main() -> int:
     say("booting an emulated machine")
     results = []
     with Machine("bench", image, memory=2048) as machine:
-        machine.wait_boot()
+        boot_all(machine)
         install(machine)
         for disks in args.disks:
             for state in ("rest", "probing"):
