@@ -241,7 +241,7 @@ def reason_of(error: OSError) -> str:
 
 
 def run_program(name: str, *arguments: str) -> int:
-    """Runs a system program silently. Returns 0 if it succeeded, 1 if not, 127 if there is none of that name."""
+    """Runs a system program silently. Returns 0 if it succeeded, 1 if not, 127 if there is no such one."""
     null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]
     for directory in ("/usr/sbin", "/usr/bin", "/sbin", "/bin"):
         path = f"{directory}/{name}"
