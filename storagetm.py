@@ -106,6 +106,8 @@ REDRAW_SEC = 0.7  # between two redraws; what changes meanwhile is shown togethe
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
 REMOVAL_THREADS = 16
 
+NO_MEDIUM = "No medium found; insert one and it will be exported"
+
 CONFIGFS = "/sys/kernel/config/"
 DEV = "/dev/"
 ETC = "/etc/"
@@ -939,19 +941,18 @@ def probe_file(disk: Disk) -> None:
 
 def why_no_medium(disk: Disk) -> str:
     """Whether a removable drive is empty, asked without closing its tray or spinning it up for long."""
-    missing = "No medium found; insert one and it will be exported"
     optical = read_attribute(sys_block(disk.sysname) + "/device/type") == "5"
     flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if optical else 0)
     try:
         fd = os.open(disk.node, flags)
     except OSError as e:
         disk.size = 0
-        return missing if e.errno in (errno.ENOMEDIUM, errno.ENXIO) else ""
+        return NO_MEDIUM if e.errno in (errno.ENOMEDIUM, errno.ENXIO) else ""
     try:
         # sr(4) keeps the size of the last disc in sysfs, or 1 GiB, so the drive itself has to tell.
         if optical and fcntl.ioctl(fd, CDROM_DRIVE_STATUS, 0) not in (CDS_NO_INFO, CDS_DISC_OK):
             disk.size = 0
-            return missing
+            return NO_MEDIUM
     except OSError as e:
         debug(f"Failed to ask '{disk.node}' for its medium, ignoring: {reason_of(e)}")
     finally:
@@ -1125,6 +1126,7 @@ class Inventory:
             by_name[disk.name] = path
             self.disks[disk.key] = disk
             if why := why_unfit(disk):
+                why = NO_MEDIUM.replace("it will be exported", "start again") if why == NO_MEDIUM else why
                 raise UserError(f"Failed to export '{path}': {why}")
             if why := self.why_used(disk, usage):
                 raise UserError(f"Failed to export '{path}': {why}; stop that use first, or give --force")
@@ -1159,6 +1161,7 @@ class Inventory:
             node = device_node(name)
             disk = Disk(os.path.basename(node), node, name)
         before = disk.fingerprint()
+        identity = disk.model, disk.serial, disk.id_serial
         try:
             self.probe(disk)
         except UserError as e:
@@ -1171,6 +1174,8 @@ class Inventory:
             if disk.fd >= 0 and disk.tag != before[0]:
                 disk.close()  # the lock belongs to the disk that was here before
         if disk.fd >= 0:
+            # A disk does not turn into another while its clients look on, even if udev or its database goes.
+            disk.model, disk.serial, disk.id_serial = identity
             # What is exported stays so even if the system begins to use it: clients are writing to it.
             disk.left_out = why_unfit(disk) if disk.removable or disk.size == 0 else ""
             disk.waiting = ""
@@ -1583,6 +1588,9 @@ class Ledger:
             os.ftruncate(self.lock_fd, 0)
             os.write(self.lock_fd, str(os.getpid()).encode())
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            # A record that was cut off would take the next one with it.
+            whole, end, _ = read_bytes(self.path).rpartition(b"\0\n")
+            os.ftruncate(self.fd, len(whole + end))
         except BlockingIOError as e:
             pid = read_attribute(path)
             self.close()
@@ -1654,7 +1662,11 @@ class Ledger:
         self.append("-", branch.root)
 
     def append(self, *fields: str) -> None:
-        os.write(self.fd, os.fsencode("\0".join(fields)) + b"\0\n")
+        record = os.fsencode("\0".join(fields)) + b"\0\n"
+        written = os.write(self.fd, record)
+        if written < len(record):
+            os.ftruncate(self.fd, os.fstat(self.fd).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.records += 1
 
     def shorten(self, branches: Iterable[Branch], root: str) -> None:
@@ -1764,11 +1776,13 @@ class Tree:
 
     def create(self, branch: Branch, failures: dict[str, OSError]) -> None:
         made: list[Entry] = []
+        noted = False
         dry = self.report is not None
         try:
             if os.path.lexists(self.root + branch.root):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             if not dry:
+                noted = True
                 self.ledger.add(branch)
             for entry in branch.entries:
                 if not isinstance(entry, Trigger):  # what is new has nothing to catch up with
@@ -1778,7 +1792,7 @@ class Tree:
                     self.ledger.confirm(branch, self.root)
         except OSError as e:
             failures[branch.root] = located(e, branch, len(made))
-            if made or e.errno != errno.EEXIST:
+            if made or noted:
                 self.live[branch.root] = Branch(branch.tag, branch.entries, adopted=True)
                 self.remove([self.live[branch.root]], None, {}, made)
             return
@@ -2520,7 +2534,7 @@ class Service:
         elif problem.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             reason += "; it may be write-protected"
         elif problem.errno in (errno.ENOMEDIUM, errno.ENXIO):
-            reason = "No medium found; insert one and it will be exported"
+            reason = NO_MEDIUM
         else:
             reason += f" ('{CONFIGFS}{problem.filename}')"
         message = f"Failed to export '{disk.node}': {reason}"
@@ -2640,6 +2654,9 @@ class Service:
         self.stopping = True
         notify("STOPPING=1")
         failures: dict[str, OSError] = {}
+        while self.tree.leaving:  # a second signal ends this, too
+            time.sleep(LOCK_POLL_SEC[0])
+            self.tree.collect()
         for _ in range(3):
             failures = self.tree.reconcile([])
             if not self.tree.live:
