@@ -100,7 +100,7 @@ SERIAL_MAX = 20
 FIRMWARE_MAX = 8
 
 LOCK_WAIT_SEC = 10  # a lock held longer than this is named, and READY=1 no longer waits for it
-LOCK_POLL_SEC = (0.02, 0.25)  # first and longest pause between two tries for a lock
+LOCK_POLL_SEC = (0.02, 0.5)  # first and longest pause between two tries for a lock
 UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as sysfs describes it
 REDRAW_SEC = 0.7  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
@@ -2461,7 +2461,7 @@ class Service:
         disks = self.inventory.candidates()
         for disk in disks:
             if disk.fd < 0 and not disk.failed:
-                self.claim(disk, now)
+                self.claim(disk, now, strict=strict)
         while True:
             branches = self.transport.port_branches()
             owners = {}
@@ -2469,7 +2469,8 @@ class Service:
                 if (branch := self.wanted_branch(disk)) is not None:
                     branches.append(branch)
                     owners[branch.root] = disk
-            failures = self.tree.reconcile(branches, REMOVAL_WAIT_SEC, self.transport.concerns_port)
+            patience = LOCK_WAIT_SEC if strict else REMOVAL_WAIT_SEC
+            failures = self.tree.reconcile(branches, patience, self.transport.concerns_port)
             if not any(self.transport.adapt(root, e) for root, e in failures.items()):
                 break
         for disk in self.inventory.disks.values():
@@ -2477,6 +2478,8 @@ class Service:
             disk.branch = None if root in self.tree.leaving else self.tree.live.get(root)
         for root, problem in failures.items():
             self.fail(owners.get(root), root, problem, strict=strict)
+        if any(root in self.tree.live for root in failures):
+            self.tree.reconcile([b for b in branches if b.root not in failures], REMOVAL_WAIT_SEC)
         try:
             self.ledger.shorten(self.tree.live.values(), CONFIGFS)
         except OSError as e:
@@ -2486,7 +2489,7 @@ class Service:
             notify("READY=1")
         self.dirty = True
 
-    def claim(self, disk: Disk, now: float) -> None:
+    def claim(self, disk: Disk, now: float, *, strict: bool) -> None:
         """Takes a disk's lock, if udev is done with it and nobody holds it; says when that takes long."""
         if not disk.waiting_since:
             disk.waiting_since = now
@@ -2496,8 +2499,7 @@ class Service:
         try:
             try_lock(disk)
         except OSError as e:
-            disk.failed = reason_of(e)
-            error(f"Failed to export '{disk.node}': {disk.failed}")
+            self.fail(disk, self.transport.root(disk), e, strict=strict)
             return
         if disk.fd >= 0:
             disk.waiting_since, disk.waiting_named = 0.0, False
@@ -2523,9 +2525,9 @@ class Service:
         """Tells the user, once, what could not be done, and leaves the disk alone until it changes."""
         reason = reason_of(problem)
         if disk is None:
-            what = "remove" if root in self.tree.live else "make"
-            message = f"Failed to {what} '{CONFIGFS}{root}': {reason}"
-            if strict:
+            left = root in self.tree.live
+            message = f"Failed to {'remove' if left else 'make'} '{CONFIGFS}{root}': {reason}"
+            if strict and not left:
                 raise UserError(message)
             error(message)
             return
@@ -2535,8 +2537,8 @@ class Service:
             reason += "; it may be write-protected"
         elif problem.errno in (errno.ENOMEDIUM, errno.ENXIO):
             reason = NO_MEDIUM
-        else:
-            reason += f" ('{CONFIGFS}{problem.filename}')"
+        elif problem.filename:
+            reason += f" ('{problem.filename}')"
         message = f"Failed to export '{disk.node}': {reason}"
         disk.failed = reason
         disk.close()
