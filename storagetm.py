@@ -12,6 +12,7 @@ service with its event loop, the command line.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import errno
 import fcntl
@@ -1850,11 +1851,10 @@ class Tree:
         failures.update(self.collect())
 
     def remove_in_threads(self, ready: list[tuple[Branch, list[Entry]]], patience: float | None) -> None:
-        import threading  # at the end of the program or of a disk, not at its start
-
-        pending = list(reversed(ready))
+        pending, unfinished = list(reversed(ready)), list(ready)
         self.leaving.update(b.root for b, _ in ready)
-        left = threading.Semaphore(0)
+        all_done = _thread.allocate_lock()
+        all_done.acquire()
 
         def work() -> None:
             while True:
@@ -1865,15 +1865,13 @@ class Tree:
                 problems: dict[str, OSError] = {}
                 self.unmake(directories, branch.root, problems)
                 self.finished.append((branch, problems.get(branch.root)))
-                left.release()
+                if unfinished.pop() is ready[0]:
+                    all_done.release()
                 self.wake()
 
         for _ in range(min(REMOVAL_THREADS, len(ready))):
-            threading.Thread(target=work, daemon=True).start()
-        deadline = None if patience is None else time.monotonic() + patience
-        for _ in ready:
-            if not left.acquire(timeout=None if deadline is None else max(0.0, deadline - time.monotonic())):
-                break
+            _thread.start_new_thread(work, ())
+        all_done.acquire(True, -1 if patience is None else patience)
 
     def collect(self) -> dict[str, OSError]:
         """Takes note of removals that have ended; returns those that failed, by root."""
