@@ -620,14 +620,17 @@ class Disk:
 
     def stable(self) -> str:
         """What tells it from other disks without a serial number, as long as nobody moves it."""
-        base = sys_block(self.sysname)
         if not self.sysname:
             return self.node
+        base = sys_block(self.sysname)
+        if self.sysname.startswith("dm-"):
+            return read_attribute(base + "/dm/uuid") or read_attribute(base + "/dm/name") or self.node
+        if not os.path.exists(base + "/device"):
+            return self.node
         return (
-            read_attribute(base + "/dm/uuid")
-            or read_attribute(base + "/wwid")
+            read_attribute(base + "/wwid")
             or read_attribute(base + "/device/wwid")
-            or (os.path.realpath(base + "/device") if os.path.exists(base + "/device") else self.node)
+            or os.path.realpath(base + "/device")
         )
 
     def status(self) -> str:
@@ -847,14 +850,20 @@ class Usage:
             return f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}"
         return f"file {st.st_dev}:{st.st_ino}"
 
-    def of(self, sysname: str, seen: set[str] | None = None, number: str = "") -> str:
+    def of(self, sysname: str) -> str:
         """How the system uses a block device, its partitions, or what is stacked on them; empty if not."""
-        seen = set() if seen is None else seen
+        # All that uses one also claims it, but for loop devices. So for most disks this is all there is to ask.
+        if not self.loops and claim_error(sysname) == 0:
+            return ""
+        return self.search(sysname, set())
+
+    def search(self, sysname: str, seen: set[str]) -> str:
+        """Looks for the use through all layers above; `seen` has those that were looked at."""
         if sysname in seen:
             return ""
         seen.add(sysname)
         base = sys_block(sysname)
-        number = number or read_attribute(base + "/dev")
+        number = read_attribute(base + "/dev")
         if not number:
             return f"its use cannot be determined ('{base}/dev' cannot be read)"
         if number in self.direct:
@@ -866,7 +875,7 @@ class Usage:
         if number in self.loops:
             upper.append(self.loops[number])
         for name in sorted(upper, key=natural_order):
-            if use := self.of(name, seen):
+            if use := self.search(name, seen):
                 return use
         return "" if upper else why_claimed(sysname)
 
@@ -874,7 +883,7 @@ class Usage:
         key = self.key(path)
         if key in self.direct:
             return self.direct[key]
-        return self.of(self.loops[key]) if key in self.loops else ""
+        return self.search(self.loops[key], set()) if key in self.loops else ""
 
 
 def layer_name(sysname: str) -> str:
@@ -883,22 +892,27 @@ def layer_name(sysname: str) -> str:
     return f" ({name})" if name else ""
 
 
-def why_claimed(sysname: str) -> str:
-    """Who but a holder in sysfs uses a device exclusively: ZFS, an external journal, a mount elsewhere.
+def claim_error(sysname: str) -> int:
+    """0 if nobody uses a block device or a partition of it exclusively, or else the error number.
 
     O_EXCL is the kernel's own answer (bd_prepare_to_claim() in block/bdev.c); the claim ends with close(2).
     """
-    node = device_node(sysname)
     try:
-        os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
+        os.close(os.open(device_node(sysname), os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as e:
-        if e.errno == errno.EBUSY:
-            return f"'{node}' is in use by the system, which does not tell what for"
-        if e.errno in (errno.EACCES, errno.EPERM) and os.geteuid() != 0:
-            return ""
-        if e.errno not in (errno.ENOMEDIUM, errno.ENXIO, errno.EROFS):
-            return f"its use cannot be determined ('{node}': {reason_of(e)})"
-    return ""
+        return e.errno or errno.EIO
+    return 0
+
+
+def why_claimed(sysname: str) -> str:
+    """Whether anything but a holder in sysfs uses it: ZFS, an external journal, a mount elsewhere."""
+    number = claim_error(sysname)
+    if number == errno.EBUSY:
+        return f"'{device_node(sysname)}' is in use by the system, which does not tell what for"
+    unprivileged = number in (errno.EACCES, errno.EPERM) and os.geteuid() != 0
+    if number in (0, errno.ENOMEDIUM, errno.ENXIO, errno.EROFS) or unprivileged:
+        return ""
+    return f"its use cannot be determined ('{device_node(sysname)}': {os.strerror(number)})"
 
 
 def device_node(sysname: str) -> str:
@@ -1101,9 +1115,12 @@ class Inventory:
             node = device_node(sysname)
             if not os.path.exists(node):
                 node = absolute
-            return Disk(os.path.basename(node), node, sysname)
+            # Named as it was called, so that a link can give it a name that stays.
+            return Disk(os.path.basename(absolute), node, sysname)
         if stat.S_ISREG(st.st_mode):
-            return Disk(os.path.basename(absolute), absolute)
+            disk = Disk(os.path.basename(absolute), absolute)
+            disk.id_serial = path  # what the UUID is made from, as systemd-storagetm has it
+            return disk
         what = {stat.S_IFDIR: "a directory", stat.S_IFCHR: "a character device"}.get(stat.S_IFMT(st.st_mode))
         raise UserError(
             f"Failed to export '{path}': it is {what or 'something else'}, no block device or regular file"
@@ -1138,8 +1155,7 @@ class Inventory:
             return ""
         if usage is None:
             return "its use by the running system cannot be determined"
-        number = disk.tag.partition(" ")[0]
-        use = usage.of(disk.sysname, None, number) if disk.sysname else usage.of_file(disk.node)
+        use = usage.of(disk.sysname) if disk.sysname else usage.of_file(disk.node)
         return f"it is in use: {use}" if use else ""
 
     @staticmethod
@@ -1745,7 +1761,7 @@ class Tree:
         # What holds others comes first: links before directories, and removals before creations of the same
         # name.
         for want, stale, _ in patches:
-            self.unmake(stale, want.root, failures)
+            self.unmake_all(stale, want.root, failures)
         self.remove(removals, patience, failures)
         for want in creations:
             if want.root not in self.live:
@@ -1769,10 +1785,16 @@ class Tree:
             ], missing
         return None
 
-    def perform(self, step: Callable[[str], None], description: dict[str, str] | None) -> None:
+    def make(self, entry: Entry) -> None:
         if self.report is None:
-            step(self.root)
-        elif description:
+            entry.make(self.root)
+        else:
+            self.report(entry.described(self.root))
+
+    def unmake(self, entry: Entry) -> None:
+        if self.report is None:
+            entry.unmake(self.root)
+        elif description := entry.undescribed(self.root):
             self.report(description)
 
     def create(self, branch: Branch, failures: dict[str, OSError]) -> None:
@@ -1787,7 +1809,7 @@ class Tree:
                 self.ledger.add(branch)
             for entry in branch.entries:
                 if not isinstance(entry, Trigger):  # what is new has nothing to catch up with
-                    self.perform(entry.make, entry.described(self.root) if dry else None)
+                    self.make(entry)
                 made.append(entry)
                 if entry is branch.entries[0] and not dry:
                     self.ledger.confirm(branch, self.root)
@@ -1807,16 +1829,16 @@ class Tree:
             if not dry and any(isinstance(e, Link) for e in missing):
                 self.ledger.add(branch, os.stat(self.root + branch.root).st_ino)
             for entry in missing:
-                self.perform(entry.make, entry.described(self.root) if dry else None)
+                self.make(entry)
         except OSError as e:
             failures[branch.root] = located(e, branch, branch.entries.index(entry))
             return
         self.live[branch.root] = branch
 
-    def unmake(self, entries: Iterable[Entry], name: str, failures: dict[str, OSError]) -> bool:
+    def unmake_all(self, entries: Iterable[Entry], name: str, failures: dict[str, OSError]) -> bool:
         for entry in entries:
             try:
-                self.perform(entry.unmake, entry.undescribed(self.root))
+                self.unmake(entry)
             except OSError as e:
                 failures[name] = e
                 return False
@@ -1837,14 +1859,14 @@ class Tree:
         ready: list[tuple[Branch, list[Entry]]] = []
         for branch in branches:
             entries = branch.entries if made is None else made
-            if self.unmake([e for e in reversed(entries) if isinstance(e, Link)], branch.root, failures):
+            if self.unmake_all([e for e in reversed(entries) if isinstance(e, Link)], branch.root, failures):
                 ready.append((branch, [e for e in reversed(entries) if isinstance(e, Directory)]))
         if not ready:
             return
         if self.report is not None or (patience is None and len(ready) <= 2):
             for branch, directories in ready:
                 problems: dict[str, OSError] = {}
-                self.unmake(directories, branch.root, problems)
+                self.unmake_all(directories, branch.root, problems)
                 self.finished.append((branch, problems.get(branch.root)))
         else:
             self.remove_in_threads(ready, patience)
@@ -1863,7 +1885,7 @@ class Tree:
                 except IndexError:
                     return
                 problems: dict[str, OSError] = {}
-                self.unmake(directories, branch.root, problems)
+                self.unmake_all(directories, branch.root, problems)
                 self.finished.append((branch, problems.get(branch.root)))
                 if unfinished.pop() is ready[0]:
                     all_done.release()
