@@ -852,7 +852,7 @@ class Usage:
 
     def of(self, sysname: str) -> str:
         """How the system uses a block device, its partitions, or what is stacked on them; empty if not."""
-        # All that uses one also claims it, but for loop devices. So for most disks this is all there is to ask.
+        # All that uses one also claims it, but for loop devices. For most disks no more need be asked.
         if not self.loops and claim_error(sysname) == 0:
             return ""
         return self.search(sysname, set())
@@ -1942,6 +1942,10 @@ class NvmeTcp:
     def __init__(self, machine: Machine, nqn: str = "") -> None:
         self.machine = machine
         self.prefix = nqn or self.NQN_STEM + machine.app_specific(self.NQN_APPLICATION)
+        self.overrides = {
+            name: os.environ.get(f"SYSTEMD_NVME_{name}", "")
+            for name in ("MODEL", "FIRMWARE", "SERIAL", "UUID")
+        }
         self.ports: dict[int, int] = {}  # number by address family
         self.attempts = 0
 
@@ -2071,7 +2075,7 @@ class NvmeTcp:
         return Branch(disk.tag, entries)
 
     def model(self, disk: Disk) -> str:
-        if override := os.environ.get("SYSTEMD_NVME_MODEL"):
+        if override := self.overrides["MODEL"]:
             return nvme_string(override, MODEL_MAX)
         system = self.machine.os
         return nvme_string(
@@ -2079,17 +2083,17 @@ class NvmeTcp:
         )
 
     def firmware(self) -> str:
-        return nvme_string(os.environ.get("SYSTEMD_NVME_FIRMWARE") or self.machine.os_version, FIRMWARE_MAX)
+        return nvme_string(self.overrides["FIRMWARE"] or self.machine.os_version, FIRMWARE_MAX)
 
     def serial(self, disk: Disk) -> str:
         """The disk's serial number, or one that is stable for the disk and unique on this machine."""
-        text = nvme_string(os.environ.get("SYSTEMD_NVME_SERIAL") or disk.serial, SERIAL_MAX)
+        text = nvme_string(self.overrides["SERIAL"] or disk.serial, SERIAL_MAX)
         return (
             text or sha256(self.machine.id + b"serial" + os.fsencode(disk.stable())).hexdigest()[:SERIAL_MAX]
         )
 
     def uuid(self, disk: Disk) -> str:
-        override = os.environ.get("SYSTEMD_NVME_UUID", "").replace("-", "").lower()
+        override = self.overrides["UUID"].replace("-", "").lower()
         if is_id128(override):
             return dashed(override)
         if override:
