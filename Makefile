@@ -3,13 +3,16 @@
 DESTDIR ?=
 PREFIX ?= /usr/local
 BINDIR ?= $(PREFIX)/bin
+# Beside the program as a directory with bytecode, which starts four times as fast as the one file does. The dracut
+# module looks for it in ../lib/storagetm, seen from the program.
+LIBDIR ?= $(PREFIX)/lib/storagetm
 MANDIR ?= $(PREFIX)/share/man
 # Whatever PREFIX is: systemd looks here, and before the directory where it keeps its own storage-target-mode.target,
 # while /etc stays free for the administrator's changes.
 UNITDIR ?= /usr/local/lib/systemd/system
 # dracut looks nowhere else.
 DRACUTDIR ?= /usr/lib/dracut/modules.d
-# What the interpreter line names, and so whose bytecode goes into the installed program.
+# What the interpreter line names, and whose bytecode is installed.
 PYTHON ?= /usr/bin/python3
 
 VENV := .venv/bin
@@ -24,16 +27,15 @@ PYTHON_FILES = $(shell git ls-files '*.py') dracut-module/python-initrd
 
 PYTEST := $(VENV)/python -m pytest -ra --durations=10
 
-.PHONY: all install uninstall lint help deps test test-unit test-vm bench shell demo clean
+.PHONY: all install install-program uninstall lint help deps test test-unit test-vm bench shell demo clean
 
 all: storagetm.pyz  ## Pack the program into storagetm.pyz
 
 storagetm.pyz: storagetm.py build_zipapp.py
 	$(PYTHON) build_zipapp.py --output $@
 
-install:  ## Install the program, its units, the dracut module and the manual page; see DESTDIR, PREFIX
-	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(UNITDIR) $(DESTDIR)$(DRACUTDIR)/95storagetm
-	$(PYTHON) build_zipapp.py --bytecode --output $(DESTDIR)$(BINDIR)/storagetm
+install: install-program  ## Install the program, its units, the dracut module and the manual page; see DESTDIR, PREFIX
+	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(DRACUTDIR)/95storagetm
 	install -m 0644 $(UNITS) $(DESTDIR)$(UNITDIR)
 	for unit in $(GETTYS); do \
 		install -D -m 0644 units/getty.conf $(DESTDIR)$(UNITDIR)/$$unit.d/storagetm.conf || exit 1; \
@@ -46,8 +48,17 @@ ifneq ($(MAN_PAGE),)
 	install -m 0644 $(MAN_PAGE) $(DESTDIR)$(MANDIR)/man8
 endif
 
+install-program:  # The program alone, for bytecode of another machine's Python.
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR)
+	install -m 0644 storagetm.py $(DESTDIR)$(LIBDIR)
+	$(PYTHON) -m compileall -q --invalidation-mode unchecked-hash -s '$(DESTDIR)' $(DESTDIR)$(LIBDIR)
+	printf '%s\n' '#!$(PYTHON) -IS' 'import sys' 'sys.path.insert(0, "$(LIBDIR)")' \
+		'from storagetm import main' 'sys.exit(main())' >$(DESTDIR)$(BINDIR)/storagetm
+	chmod 0755 $(DESTDIR)$(BINDIR)/storagetm
+
 uninstall:  ## Remove what install has installed
 	rm -f $(DESTDIR)$(BINDIR)/storagetm
+	rm -rf $(DESTDIR)$(LIBDIR)
 	rm -f $(addprefix $(DESTDIR)$(UNITDIR)/,$(notdir $(UNITS)))
 	rm -f $(GETTYS:%=$(DESTDIR)$(UNITDIR)/%.d/storagetm.conf)
 	-rmdir --ignore-fail-on-non-empty $(GETTYS:%=$(DESTDIR)$(UNITDIR)/%.d)

@@ -9,25 +9,16 @@ and the env of small systems can't split that (-S).
 """
 
 import argparse
-import importlib.util
 import io
-import marshal
 import os
 import time
 import zipfile
 from pathlib import Path
 
 INTERPRETER = "/usr/bin/python3 -IS"
-MAIN = """\
-import sys
-
-from storagetm import main
-
-sys.exit(main())
-"""
 # What the compiler takes, some 10 MB, Python does not give back. So a child compiles, and the service, which
 # may run for days, gets the code through a pipe.
-MAIN_FROM_SOURCE = """\
+MAIN = """\
 import marshal
 import os
 import sys
@@ -49,21 +40,6 @@ sys.exit(module.main())
 """
 # Zip archives know no time before 1980; this is the date of everything where the caller sets none.
 FALLBACK_EPOCH = 315532800
-# In a .pyc's flags: it carries its source's hash in place of a date, and importing it looks at neither.
-PYC_UNCHECKED_HASH = 0b01
-
-
-def bytecode(source: bytes, name: str) -> bytes:
-    """Compile for the running interpreter, without the date that would tie it to one copy of the source."""
-    code = compile(source, name, "exec", dont_inherit=True, optimize=2)
-    return b"".join(
-        (
-            importlib.util.MAGIC_NUMBER,
-            PYC_UNCHECKED_HASH.to_bytes(4, "little"),
-            importlib.util.source_hash(source),
-            marshal.dumps(code),
-        )
-    )
 
 
 def timestamp() -> tuple[int, int, int, int, int, int]:
@@ -72,12 +48,8 @@ def timestamp() -> tuple[int, int, int, int, int, int]:
     return (t.tm_year, t.tm_mon, t.tm_mday, t.tm_hour, t.tm_min, t.tm_sec)
 
 
-def pack(source: bytes, *, interpreter: str = INTERPRETER, with_bytecode: bool = False) -> bytes:
-    files = {"__main__.py": (MAIN if with_bytecode else MAIN_FROM_SOURCE).encode(), "storagetm.py": source}
-    if with_bytecode:
-        # zipimport takes the .pyc when its magic number is the interpreter's own and the .py otherwise, so
-        # the archive works with every other version too, only slower.
-        files["storagetm.pyc"] = bytecode(source, "storagetm.py")
+def pack(source: bytes, *, interpreter: str = INTERPRETER) -> bytes:
+    files = {"__main__.py": MAIN.encode(), "storagetm.py": source}
 
     buffer = io.BytesIO()
     buffer.write(f"#!{interpreter}\n".encode())
@@ -85,8 +57,7 @@ def pack(source: bytes, *, interpreter: str = INTERPRETER, with_bytecode: bool =
     with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, content in sorted(files.items()):
             info = zipfile.ZipInfo(name, date)
-            # Bytecode is there for a quick start, and an initrd is compressed anyway.
-            info.compress_type = zipfile.ZIP_STORED if name.endswith(".pyc") else zipfile.ZIP_DEFLATED
+            info.compress_type = zipfile.ZIP_DEFLATED
             # ZipInfo takes the system from the one it runs on, and the mode of a regular file from nowhere.
             info.create_system = 3
             info.external_attr = 0o100644 << 16
@@ -103,14 +74,11 @@ def main() -> None:
         "--python", default=INTERPRETER, metavar="COMMAND", help="interpreter line (default: %(default)s)"
     )
     parser.add_argument(
-        "--bytecode", action="store_true", help="add bytecode for the Python version that runs this"
-    )
-    parser.add_argument(
         "source", nargs="?", type=Path, default=Path(__file__).resolve().with_name("storagetm.py")
     )
     args = parser.parse_args()
 
-    content = pack(args.source.read_bytes(), interpreter=args.python, with_bytecode=args.bytecode)
+    content = pack(args.source.read_bytes(), interpreter=args.python)
     # Renamed into place: a program that is running meanwhile may yet import from the archive it has open.
     temporary = args.output.with_name(f".{args.output.name}.{os.getpid()}")
     try:

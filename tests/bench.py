@@ -33,9 +33,9 @@ def install(machine: Machine) -> None:
     """Puts the program into a machine in both its forms: the one file, and installed, with bytecode."""
     subprocess.run(["make", "--silent", "storagetm.pyz"], cwd=PROJECT, check=True)
     machine.put("/usr/local/bin/storagetm.pyz", PROJECT / "storagetm.pyz", mode=0o755)
-    for name in ("storagetm.py", "build_zipapp.py"):
+    for name in ("storagetm.py", "Makefile"):
         machine.put(f"/root/{name}", PROJECT / name)
-    machine.run("python3 /root/build_zipapp.py --bytecode -o /usr/local/bin/storagetm")
+    machine.run("make -C /root install-program")
     machine.put(MEASURE, PROJECT / "tests/harness/guest/measure.py")
 
 
