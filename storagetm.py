@@ -66,6 +66,8 @@ IFF_LOOPBACK = 0x8
 IFF_RUNNING = 0x40
 IFF_UP = 0x1
 IFLA_IFNAME = 3
+KDGETMODE = 0x4B3B
+KD_GRAPHICS = 1
 NETLINK_KOBJECT_UEVENT = 15
 NETLINK_ROUTE = 0
 NLM_F_DUMP = 0x300
@@ -103,6 +105,7 @@ FIRMWARE_MAX = 8
 LOCK_WAIT_SEC = 10  # a lock held longer than this is named, and READY=1 no longer waits for it
 LOCK_POLL_SEC = (0.02, 0.5)  # first and longest pause between two tries for a lock
 UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as sysfs describes it
+PLYMOUTH_WAIT_SEC = 3  # for Plymouth to let go of the console
 REDRAW_SEC = 0.7  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
 REMOVAL_THREADS = 16
@@ -363,11 +366,36 @@ def notify(state: str) -> None:
 def plymouth(message: str) -> None:
     """Has Plymouth show `message`, where it runs (protocol: ply-boot-protocol.h, "M", at most 254 bytes)."""
     text = os.fsencode(message)[:253] + b"\0"
+    plymouth_request(b"M\x02" + bytes([len(text)]) + text)
+
+
+def end_text_plymouth() -> None:
+    """Has Plymouth end, unless it shows graphics and so hides the console.
+
+    Where it shows text it takes the console's keys, Ctrl-C among them, and locks its settings.
+    """
     try:
-        s = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK)
+        fd = os.open(DEV + "tty0", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         try:
+            if int.from_bytes(fcntl.ioctl(fd, KDGETMODE, bytes(4)), sys.byteorder) == KD_GRAPHICS:
+                return
+        finally:
+            os.close(fd)
+    except OSError:
+        pass  # a kernel without virtual terminals
+    plymouth_request(b"Q\x02\x01\0", PLYMOUTH_WAIT_SEC)
+
+
+def plymouth_request(request: bytes, wait_sec: float = 0) -> None:
+    """Sends a request to Plymouth, where it runs, and waits so long for it to hang up. Errors are ignored."""
+    try:
+        s = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
+        try:
+            s.settimeout(wait_sec)
             s.connect("\0/org/freedesktop/plymouthd")
-            s.send(b"M\x02" + bytes([len(text)]) + text)
+            s.send(request)
+            while wait_sec and s.recv(64):
+                pass
         finally:
             s.close()
     except OSError:
@@ -571,6 +599,7 @@ class Disk:
         "fd",
         "id_serial",
         "left_out",
+        "made_up",
         "model",
         "name",
         "node",
@@ -598,6 +627,7 @@ class Disk:
         self.model = ""
         self.serial = ""  # ID_SERIAL_SHORT
         self.id_serial = ""  # ID_SERIAL
+        self.made_up = "?", ""  # tag, and the serial number it got from us instead
         self.left_out = ""
         self.waiting = ""
         self.failed = ""
@@ -2087,10 +2117,12 @@ class NvmeTcp:
 
     def serial(self, disk: Disk) -> str:
         """The disk's serial number, or one that is stable for the disk and unique on this machine."""
-        text = nvme_string(self.overrides["SERIAL"] or disk.serial, SERIAL_MAX)
-        return (
-            text or sha256(self.machine.id + b"serial" + os.fsencode(disk.stable())).hexdigest()[:SERIAL_MAX]
-        )
+        if text := nvme_string(self.overrides["SERIAL"] or disk.serial, SERIAL_MAX):
+            return text
+        if disk.made_up[0] != disk.tag:  # computed once: at its end, half of a disk has left sysfs already
+            digest = sha256(self.machine.id + b"serial" + os.fsencode(disk.stable()))
+            disk.made_up = disk.tag, digest.hexdigest()[:SERIAL_MAX]
+        return disk.made_up[1]
 
     def uuid(self, disk: Disk) -> str:
         override = self.overrides["UUID"].replace("-", "").lower()
@@ -2287,6 +2319,7 @@ class Screen:
             if not os.ttyname(1).startswith("/dev/pts/"):
                 self.level = ConsoleLevel()
                 self.level.lower()
+                end_text_plymouth()
         except OSError:
             pass
         self.take_keys()
@@ -2299,11 +2332,13 @@ class Screen:
                 return
             import termios
 
+            # Opened anew, so that only this reading never blocks: another program may take the key first.
+            keys = os.open(os.ttyname(0), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
             self.saved = termios.tcgetattr(0)
             mode = termios.tcgetattr(0)
-            mode[3] &= ~(termios.ICANON | termios.ECHO)
+            mode[3] = mode[3] & ~(termios.ICANON | termios.ECHO) | termios.ISIG
             termios.tcsetattr(0, termios.TCSANOW, mode)
-            self.keys = 0
+            self.keys = keys
         except (OSError, ImportError) as e:
             debug(f"Failed to set up the terminal's keys, ignoring: {e}")
         except Exception as e:  # termios.error is no OSError
@@ -2312,7 +2347,9 @@ class Screen:
     def read_keys(self) -> None:
         """Turns the page. Raises nothing: a terminal that is gone has no keys."""
         try:
-            typed = os.read(0, 64)
+            typed = os.read(self.keys, 64)
+        except BlockingIOError:
+            return
         except OSError:
             typed = b""
         if not typed:
@@ -2630,10 +2667,11 @@ class Service:
                 deadlines.append(now + self.pause)
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
             ready = {fd for fd, _ in poll.poll(timeout)}
-            if self.view.keys >= 0 and self.view.keys in ready and isinstance(self.view, Screen):
+            keys = self.view.keys
+            if keys >= 0 and keys in ready and isinstance(self.view, Screen):
                 self.view.read_keys()
                 if self.view.keys < 0:
-                    poll.unregister(0)
+                    poll.unregister(keys)
             if self.signals in ready:
                 os.read(self.signals, 4096)
                 self.dirty = True
