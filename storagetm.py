@@ -387,7 +387,7 @@ def end_text_plymouth() -> None:
 
 
 def plymouth_request(request: bytes, wait_sec: float = 0) -> None:
-    """Sends a request to Plymouth, where it runs, and waits so long for it to hang up. Errors are ignored."""
+    """Sends a request to Plymouth, where it runs, and waits that long for it to hang up. No errors."""
     try:
         s = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
         try:
