@@ -363,8 +363,8 @@ def notify(state: str) -> None:
         send_datagram(name, os.fsencode(state))
 
 
-def plymouth(message: str) -> bool:
-    """Has Plymouth, where it runs, show `message` (ply-boot-protocol.h, "M", at most 254 bytes)."""
+def plymouth(message: str) -> None:
+    """Has Plymouth show `message`, where it runs (protocol: ply-boot-protocol.h, "M", at most 254 bytes)."""
     text = os.fsencode(message)[:253] + b"\0"
     plymouth_request(b"M\x02" + bytes([len(text)]) + text)
 
@@ -2474,7 +2474,6 @@ class Service:
         self.status = ""
         self.splash = ""
         self.pause = LOCK_POLL_SEC[0]
-        self.redraws: list[float] = []  # when to draw over what others have written on the screen
 
     def run(self) -> int:
         """Returns the exit code. Raises UserError for what prevents the start."""
@@ -2653,17 +2652,15 @@ class Service:
         if self.view.keys >= 0:
             poll.register(self.view.keys, select.POLLIN)
         # What the service manager prints on the console about this very start is drawn over a little later.
-        self.redraws = [time.monotonic() + 1, time.monotonic() + 4]
+        redraws = [time.monotonic() + 1, time.monotonic() + 4] if isinstance(self.view, Screen) else []
         while not self.stop_asked:
             now = time.monotonic()
-            if not isinstance(self.view, Screen):
-                self.redraws.clear()
-            elif any(at <= now for at in self.redraws):
-                self.redraws = [at for at in self.redraws if at > now]
+            if redraws and redraws[0] <= now:
+                redraws.pop(0)
                 self.dirty = True
             if self.dirty and now - self.shown >= REDRAW_SEC:
                 self.show(now)
-            deadlines = list(self.redraws)
+            deadlines = redraws[:1]
             if self.dirty:
                 deadlines.append(self.shown + REDRAW_SEC)
             if self.pending():
@@ -2714,9 +2711,7 @@ class Service:
             notify(f"STATUS={status}")
         if (splash := report.for_plymouth()) != self.splash:
             self.splash = splash
-            if plymouth(splash):
-                # Without graphics it writes that on the console, into the screen.
-                self.redraws.append(now + 1)
+            plymouth(splash)
 
     def stop(self) -> bool:
         """Takes all exports down again; False if some would not go."""
