@@ -369,8 +369,8 @@ def plymouth(message: str) -> None:
     plymouth_request(b"M\x02" + bytes([len(text)]) + text)
 
 
-def end_text_plymouth() -> None:
-    """Has Plymouth end, unless it shows graphics and so hides the console.
+def end_text_plymouth() -> bool:
+    """Has Plymouth end, unless it shows graphics and so hides the console; True if it was asked to.
 
     Where it shows text it takes the console's keys, Ctrl-C among them, and locks its settings.
     """
@@ -378,12 +378,13 @@ def end_text_plymouth() -> None:
         fd = os.open(DEV + "tty0", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         try:
             if int.from_bytes(fcntl.ioctl(fd, KDGETMODE, bytes(4)), sys.byteorder) == KD_GRAPHICS:
-                return
+                return False
         finally:
             os.close(fd)
     except OSError:
         pass  # a kernel without virtual terminals
     plymouth_request(b"Q\x02\x01\0", PLYMOUTH_WAIT_SEC)
+    return True
 
 
 def plymouth_request(request: bytes, wait_sec: float = 0) -> None:
@@ -2263,6 +2264,7 @@ class JournalView:
     """For all that is no terminal: lines, each fact once."""
 
     keys = -1
+    beside_plymouth = True
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
@@ -2312,6 +2314,7 @@ class Screen:
         self.saved: list[Any] | None = None
         self.level: ConsoleLevel | None = None
         self.gone = False
+        self.beside_plymouth = True
         self.changed: Callable[[], None] = lambda: None
         try:
             # A pseudo terminal never gets kernel messages; the console, serial lines and virtual terminals
@@ -2319,7 +2322,8 @@ class Screen:
             if not os.ttyname(1).startswith("/dev/pts/"):
                 self.level = ConsoleLevel()
                 self.level.lower()
-                end_text_plymouth()
+                # It may take longer, and would write what it is told into the screen.
+                self.beside_plymouth = not end_text_plymouth()
         except OSError:
             pass
         self.take_keys()
@@ -2709,7 +2713,7 @@ class Service:
         if (status := report.status()) != self.status:
             self.status = status
             notify(f"STATUS={status}")
-        if (splash := report.for_plymouth()) != self.splash:
+        if self.view.beside_plymouth and (splash := report.for_plymouth()) != self.splash:
             self.splash = splash
             plymouth(splash)
 
