@@ -2,8 +2,8 @@
 """`make demo`: one machine's disks on another, with nothing but a cable between them.
 
 A machine with two disks and nothing else boots from an initrd into storage target mode. The command that its
-screen shows is typed on a second machine, and what that one then reads from the disks is compared with what was
-on them. With INTERACTIVE=1 in the environment both machines stay on the terminal afterwards.
+screen shows is typed on a second machine, and what that one then reads from the disks is compared with what
+was on them. With INTERACTIVE=1 in the environment both machines stay on the terminal afterwards.
 """
 
 from __future__ import annotations
