@@ -414,7 +414,13 @@ class Log:
 
     def __init__(self) -> None:
         self.debug = os.environ.get("SYSTEMD_LOG_LEVEL", "") in ("debug", "7")
-        self.prefix = "JOURNAL_STREAM" in os.environ
+        self.prefix = False
+        try:
+            # Whatever a service starts inherits the variable, and may write elsewhere (systemd.exec(5)).
+            st = os.fstat(2)
+            self.prefix = os.environ.get("JOURNAL_STREAM", "") == f"{st.st_dev}:{st.st_ino}"
+        except OSError:
+            pass
         self.screen: Callable[[str], None] | None = None
 
     def __call__(self, priority: int, message: str) -> None:
