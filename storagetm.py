@@ -374,15 +374,18 @@ def end_text_plymouth() -> bool:
 
     Where it shows text it takes the console's keys, Ctrl-C among them, and locks its settings.
     """
-    try:
-        fd = os.open(DEV + "tty0", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    consoles = read_attribute(SYS + "class/tty/console/active").split()
+    # /dev/console is the last of them. What is on a virtual terminal says nothing about a serial line.
+    if consoles[-1:] == ["tty0"]:
         try:
-            if int.from_bytes(fcntl.ioctl(fd, KDGETMODE, bytes(4)), sys.byteorder) == KD_GRAPHICS:
-                return False
-        finally:
-            os.close(fd)
-    except OSError:
-        pass  # a kernel without virtual terminals
+            fd = os.open(DEV + "tty0", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+            try:
+                if int.from_bytes(fcntl.ioctl(fd, KDGETMODE, bytes(4)), sys.byteorder) == KD_GRAPHICS:
+                    return False
+            finally:
+                os.close(fd)
+        except OSError:
+            pass
     plymouth_request(b"Q\x02\x01\0", PLYMOUTH_WAIT_SEC)
     return True
 
