@@ -767,8 +767,10 @@ def identity_from_sysfs(disk: Disk) -> None:
     if serial := read_attribute(base + "/serial"):  # virtio-blk
         disk.serial, disk.id_serial = "", joined(serial)
     elif serial := read_attribute(device + "/serial"):  # NVMe, MMC
-        disk.serial = joined(serial)
-        disk.id_serial = f"{disk.model}_{disk.serial}"
+        disk.serial = disk.id_serial = joined(serial)
+        if namespace := read_attribute(base + "/nsid"):
+            disk.id_serial = f"{disk.model}_{disk.serial}_{namespace}"
+            disk.model = model
     elif serial := read_vpd_serial(device + "/vpd_pg80"):  # SCSI, and ATA, whose vendor is always "ATA"
         disk.serial = joined(serial)
         prefix = disk.model if vendor == "ATA" else f"{joined(vendor)}_{disk.model}"
