@@ -169,10 +169,11 @@ def demonstrate(directory: Path, *, interactive: bool) -> bool:
         say("booting a machine with these disks, and nothing else, from an initrd into storage target mode")
         target.start()
         client.start()
-        screen = target.wait_screen(r"nvme connect-all -t tcp -a 169\.254\.", timeout=600)
-        screen = target.wait_screen(
-            r"To attach all 2 disks[^$]*nvme connect-all -t tcp -a 169\.254\.", timeout=120
+        target.wait_screen(
+            r"attach all 2 disks[^$]*connect-all -t tcp -a 169\.254\.[^$]*stops exporting", 600
         )
+        time.sleep(3)  # until it has been drawn to its end
+        screen = target.screen()
         say("this is what it shows:")
         print(framed(screen), flush=True)
         client.wait_boot(600)
