@@ -367,7 +367,9 @@ class Machine:
     image's, and has no root disk unless `root_disk` is true.
 
     `machine_id` is what systemd takes for the machine's ID, by default one made from the name; an empty
-    string leaves it to the machine. `reboots` says what a reboot does: boot again, or end the machine.
+    string leaves it to the machine. `reboots` says what a reboot does: boot again, or end the machine. The
+    clock of a `steady` machine, which has one processor, counts instructions (2 ns each) instead of seconds,
+    so that times do not depend on what else the host does.
     """
 
     def __init__(
@@ -389,6 +391,7 @@ class Machine:
         qemu_options: Sequence[str] = (),
         log_directory: Path | None = None,
         interactive: bool = False,
+        steady: bool = False,
     ) -> None:
         self.name = name
         self.image = image
@@ -412,6 +415,7 @@ class Machine:
         self._terminal_size = terminal
         self._qemu_options = tuple(qemu_options)
         self._interactive = interactive
+        self._steady = steady
         self._disk_paths: dict[str, Path] = {}
         self._console = bytearray()
         self._console_socket: socket.socket | None = None
@@ -449,9 +453,21 @@ class Machine:
                 "none",
             ),
             # The plain old PC: any of its PCI slots takes a disk while it runs, and it has an IDE bus.
-            *("-machine", "pc,usb=off", "-accel", "tcg,thread=multi,tb-size=256"),
+            *("-machine", "pc,usb=off"),
+            *(
+                ("-accel", "tcg,thread=single,tb-size=256", "-icount", "shift=1,sleep=off")
+                if self._steady
+                else ("-accel", "tcg,thread=multi,tb-size=256")
+            ),
             # Five-level page tables only make emulation slower.
-            *("-cpu", "max,la57=off", "-smp", str(self._cpus), "-m", str(self._memory)),
+            *(
+                "-cpu",
+                "max,la57=off",
+                "-smp",
+                str(1 if self._steady else self._cpus),
+                "-m",
+                str(self._memory),
+            ),
             *("-kernel", str(self.image.kernel), "-initrd", str(self._initrd or self.image.boot_initrd)),
             *("-append", " ".join([*options, *self._kernel_options])),
             *("-qmp", f"unix:{self.directory}/qmp,server=on,wait=off"),
