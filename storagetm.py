@@ -924,7 +924,7 @@ class Usage:
     def of_file(self, path: str) -> str:
         key = self.key(path)
         if key in self.direct:
-            return self.direct[key]
+            return f"'{path}' {self.direct[key]}"
         return self.search(self.loops[key], set()) if key in self.loops else ""
 
 
