@@ -2132,7 +2132,7 @@ class NvmeTcp:
         if text := nvme_string(self.overrides["SERIAL"] or disk.serial, SERIAL_MAX):
             return text
         if disk.made_up[0] != disk.tag:  # computed once: at its end, half of a disk has left sysfs already
-            digest = sha256(self.machine.id + b"serial" + os.fsencode(disk.stable()))
+            digest = sha256(self.machine.id + b"serial" + os.fsencode(disk.id_serial or disk.stable()))
             disk.made_up = disk.tag, digest.hexdigest()[:SERIAL_MAX]
         return disk.made_up[1]
 
