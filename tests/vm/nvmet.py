@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -85,6 +86,14 @@ class Service:
     @property
     def output(self) -> str:
         return "".join(f"{line}\n" for _, line in self.journal())
+
+    def wait_output(self, pattern: str, timeout: float = 120) -> re.Match[str]:
+        """Waits until a regular expression is found in what it has said."""
+
+        def search() -> re.Match[str] | None:
+            return re.search(pattern, self.output, re.MULTILINE)
+
+        return self.machine.wait_until(search, timeout)
 
 
 @contextlib.contextmanager
