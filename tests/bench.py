@@ -87,7 +87,7 @@ def table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5, help="of each case (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="of each case (default: %(default)s)")
     parser.add_argument("--disks", type=int, nargs="+", default=[1, 256])
     args = parser.parse_args()
     begin = time.monotonic()
