@@ -278,15 +278,17 @@ def test_own_export_attached(machine: Machine) -> None:
 
 
 def test_use_ends(machine: Machine, nodes: dict[str, str]) -> None:
-    """A disk is exported once what was on top of it is gone. The last test: nothing puts it back."""
+    """Disks are exported once nothing uses them any more, and then stay, even if something does again.
+
+    The last test, since this is not undone.
+    """
+    disks = {nodes["MULTIPATH"], nodes["path"]}
     with exporting(machine, "--all", "--nqn=quux"):
-        assert nodes["MULTIPATH"] not in exported(machine)
-        machine.run("umount /mnt/multipath && dmsetup remove path")
-        machine.wait_until(lambda: nodes["MULTIPATH"] in exported(machine))
-        # What is exported stays so, even if the system begins to use it.
-        machine.run(
-            f"mkfs.ext4 -q -F /dev/{nodes['MULTIPATH']} && mount /dev/{nodes['MULTIPATH']} /mnt/multipath"
-        )
+        assert not disks & exported(machine)
+        machine.run("umount /mnt/multipath")
+        machine.wait_until(lambda: disks <= exported(machine))
+        machine.run(f"mount /dev/{nodes['path']} /mnt/multipath")
+        # Another change, so that all disks have been looked at since.
         machine.add_disk(Disk("late", serial="LATE", bus="scsi"))
         machine.wait_until(lambda: "sda" in exported(machine))
-        assert nodes["MULTIPATH"] in exported(machine)
+        assert disks <= exported(machine)
