@@ -108,6 +108,7 @@ MASKED_UNITS = (
     "apt-daily.timer",
     "console-getty.service",
     "dev-hugepages.mount",
+    "blk-availability.service",
     "dev-mqueue.mount",
     "dpkg-db-backup.timer",
     "dracut-shutdown.service",
@@ -133,6 +134,7 @@ MASKED_UNITS = (
     "plymouth-read-write.service",
     "plymouth-start.service",
     "proc-sys-fs-binfmt_misc.automount",
+    "run-lock.mount",
     "serial-getty@ttyS0.service",
     "sys-kernel-debug.mount",
     "sys-kernel-tracing.mount",
@@ -144,19 +146,39 @@ MASKED_UNITS = (
     "systemd-journal-catalog-update.service",
     "systemd-journal-flush.service",
     "systemd-logind.service",
+    "systemd-modules-load.service",
     "systemd-pstore.service",
     "systemd-random-seed.service",
+    "systemd-sysctl.service",
     "systemd-sysusers.service",
     "systemd-timesyncd.service",
     "systemd-tmpfiles-clean.timer",
+    "systemd-tmpfiles-setup-dev-early.service",
+    "systemd-tmpfiles-setup-dev.service",
     "systemd-udev-load-credentials.service",
     "systemd-update-done.service",
     "systemd-update-utmp-runlevel.service",
     "systemd-update-utmp.service",
     "systemd-user-sessions.service",
+    "tmp.mount",
     "uuidd.socket",
     "xfs_scrub_all.timer",
 )
+
+# Those that carry out what the kernel command line says about units; the others take a second, and find
+# nothing.
+GENERATORS = ("systemd-debug-generator", "systemd-run-generator")
+
+# Without what no disk and no network adapter depends on, which is most of all that there is.
+TRIGGER_DROP_IN = """\
+[Service]
+ExecStart=
+ExecStart=-udevadm trigger --action=add --subsystem-nomatch=acpi --subsystem-nomatch=clocksource \\
+    --subsystem-nomatch=clockevents --subsystem-nomatch=cpu --subsystem-nomatch=event_source \\
+    --subsystem-nomatch=mem --subsystem-nomatch=memory --subsystem-nomatch=node --subsystem-nomatch=pnp \\
+    --subsystem-nomatch=tty --subsystem-nomatch=vc --subsystem-nomatch=vtconsole \\
+    --subsystem-nomatch=workqueue
+"""
 
 AGENT_UNIT = """\
 [Unit]
@@ -196,6 +218,10 @@ BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "crc
 BOOT_INIT = """\
 #!/busybox sh
 /busybox mount -t devtmpfs dev /dev
+# These load their modules when they are opened; making them at every boot is what kmod has a slow service
+# for.
+/busybox mknod /dev/loop-control c 10 237
+/busybox mknod /dev/btrfs-control c 10 234
 /busybox mount -t proc proc /proc
 /busybox mount -t sysfs sys /sys
 for module in {modules}; do
@@ -278,7 +304,10 @@ def base_command(release: str, target: str) -> list[str]:
 
 
 def base_path(release: str) -> Path:
-    return cache_directory() / f"{release}-base-{digest(*base_command(release, ''), 'modules unpacked')}"
+    return (
+        cache_directory()
+        / f"{release}-base-{digest(*base_command(release, ''), 'modules unpacked and not signed')}"
+    )
 
 
 def image_path(release: str) -> Path:
@@ -413,13 +442,24 @@ def make_base(release: str) -> Path:
 
 
 def unpack_modules(root: Path) -> None:
-    """Unpack the kernel's modules, which takes an emulated machine seconds at every boot."""
+    """Unpack the kernel's modules and cut their signatures off.
+
+    Unpacking and verifying takes an emulated machine seconds at every boot.
+    """
     modules = root / "usr/lib/modules"
     packed = [str(path) for path in modules.rglob("*.ko.xz")]
     if packed:
         run("xz", "--decompress", "--threads=0", *packed)
-        for version in modules.iterdir():
-            run("chroot", root, "depmod", version.name)
+    magic = b"~Module signature appended~\n"
+    for path in modules.rglob("*.ko"):
+        data = path.read_bytes()
+        if data.endswith(magic):
+            # Behind the module come the signature, 12 bytes of which the last four are its length, and the
+            # magic.
+            end = len(data) - len(magic) - 12
+            os.truncate(path, end - int.from_bytes(data[end + 8 : end + 12], "big"))
+    for version in modules.iterdir():
+        run("chroot", root, "depmod", version.name)
 
 
 def configure(root: Path) -> None:
@@ -443,6 +483,16 @@ def configure(root: Path) -> None:
     (units / "sysinit.target.wants").mkdir(exist_ok=True)
     (units / "sysinit.target.wants/harness-agent.service").symlink_to("../harness-agent.service")
     (units / "harness-shell.service").write_text(SHELL_UNIT)
+    # It is started when something connects to its socket.
+    (units / "multi-user.target.wants").mkdir(exist_ok=True)
+    (units / "multi-user.target.wants/dbus.service").symlink_to("/dev/null")
+    (units / "systemd-udev-trigger.service.d").mkdir()
+    (units / "systemd-udev-trigger.service.d/harness.conf").write_text(TRIGGER_DROP_IN)
+    generators = root / "etc/systemd/system-generators"
+    generators.mkdir(exist_ok=True)
+    for generator in (root / "usr/lib/systemd/system-generators").iterdir():
+        if generator.name not in GENERATORS:
+            (generators / generator.name).symlink_to("/dev/null")
     for name in ("journald", "system"):
         (root / f"etc/systemd/{name}.conf.d").mkdir(exist_ok=True)
     # In memory: quicker, and the file system is thrown away anyway.
