@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command line: what it means, what it refuses, and what the program says then."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import storagetm
+
+SCRIPT = Path(storagetm.__file__)
+MAN_PAGE = SCRIPT.parent / "docs" / "storagetm.8"
+
+
+def run(*arguments: str | bytes) -> subprocess.CompletedProcess[bytes]:
+    """The program as it is started, isolated."""
+    return subprocess.run(
+        [sys.executable, "-IS", SCRIPT, *arguments],
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def parsed(*arguments: str) -> dict[str, object]:
+    """The options that are not as they are by default."""
+    default = vars(storagetm.Options())
+    return {k: v for k, v in vars(storagetm.parse_arguments(arguments)).items() if v != default[k]}
+
+
+# What it means
+
+
+def test_devices() -> None:
+    assert parsed("/dev/vda", "disk.img") == {"devices": ["/dev/vda", "disk.img"]}
+    assert parsed("-") == {"devices": ["-"]}
+
+
+def test_options_and_devices_in_any_order() -> None:
+    expected = {"devices": ["a", "b"], "force": True, "dry_run": True, "nqn": "x"}
+    assert parsed("a", "--force", "b", "--nqn", "x", "--dry-run") == expected
+    assert parsed("--dry-run", "--nqn=x", "a", "b", "--force") == expected
+    assert parsed("--nqn=x", "--force", "--dry-run", "--", "a", "b") == expected
+
+
+@given(st.data())
+def test_any_order(data: st.DataObject) -> None:
+    parts = [("/dev/vda",), ("x.img",), ("--nqn", "n"), ("--force",), ("--dry-run",), ("--json",)]
+    order = data.draw(st.permutations(parts))
+    devices = [p[0] for p in order if not p[0].startswith("-")]
+    assert parsed(*(word for part in order for word in part)) == {
+        "devices": devices,
+        "nqn": "n",
+        "force": True,
+        "dry_run": True,
+        "json": True,
+    }
+
+
+def test_all() -> None:
+    assert parsed("--all") == parsed("-a") == {"all": 1}
+    assert (
+        parsed("-aa")
+        == parsed("-a", "-a")
+        == parsed("--all", "-a")
+        == parsed("--all", "--all")
+        == {"all": 2}
+    )
+
+
+def test_end_of_options() -> None:
+    assert parsed("--force", "--", "--all", "-x", "--") == {"devices": ["--all", "-x", "--"], "force": True}
+
+
+def test_abbreviations() -> None:
+    assert parsed("--al") == {"all": 1}
+    assert parsed("--n=x", "--al", "--dry") == {"nqn": "x", "all": 1, "dry_run": True}
+    assert parsed("--l", "--j") == {"list_devices": True, "json": True}
+    # A value may look like an option, as with getopt_long(3).
+    assert parsed("--nqn", "--all", "d") == {"nqn": "--all", "devices": ["d"]}
+
+
+def test_value_with_equals_sign() -> None:
+    assert parsed("--nqn=a=b", "d")["nqn"] == "a=b"
+
+
+def test_last_nqn_counts() -> None:
+    assert parsed("--nqn=a", "--nqn=b", "d")["nqn"] == "b"
+
+
+def test_help_and_version_ask_for_nothing_else() -> None:
+    assert parsed("-h") == parsed("--help") == {"help": True}
+    assert parsed("--version") == {"version": True}
+    assert parsed("-ah") == {"all": 1, "help": True}
+
+
+@given(
+    st.lists(
+        st.text(st.characters(exclude_characters="\0")) | st.sampled_from(["--all", "-a", "--nqn", "--"])
+    )
+)
+def test_any_arguments(arguments: list[str]) -> None:
+    try:
+        storagetm.parse_arguments(arguments)
+    except storagetm.UsageError as e:
+        assert str(e)  # noqa: PT017
+
+
+# What it refuses
+
+LONGEST = "n" * (223 - len(".x"))
+
+REFUSED: list[tuple[list[str | bytes], str]] = [
+    ([], "Name a device, or give --all; see --help"),
+    (["--force"], "Name a device, or give --all; see --help"),
+    (["--all", "/dev/vda"], "--all takes no device ('/dev/vda')"),
+    (["/dev/vda", "-aa"], "--all takes no device ('/dev/vda')"),
+    (["--list-devices", "/dev/vda"], "--list-devices takes no device ('/dev/vda')"),
+    (["--nonsense"], "Unknown option '--nonsense'; see --help"),
+    (["--alll"], "Unknown option '--alll'; see --help"),
+    (["-x"], "Unknown option '-x'; see --help"),
+    (["-ax"], "Unknown option '-x'; see --help"),
+    (["--=x"], "Ambiguous option '--'; see --help"),
+    (["--all=yes"], "Option '--all' takes no value"),
+    (["--all", "--nqn"], "Option '--nqn' needs a value"),
+    (["--all", "--nqn="], "--nqn= is empty"),
+    (["--all", "--nqn", ""], "--nqn= is empty"),
+    (["--all", "--nqn=a/b"], "--nqn=a/b has a '/' in it"),
+    (["--all", b"--nqn=\xff"], "--nqn= is not UTF-8"),
+    (["--all", "--nqn=a\nb"], "--nqn= has control characters in it"),
+    (
+        ["--all", f"--nqn={LONGEST}n"],
+        "--nqn= is too long: 222 bytes, and with '.' and a disk's name 223 are allowed",
+    ),
+    # Bytes count.
+    (
+        ["--all", "--nqn=" + "é" * 111],
+        "--nqn= is too long: 222 bytes, and with '.' and a disk's name 223 are allowed",
+    ),
+    (["--all", "--json"], "--json goes with --list-devices or --dry-run"),
+    ([""], "A device's name is empty"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_refused(arguments: list[str | bytes], message: str) -> None:
+    with pytest.raises(storagetm.UsageError) as caught:
+        storagetm.parse_arguments([os.fsdecode(a) for a in arguments])
+    assert str(caught.value) == message
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--all", "/dev/vda"], ["--nonsense"], ["--all", b"--nqn=\xff"], ["--all", "--nqn=a/b"]],
+)
+def test_refused_by_the_real_program(arguments: list[str | bytes]) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert result.stdout == b""
+    message = [m for a, m in REFUSED if a == arguments]
+    assert result.stderr.decode() == message[0] + "\n"
+
+
+def test_longest_nqn() -> None:
+    assert parsed("--all", f"--nqn={LONGEST}")["nqn"] == LONGEST
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with no disks, no nvmet and nothing in use."""
+    for name in ("ETC", "SYS", "PROC", "RUN", "CONFIGFS"):
+        monkeypatch.setattr(storagetm, name, f"{tmp_path}/{name.lower()}/")
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/machine-id").write_text("0123456789abcdef0123456789abcdef")
+    (tmp_path / "sys/block").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/mountinfo").write_text("")
+    return tmp_path
+
+
+def test_nqn_too_long_for_a_disk(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Together with the longest name, before anything is done."""
+    (places / "d").write_bytes(bytes(512))
+    (places / "longer.img").write_bytes(bytes(512))
+    nqn = "n" * (223 - len(".longer.im"))
+    assert storagetm.main(["--dry-run", f"--nqn={nqn}", f"{places}/d", f"{places}/longer.img"]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    node = f"{places}/longer.img"
+    assert err == (
+        f"--nqn= is too long for '{node}': its NQN '{nqn}.longer.img' has 224 bytes, 223 are allowed\n"
+    )
+    assert storagetm.main(["--dry-run", f"--nqn={nqn[1:]}", f"{places}/d", f"{places}/longer.img"]) == 0
+
+
+def test_service_checks_names_too(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (places / "longer.img").write_bytes(bytes(512))
+    monkeypatch.setattr(storagetm, "prepare_kernel", lambda: pytest.fail("it went on"))
+    machine = storagetm.Machine()
+    transport = storagetm.NvmeTcp(machine, "n" * 213)
+    inventory = storagetm.Inventory([f"{places}/longer.img"], False, False)
+    with pytest.raises(storagetm.UsageError, match="has 224 bytes"):
+        storagetm.Service(machine, transport, inventory).run()
+
+
+@pytest.mark.usefixtures("places")
+def test_not_root(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert storagetm.main(["--all"]) == 1
+    assert capfd.readouterr().err == (
+        "Only root can export disks; run it as root, or see what it would do with --dry-run\n"
+    )
+    assert storagetm.main(["--all", "--dry-run"]) == 0
+    assert storagetm.main(["--list-devices"]) == 0
+
+
+def test_no_sysfs(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (places / "sys/block").rmdir()
+    assert storagetm.main(["--list-devices"]) == 1
+    assert f"'{places}/sys/' is not mounted" in capfd.readouterr().err
+
+
+# What it tells
+
+
+def test_help() -> None:
+    result = run("--help")
+    assert result.returncode == 0
+    assert result.stderr == b""
+    text = result.stdout.decode()
+    for short, name, value, what in storagetm.OPTIONS:
+        option = (f"-{short} " if short else "") + f"--{name}" + (f"={value}" if value else "")
+        first = what.partition("\n")[0]
+        assert re.search(rf"^ +{re.escape(option)} +{re.escape(first)}$", text, re.MULTILINE), option
+    assert max(map(len, text.split("\n"))) < 80
+    assert run("-h").stdout == result.stdout
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.returncode, result.stdout, result.stderr) == (
+        0,
+        f"storagetm {storagetm.__version__}\n".encode(),
+        b"",
+    )
+
+
+@pytest.mark.parametrize("name", [o[1] for o in storagetm.OPTIONS])
+def test_man_page(name: str) -> None:
+    if not MAN_PAGE.exists():
+        pytest.skip("There is no manual page yet.")
+    page = MAN_PAGE.read_text().replace("\\-", "-")
+    assert re.search(rf"--{name}\b", page)
+
+
+def test_output_that_nobody_reads() -> None:
+    """A closed standard output is no failure and no traceback."""
+    result = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-IS", SCRIPT, "--help"],
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, b"")

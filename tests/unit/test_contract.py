@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Names, ports and identities: those that clients know from systemd-storagetm."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import hmac
+import os
+import random
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import storagetm
+
+MACHINE_ID = "0123456789abcdef0123456789abcdef"
+PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
+
+# The first outputs of SipHash-2-4's reference implementation (vectors.h), for the key 00 01 .. 0f and inputs
+# of 0, 1, 2, .. bytes 00 01 02 ..; that of 15 bytes is in the paper's appendix A as well.
+SIPHASH_VECTORS = (
+    "310e0edd47db6f72",
+    "fd67dc93c539f874",
+    "5a4fa9d909806c0d",
+    "2d7efbd796666785",
+    "b7877127e09427cf",
+    "8da699cd64557618",
+    "cee3fe586e46c9cb",
+    "37d1018bf50002ab",
+    "6224939a79f5f593",
+    "b0e4a90bdf82009e",
+    "f3b9dd94c5bb5d7a",
+    "a7ad6b22462fb3f4",
+    "fbe50e86bc8f1e75",
+    "903d84c02756ea14",
+    "eef27a8e90ca23f7",
+    "e545be4961ca29a1",
+)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> storagetm.Machine:
+    """The machine of the contract's vectors, which runs Debian 13."""
+    (tmp_path / "machine-id").write_text(MACHINE_ID + "\n")
+    (tmp_path / "os-release").write_text(
+        'ID=debian\nVERSION_ID="13"\nPRETTY_NAME="Debian GNU/Linux 13 (trixie)"\n'
+    )
+    monkeypatch.setattr(storagetm, "ETC", f"{tmp_path}/")
+    for name in ("MODEL", "FIRMWARE", "SERIAL", "UUID"):
+        monkeypatch.delenv(f"SYSTEMD_NVME_{name}", raising=False)
+    return storagetm.Machine()
+
+
+@pytest.fixture
+def transport(machine: storagetm.Machine) -> storagetm.NvmeTcp:
+    return storagetm.NvmeTcp(machine)
+
+
+def disk(node: str = "/dev/vda", **properties: str) -> storagetm.Disk:
+    """A disk with what udev says of it."""
+    found = storagetm.Disk(node.rpartition("/")[2], node, node.rpartition("/")[2])
+    storagetm.identity_from_udev(found, properties)
+    return found
+
+
+# Primitives
+
+
+def test_siphash_reference_vectors() -> None:
+    key = bytes(range(16))
+    for length, expected in enumerate(SIPHASH_VECTORS):
+        assert storagetm.siphash24(key, bytes(range(length))).to_bytes(8, "little").hex() == expected, length
+    assert storagetm.siphash24(key, bytes(range(63))).to_bytes(8, "little").hex() == "724506eb4c328a95"
+    assert storagetm.siphash24(key, bytes(range(15))) == 0xA129CA6149BE45E5
+
+
+@given(st.binary(max_size=64), st.binary(max_size=300))
+def test_hmac(key: bytes, message: bytes) -> None:
+    assert storagetm.hmac_sha256(key, message) == hmac.new(key, message, "sha256").digest()
+
+
+@given(st.binary(max_size=300))
+def test_sha256(data: bytes) -> None:
+    assert vars(storagetm)["sha256"](data).digest() == hashlib.sha256(data).digest()
+
+
+def test_sha256_without_the_private_modules() -> None:
+    """Another Python may lack them all; the name then is hashlib's."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['_sha2'] = sys.modules['_sha256'] = None;"
+        "import storagetm, hashlib; sys.exit(storagetm.sha256 is not hashlib.sha256)"
+    )
+    root = str(Path(storagetm.__file__).parent)
+    assert subprocess.run([sys.executable, "-IS", "-c", code, root], check=False).returncode == 0
+
+
+@given(st.binary(min_size=16, max_size=32))
+def test_uuid4(digest: bytes) -> None:
+    made = uuid.UUID(hex=storagetm.uuid4_from(digest))
+    assert (made.version, made.variant) == (4, uuid.RFC_4122)
+    assert made.bytes[:6] + made.bytes[9:] == digest[:6] + digest[9:16]
+    assert str(made) == storagetm.dashed(made.hex)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (MACHINE_ID, True),
+        (MACHINE_ID.upper(), False),
+        (MACHINE_ID[:-1], False),
+        (MACHINE_ID + "0", False),
+        ("0" * 32, False),
+        ("uninitialized", False),
+        (str(uuid.UUID(MACHINE_ID)), False),
+        ("", False),
+    ],
+)
+def test_is_id128(text: str, expected: bool) -> None:
+    assert storagetm.is_id128(text) is expected
+
+
+# Vectors
+
+
+def test_prefix(transport: storagetm.NvmeTcp) -> None:
+    assert transport.prefix == PREFIX
+    assert transport.nqn(disk("/dev/vda")) == PREFIX + ".vda"
+
+
+def test_app_specific_id(machine: storagetm.Machine) -> None:
+    # What systemd-storagetm takes as the serial number of every disk that has none of its own.
+    assert machine.app_specific("397f4dbf1ebf466db3cb45b80d495bc1")[:20] == "0e06ea54baca4c67a335"
+
+
+@pytest.mark.parametrize(
+    ("nqn", "ipv4", "ipv6"),
+    [
+        ("", 59936, 36681),
+        ("quux", 16858, 29423),
+        ("nqn.2023-10.io.systemd:storagetm.099edbb9e5114193a828c46d31d9228f", 63558, 55673),
+    ],
+)
+def test_ports(machine: storagetm.Machine, nqn: str, ipv4: int, ipv6: int) -> None:
+    transport = storagetm.NvmeTcp(machine, nqn)
+    assert transport.port_number(storagetm.AF_INET) == ipv4
+    assert transport.port_number(storagetm.AF_INET6) == ipv6
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=50))
+def test_port_range(nqn: str) -> None:
+    transport = storagetm.NvmeTcp.__new__(storagetm.NvmeTcp)
+    transport.prefix = nqn
+    assert transport.port_number(storagetm.AF_INET) in range(1024, 65535, 2)
+    assert transport.port_number(storagetm.AF_INET6) in range(1025, 65536, 2)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (disk(ID_SERIAL="DISK-A"), "23f6dcb9-5617-4019-9db0-49e2af0000e9"),
+        (disk("/dev/nullb0"), "6cae16a3-f3e1-4b3b-9b53-091692726f45"),
+        (storagetm.Disk("disk.img", "/var/tmp/disk.img"), "56ff4049-df8e-4fca-aa73-09aabc53d99b"),
+    ],
+)
+def test_uuid(transport: storagetm.NvmeTcp, made: storagetm.Disk, expected: str) -> None:
+    assert transport.uuid(made) == expected
+
+
+# Identity
+
+
+def test_model(transport: storagetm.NvmeTcp) -> None:
+    assert transport.model(disk(ID_MODEL="QEMU_NVMe_Ctrl")) == "QEMU_NVMe_Ctrl (debian)"
+    assert transport.model(disk(ID_MODEL="X", ID_MODEL_FROM_DATABASE="Nice X")) == "Nice X (debian)"
+    assert transport.model(disk()) == "debian"
+    transport.machine.os = ""
+    assert transport.model(disk(ID_MODEL="QEMU_NVMe_Ctrl")) == "QEMU_NVMe_Ctrl"
+    assert transport.model(disk()) == ""
+    assert len(transport.model(disk(ID_MODEL="x" * 60))) == 40
+
+
+def test_firmware(transport: storagetm.NvmeTcp) -> None:
+    assert transport.firmware() == "13"
+    transport.machine.os_version = "2024.10.31-rc1"
+    assert transport.firmware() == "2024.10."
+
+
+@pytest.mark.usefixtures("machine")
+def test_image_id_comes_before_id(tmp_path: Path) -> None:
+    (tmp_path / "os-release").write_text("ID=debian\nIMAGE_ID=rescue\nVERSION_ID=13\nIMAGE_VERSION=7\n")
+    transport = storagetm.NvmeTcp(storagetm.Machine())
+    assert (transport.model(disk()), transport.firmware()) == ("rescue", "7")
+
+
+def test_serial(transport: storagetm.NvmeTcp) -> None:
+    assert transport.serial(disk(ID_SERIAL="long", ID_SERIAL_SHORT="short")) == "short"
+    assert transport.serial(disk(ID_SERIAL_SHORT="0123456789" * 3)) == "0123456789" * 2
+
+
+def test_serial_of_disks_without(transport: storagetm.NvmeTcp) -> None:
+    """One for each disk and machine, the same at each start, and one that the kernel takes."""
+    first, second = transport.serial(disk("/dev/vda")), transport.serial(disk("/dev/vdb"))
+    assert first == transport.serial(disk("/dev/vda"))
+    assert first != second
+    for serial in (first, second):
+        assert len(serial) == 20
+        assert set(serial) <= set("0123456789abcdef")
+    transport.machine.id = bytes(16)
+    assert transport.serial(disk("/dev/vda")) != first
+
+
+def test_environment(machine: storagetm.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYSTEMD_NVME_MODEL", "Mine")
+    monkeypatch.setenv("SYSTEMD_NVME_FIRMWARE", "F1")
+    monkeypatch.setenv("SYSTEMD_NVME_SERIAL", "S1")
+    monkeypatch.setenv("SYSTEMD_NVME_UUID", "01234567-89AB-cdef-0123-456789abcdef")
+    transport = storagetm.NvmeTcp(machine)
+    some = disk(ID_SERIAL="DISK-A", ID_SERIAL_SHORT="A", ID_MODEL="M")
+    assert transport.model(some) == "Mine"
+    assert transport.firmware() == "F1"
+    assert transport.serial(some) == "S1"
+    assert transport.uuid(some) == "01234567-89ab-cdef-0123-456789abcdef"
+
+
+def test_environment_with_no_uuid(
+    machine: storagetm.Machine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SYSTEMD_NVME_UUID", "mine")
+    transport = storagetm.NvmeTcp(machine)
+    assert transport.uuid(disk(ID_SERIAL="DISK-A")) == "23f6dcb9-5617-4019-9db0-49e2af0000e9"
+    assert capfd.readouterr().err == "$SYSTEMD_NVME_UUID is not a UUID, ignoring it\n"
+
+
+# The machine's ID
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Directories etc, sys, proc and run that the program takes for the machine's."""
+    for name in ("ETC", "SYS", "PROC", "RUN"):
+        monkeypatch.setattr(storagetm, name, f"{tmp_path}/{name.lower()}/")
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "sys/class/dmi/id").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("content", [None, "", "uninitialized\n", "0" * 32, MACHINE_ID + "00"])
+def test_firmware_uuid_for_machine_id(
+    places: Path, content: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (places / "etc/machine-id").write_text(content)
+    (places / "sys/class/dmi/id/product_uuid").write_text("01234567-89AB-CDEF-0123-456789ABCDEF\n")
+    assert storagetm.Machine.machine_id() == bytes.fromhex(MACHINE_ID)
+    assert "using the firmware's UUID instead" in capfd.readouterr().err
+
+
+def test_device_tree_uuid_for_machine_id(places: Path) -> None:
+    (places / "proc/device-tree").mkdir(parents=True)
+    (places / "proc/device-tree/vm,uuid").write_bytes(b"01234567-89ab-cdef-0123-456789abcdef\0")
+    assert storagetm.Machine.machine_id() == bytes.fromhex(MACHINE_ID)
+
+
+def test_random_machine_id(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is the same after a restart, or what was exported before would not be found again."""
+    first = storagetm.Machine.machine_id()
+    assert storagetm.is_id128(first.hex())
+    assert uuid.UUID(bytes=first).version == 4
+    assert "systemd-machine-id-setup" in capfd.readouterr().err
+    assert storagetm.Machine.machine_id() == first
+    (places / "run/machine-id").unlink()
+    assert storagetm.Machine.machine_id() != first
+
+
+def test_random_machine_id_that_cannot_be_kept(places: Path) -> None:
+    (places / "run").write_text("no directory")
+    assert storagetm.Machine.machine_id() != storagetm.Machine.machine_id()
+
+
+def test_machine_name(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (places / "etc/machine-id").write_text(MACHINE_ID)
+    machine = storagetm.Machine()
+    names = iter(("workstation", "localhost", "(none)", "localhost"))
+
+    class Uname:
+        @property
+        def nodename(self) -> str:
+            return next(names)
+
+    monkeypatch.setattr(os, "uname", Uname)
+    assert machine.name == "workstation"
+    assert machine.name == "this machine"
+    (places / "sys/class/dmi/id/product_name").write_text("ThinkPad X1\n")
+    assert machine.name == "ThinkPad X1"
+    (places / "etc/machine-info").write_text('PRETTY_HOSTNAME="Lennart\'s Laptop"\n')
+    assert machine.name == "Lennart's Laptop"
+
+
+# Choosing ports
+
+
+@pytest.fixture
+def nvmet(places: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(storagetm, "CONFIGFS", f"{places}/config/")
+    (places / "config/nvmet/ports").mkdir(parents=True)
+    (places / "proc/net").mkdir(parents=True)
+    (places / "proc/net/if_inet6").write_text("")
+    (places / "etc/machine-id").write_text(MACHINE_ID)
+    (places / "etc/os-release").write_text("ID=debian\nVERSION_ID=13\n")
+    return places / "config/nvmet/ports"
+
+
+V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
+
+
+@pytest.mark.usefixtures("nvmet")
+def test_choose_ports() -> None:
+    transport = storagetm.NvmeTcp(storagetm.Machine())
+    transport.choose_ports([])
+    assert transport.ports == {V4: 59936, V6: 36681}
+
+
+@pytest.mark.usefixtures("nvmet")
+def test_choose_ports_without_ipv6(places: Path) -> None:
+    (places / "proc/net/if_inet6").unlink()
+    transport = storagetm.NvmeTcp(storagetm.Machine())
+    transport.choose_ports([])
+    assert transport.ports == {V4: 59936}
+
+
+def test_choose_ports_of_an_earlier_run(nvmet: Path) -> None:
+    """They are taken again although their directories are there: they are ours."""
+    (nvmet / "1234").mkdir()
+    (nvmet / "59936").mkdir()
+    transport = storagetm.NvmeTcp(storagetm.Machine())
+    transport.choose_ports(["nvmet/subsystems/x", "nvmet/ports/1234", "nvmet/ports/4321"])
+    assert transport.ports == {V4: 1234, V6: 4321}
+
+
+def test_choose_other_ports(nvmet: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (nvmet / "59936").mkdir()
+    (nvmet / "36681").mkdir()
+    transport = storagetm.NvmeTcp(storagetm.Machine())
+    transport.choose_ports([])
+    assert transport.ports[V4] != 59936
+    assert transport.ports[V6] != 36681
+    assert [n & 1 for n in transport.ports.values()] == [0, 1]
+    assert "Port 59936 is taken, using" in capfd.readouterr().out
+
+
+def test_no_port_is_free(nvmet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (nvmet / "59936").mkdir()
+    taken = random.Random(1)
+    numbers = []
+
+    def urandom(length: int) -> bytes:
+        value = taken.randbytes(length)
+        numbers.append(1024 + int.from_bytes(value, "little") % 64511 & 0xFFFE)
+        (nvmet / str(numbers[-1])).mkdir(exist_ok=True)
+        return value
+
+    monkeypatch.setattr(os, "urandom", urandom)
+    with pytest.raises(storagetm.UserError, match="free port for IPv4"):
+        storagetm.NvmeTcp(storagetm.Machine()).choose_ports([])
+    assert len(numbers) == 17  # the last is not tried any more
+
+
+@pytest.fixture
+def busy(nvmet: Path) -> storagetm.NvmeTcp:
+    """A transport that has chosen its ports."""
+    transport = storagetm.NvmeTcp(storagetm.Machine())
+    transport.choose_ports([])
+    assert nvmet.exists()
+    return transport
+
+
+DISK = "nvmet/subsystems/x"
+
+
+def failed_link(number: int, code: int) -> OSError:
+    """What a link to a port may fail with, which is when the kernel begins to listen."""
+    return OSError(code, "reason", f"nvmet/ports/{number}/subsystems/x")
+
+
+def test_nothing_to_adapt(busy: storagetm.NvmeTcp) -> None:
+    assert not busy.adapt(DISK, OSError(errno.EADDRINUSE, "reason", "nvmet/subsystems/x"))
+    assert not busy.adapt(DISK, failed_link(59936, errno.EIO))
+    # Somebody else's link is no reason for another port.
+    assert not busy.adapt(DISK, failed_link(59936, errno.EEXIST))
+    assert busy.ports == {V4: 59936, V6: 36681}
+
+
+def test_port_is_taken_by_a_program(busy: storagetm.NvmeTcp) -> None:
+    assert busy.adapt(DISK, failed_link(59936, errno.EADDRINUSE))
+    assert busy.ports[V4] != 59936
+    assert busy.ports[V4] % 2 == 0
+    assert busy.ports[V6] == 36681
+
+
+def test_port_is_taken_by_an_entry(busy: storagetm.NvmeTcp) -> None:
+    root = "nvmet/ports/36681"
+    assert busy.adapt(root, OSError(errno.EEXIST, "reason", root))
+    assert busy.ports[V6] != 36681
+    assert busy.ports[V6] % 2 == 1
+    assert busy.ports[V4] == 59936
+
+
+@pytest.mark.parametrize("code", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
+def test_address_family_is_off(busy: storagetm.NvmeTcp, code: int) -> None:
+    assert busy.adapt(DISK, failed_link(36681, code))
+    assert busy.ports == {V4: 59936}
+    # There has to be one.
+    assert not busy.adapt(DISK, failed_link(59936, code))
+    assert busy.ports == {V4: 59936}
+
+
+def test_ports_are_not_tried_for_ever(busy: storagetm.NvmeTcp) -> None:
+    tries = 0
+    while busy.adapt(DISK, failed_link(busy.ports[V4], errno.EADDRINUSE)):
+        tries += 1
+    assert tries == 16
+
+
+def test_reachable(busy: storagetm.NvmeTcp) -> None:
+    addresses = [
+        storagetm.Address(V4, "192.0.2.1", "eth0", False),
+        storagetm.Address(V6, "fe80::1", "eth0", True),
+        storagetm.Address(V6, "2001:db8::1", "eth0", False),
+    ]
+    assert busy.reachable(addresses) == addresses
+    assert [busy.connect(a, "connect-all") for a in addresses] == [
+        "nvme connect-all -t tcp -a 192.0.2.1 -s 59936",
+        "nvme connect-all -t tcp -a fe80::1 -s 36681 -f INTERFACE",
+        "nvme connect-all -t tcp -a 2001:db8::1 -s 36681",
+    ]
+    del busy.ports[V6]
+    assert busy.reachable(addresses) == addresses[:1]
+
+
+# The wanted tree
+
+
+def test_wanted_tree(busy: storagetm.NvmeTcp) -> None:
+    made = disk(ID_SERIAL="DISK-A", ID_SERIAL_SHORT="A", ID_MODEL="Model")
+    made.tag, made.size = "254:0 1", 1 << 20
+    nqn = f"nvmet/subsystems/{PREFIX}.vda"
+    branch = busy.disk_branch(made)
+    assert (branch.root, branch.tag, branch.adopted) == (nqn, "254:0 1", False)
+    assert [(type(e).__name__, e.path, e.value) for e in branch.entries] == [
+        ("Directory", nqn, ""),
+        ("Attribute", f"{nqn}/attr_allow_any_host", "1"),
+        ("OptionalAttribute", f"{nqn}/attr_model", "Model (debian)"),
+        ("OptionalAttribute", f"{nqn}/attr_firmware", "13"),
+        ("OptionalAttribute", f"{nqn}/attr_serial", "A"),
+        ("Directory", f"{nqn}/namespaces/1", ""),
+        ("Attribute", f"{nqn}/namespaces/1/device_path", "/dev/vda"),
+        ("OptionalAttribute", f"{nqn}/namespaces/1/device_uuid", "23f6dcb9-5617-4019-9db0-49e2af0000e9"),
+        ("Attribute", f"{nqn}/namespaces/1/enable", "1"),
+        ("Trigger", f"{nqn}/namespaces/1/revalidate_size", "1048576"),
+        ("Link", f"nvmet/ports/59936/subsystems/{PREFIX}.vda", nqn),
+        ("Link", f"nvmet/ports/36681/subsystems/{PREFIX}.vda", nqn),
+    ]
+
+
+def test_wanted_tree_changes_only_with_the_disk(busy: storagetm.NvmeTcp) -> None:
+    made = disk()
+    first = busy.disk_branch(made)
+    assert busy.disk_branch(made) is first
+    for name, value in (("size", 1), ("tag", "x"), ("model", "M"), ("serial", "S"), ("id_serial", "I")):
+        setattr(made, name, value)
+        changed = busy.disk_branch(made)
+        assert not changed.same_as(first), name
+        assert busy.disk_branch(made) is changed
+        first = changed
+    del busy.ports[V6]
+    assert not busy.disk_branch(made).same_as(first)
+
+
+def test_file_without_direct_io(busy: storagetm.NvmeTcp) -> None:
+    made = storagetm.Disk("disk.img", "/run/disk.img")
+    made.buffered = True
+    entries = [(e.path.rpartition("/")[2], e.value) for e in busy.disk_branch(made).entries]
+    assert entries.index(("buffered_io", "1")) < entries.index(("enable", "1"))
+
+
+def test_wanted_ports(busy: storagetm.NvmeTcp) -> None:
+    assert [
+        (b.root, [(type(e).__name__, e.path.rpartition("/")[2], e.value) for e in b.entries])
+        for b in busy.port_branches()
+    ] == [
+        (
+            f"nvmet/ports/{number}",
+            [
+                ("Directory", number, ""),
+                ("Attribute", "addr_adrfam", adrfam),
+                ("Attribute", "addr_trtype", "tcp"),
+                ("Attribute", "addr_trsvcid", number),
+                ("Attribute", "addr_traddr", traddr),
+            ],
+        )
+        for number, adrfam, traddr in (("59936", "ipv4", "0.0.0.0"), ("36681", "ipv6", "::"))
+    ]

@@ -1,0 +1,817 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which disks there are, what they are called, and which are left out for what reason.
+
+On machines captured by capture.py: QEMU's, with every kind of disk it has.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import storagetm
+from tests.unit.conftest import CapturedMachine
+
+Unpack = Callable[[str], CapturedMachine]
+
+READ_ONLY = "it is read-only, and the kernel's NVMe target only takes what it may write to"
+NO_MEDIUM = "No medium found; insert one and it will be exported"
+ROOT = "it is in use: '/dev/vda' is mounted on '/'"
+VOLUME = "it is in use: '/dev/dm-1' (group-volume) is mounted on '/mnt/on the stack'"
+
+# Why --all leaves disks of the captured machines out; no reason is no text. Loop devices all have the same.
+FRESH = {
+    "nbd0": "it comes over the network (NBD)",
+    "nvme0n1": "",
+    "ram0": "it is a RAM disk",
+    "sda": "",
+    "sdb": "",
+    "sdc": "",
+    "sr0": READ_ONLY,
+    "sr1": NO_MEDIUM,
+    "vda": ROOT,
+    "vdb": "",
+    "vdc": "",
+    "vdd": "",
+    "vde": "",
+    "vdf": READ_ONLY,
+    "zram0": "it is a compressed RAM disk",
+}
+USED = {
+    **FRESH,
+    "dm-0": "it is part of '/dev/dm-1'",
+    "dm-1": VOLUME,
+    "md0": "it is part of '/dev/dm-0'",
+    "nvme0n1": "it is in use: '/dev/nvme0n1' is part of a mounted btrfs",
+    "sdc": "it is in use: '/dev/sdc' is in use by the system, which does not tell what for",
+    "vdb": "it is in use: '/dev/vdb1' is mounted on '/mnt/alpha1'",
+    "vdc": VOLUME,
+    "vdd": VOLUME,
+    "vde": "it is in use: '/dev/vde' is mounted on '/mnt/btrfs'",
+}
+# Only what is stacked shows once, at its top; what is below it is not in use.
+ASSEMBLED = {
+    **FRESH,
+    "dm-0": "it is part of '/dev/dm-1'",
+    "dm-1": "",
+    "md0": "it is part of '/dev/dm-0'",
+    "md1": "",
+}
+ATTACHED = {"nvme0n1": "", "nvme1n1": "it comes over the network (NVMe/TCP)", "vda": ROOT, "vdb": ""}
+STACKED = {**ATTACHED, "dm-0": "it is made of 'nvme1n1', which comes over the network (NVMe/TCP)"}
+
+REASONS = {
+    "trixie-fresh": FRESH,
+    "trixie-partitioned": FRESH,
+    "trixie-used": USED,
+    "trixie-assembled": ASSEMBLED,
+    "bookworm-used": USED,
+    "attached-multipath": ATTACHED,
+    "attached-multipath-stacked": STACKED,
+    "attached-single": ATTACHED,
+    "attached-single-stacked": STACKED,
+}
+
+
+@pytest.fixture
+def inventory() -> Iterator[storagetm.Inventory]:
+    """All disks, as --all sees them."""
+    found = storagetm.Inventory((), True, False)
+    yield found
+    for disk in found.disks.values():
+        disk.close()
+
+
+def reasons(inventory: storagetm.Inventory) -> dict[str, str]:
+    return {name: d.left_out for name, d in inventory.disks.items() if not name.startswith("loop")}
+
+
+def named(*paths: str, force: bool = False) -> storagetm.Inventory:
+    """Disks as they are named on the command line."""
+    found = storagetm.Inventory(paths, False, force)
+    found.check_named()
+    return found
+
+
+# What --all takes
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> None:
+    unpack(name)
+    inventory.rescan()
+    assert reasons(inventory) == REASONS[name]
+    for sysname in inventory.disks.keys() - REASONS[name].keys():
+        assert inventory.disks[sysname].left_out == "it is a loop device"
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons_without_udev(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> None:
+    shutil.rmtree(unpack(name).path("/run/udev"))
+    inventory.rescan()
+    assert reasons(inventory) == REASONS[name]
+    assert not [d.name for d in inventory.disks.values() if d.waiting]
+
+
+@pytest.mark.parametrize("name", ["trixie-used", "attached-multipath-stacked"])
+def test_even_what_is_in_use(unpack: Unpack, name: str) -> None:
+    """Given twice, --all minds no use, but nothing becomes a disk of its own or local by that."""
+    unpack(name)
+    inventory = storagetm.Inventory((), True, True)
+    inventory.rescan()
+    expected = {n: "" if why.startswith("it is in use") else why for n, why in REASONS[name].items()}
+    assert reasons(inventory) == expected
+
+
+def test_candidates(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    unpack("trixie-fresh")
+    inventory.rescan()
+    assert [d.name for d in inventory.candidates()] == [
+        *("sda", "sdb", "sdc", "vdb", "vdc", "vdd", "vde", "nvme0n1")
+    ]
+    assert [d.node for d in inventory.candidates()][:2] == ["/dev/sda", "/dev/sdb"]
+
+
+def test_path_of_multipath_disk_is_no_disk(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    machine = unpack("attached-multipath")
+    hidden = [p.name for p in machine.path("/sys/block").iterdir() if (p / "hidden").read_text() == "1\n"]
+    assert hidden == ["nvme1c1n1"]
+    inventory.rescan()
+    assert "nvme1c1n1" not in inventory.disks
+
+
+def test_drives_are_not_disturbed(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """Opening a CD drive without O_NONBLOCK closes its tray."""
+    machine = unpack("trixie-fresh")
+    inventory.rescan()
+    drives = [flags for path, flags in machine.opened if path.startswith("/dev/sr")]
+    assert drives
+    assert all(flags & os.O_NONBLOCK for flags in drives)
+
+
+def test_nothing_is_opened_for_writing(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """udev probes a disk again whenever somebody who could write to it closes it."""
+    machine = unpack("trixie-used")
+    inventory.rescan()
+    assert machine.opened
+    assert not [path for path, flags in machine.opened if flags & os.O_ACCMODE != os.O_RDONLY]
+
+
+def test_medium_inserted(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    machine = unpack("trixie-fresh")
+    inventory.rescan()
+    assert inventory.disks["sr1"].size == 0
+    machine.answers["11:1"] = {"drive": storagetm.CDS_DISC_OK, "plain": "", "nonblock": "", "exclusive": ""}
+    machine.attribute("sr1", "ro", "0")
+    inventory.update(["sr1"])
+    assert inventory.disks["sr1"].left_out == ""
+    assert inventory.disks["sr1"].size == 2097151 * 512
+    # A drive that cannot say is taken at its word about the size.
+    machine.answers["11:1"]["drive"] = storagetm.CDS_NO_INFO
+    inventory.update(["sr1"])
+    assert inventory.disks["sr1"].left_out == ""
+
+
+def test_empty_card_reader(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    machine = unpack("trixie-fresh")
+    machine.attribute("sdc", "removable", "1")
+    machine.answers["8:32"]["plain"] = "ENOMEDIUM"
+    inventory.rescan()
+    assert inventory.disks["sdc"].left_out == NO_MEDIUM
+    machine.answers["8:32"]["plain"] = ""
+    inventory.update(["sdc"])
+    assert inventory.disks["sdc"].left_out == ""
+
+
+def test_size_0(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    unpack("trixie-fresh").attribute("vdb", "size", "0")
+    inventory.rescan()
+    assert inventory.disks["vdb"].left_out == "it has size 0"
+
+
+# Use
+
+
+def without_line(machine: CapturedMachine, path: str, part: str) -> None:
+    lines = machine.path(path).read_text().split("\n")
+    rest = [line for line in lines if part not in line]
+    assert len(rest) < len(lines)
+    machine.write(path, "\n".join(rest))
+
+
+def test_swap_on_a_partition(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    machine = unpack("trixie-used")
+    without_line(machine, "/proc/self/mountinfo", "/mnt/alpha1")
+    inventory.rescan()
+    # Somewhere out of sight it still is mounted.
+    why = "it is in use: '/dev/vdb1' is in use by the system, which does not tell what for"
+    assert inventory.disks["vdb"].left_out == why
+    machine.answers["254:17"]["exclusive"] = ""
+    inventory.rescan()
+    assert inventory.disks["vdb"].left_out == "it is in use: '/dev/vdb2' is active swap"
+
+
+def test_mounted_through_a_loop_device(unpack: Unpack) -> None:
+    """The file behind it is refused, and so would be the disk, were it not mounted itself."""
+    machine = unpack("trixie-used")
+    without_line(machine, "/proc/self/mountinfo", "/mnt/alpha1 ")
+    usage = storagetm.Usage()
+    assert usage.of_file("/mnt/alpha1/disk.img") == "'/dev/loop0' is mounted on '/mnt/alpha1/loop'"
+    # As a loop device on a whole disk.
+    machine.attribute("loop0", "loop/backing_file", "/dev/sda")
+    assert storagetm.Usage().of("sda") == "'/dev/loop0' is mounted on '/mnt/alpha1/loop'"
+
+
+def test_use_through_each_layer(unpack: Unpack) -> None:
+    unpack("trixie-used")
+    usage = storagetm.Usage()
+    end = "'/dev/dm-1' (group-volume) is mounted on '/mnt/on the stack'"
+    assert [usage.of(n) for n in ("vdc", "vdd", "md0", "dm-0", "dm-1")] == [end] * 5
+    assert usage.of("sda") == ""
+    assert usage.of("vdb1") == "'/dev/vdb1' is mounted on '/mnt/alpha1'"
+    assert usage.of("vdb2") == "'/dev/vdb2' is active swap"
+
+
+def test_layers_in_a_circle_end(unpack: Unpack) -> None:
+    machine = unpack("trixie-assembled")
+    machine.path("/sys/class/block/dm-1/holders/md0").symlink_to("/sys/devices/virtual/block/md0")
+    assert storagetm.Usage().of("vdc") == ""
+
+
+def test_mount_told_by_its_source(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """btrfs mounts have device numbers of their own."""
+    machine = unpack("trixie-used")
+    without_line(machine, "/proc/self/mountinfo", "/mnt/btrfs")
+    machine.write(
+        "/proc/self/mountinfo",
+        machine.path("/proc/self/mountinfo").read_text()
+        + "99 1 0:77 / /mnt/several rw - bcachefs /dev/sda:/dev/sdb rw\n",
+    )
+    inventory.rescan()
+    assert inventory.disks["sda"].left_out == "it is in use: '/dev/sda' is mounted on '/mnt/several'"
+    assert inventory.disks["sdb"].left_out == "it is in use: '/dev/sdb' is mounted on '/mnt/several'"
+    # The kernel still tells of the file system's members.
+    assert inventory.disks["vde"].left_out == "it is in use: '/dev/vde' is part of a mounted btrfs"
+
+
+def test_use_that_cannot_be_determined(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """What might be in use is left out."""
+    machine = unpack("trixie-fresh")
+    machine.answers["254:16"]["exclusive"] = "EBUSY"
+    holders = machine.path("/sys/class/block/vdb/holders")
+    holders.rmdir()
+    inventory.rescan()
+    assert inventory.disks["vdb"].left_out == (
+        f"it is in use: its use cannot be determined ('{storagetm.SYS}class/block/vdb/holders': "
+        "No such file or directory)"
+    )
+
+
+def test_nothing_is_known_of_mounts(
+    unpack: Unpack, inventory: storagetm.Inventory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    unpack("trixie-fresh").path("/proc/self/mountinfo").unlink()
+    inventory.rescan()
+    assert inventory.candidates() == []
+    assert inventory.disks["vdb"].left_out == "its use by the running system cannot be determined"
+    assert "Failed to find out which disks are in use: No such file" in capfd.readouterr().err
+
+
+def test_claim_that_cannot_be_determined(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    machine = unpack("trixie-fresh")
+    machine.answers["254:16"]["exclusive"] = "EIO"
+    inventory.rescan()
+    why = "it is in use: its use cannot be determined ('/dev/vdb': Input/output error)"
+    assert inventory.disks["vdb"].left_out == why
+    # Who is not root cannot know, and only looks.
+    machine.answers["254:16"]["exclusive"] = "EACCES"
+    inventory.rescan()
+    assert ("cannot be determined" in inventory.disks["vdb"].left_out) is (os.geteuid() == 0)
+
+
+# The network
+
+
+def move(machine: CapturedMachine, sysname: str, place: str) -> None:
+    """Moves a disk to another place below /sys/devices."""
+    link = machine.path(f"/sys/class/block/{sysname}")
+    new = machine.path(f"/sys/devices/{place}/block/{sysname}")
+    new.parent.mkdir(parents=True)
+    link.resolve().rename(new)
+    for path in (link, machine.path(f"/sys/block/{sysname}")):
+        path.unlink()
+        path.symlink_to(os.path.relpath(new, path.parent))
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("platform/host5/session1/target5:0:0/5:0:0:0", "it comes over the network (iSCSI)"),
+        (
+            "pci0000:00/0000:00:03.0/host5/rport-5:0-1/target5:0:0/5:0:0:0",
+            "it comes over the network (Fibre Channel)",
+        ),
+        ("pci0000:00/0000:00:03.0/host5/port-5:0/end_device-5:0/target5:0:0/5:0:0:0", ""),
+        ("pci0000:00/0000:00:03.0/sessions/host5/target5:0:0/5:0:0:0", ""),
+    ],
+)
+def test_place_in_the_device_tree(
+    unpack: Unpack, inventory: storagetm.Inventory, place: str, expected: str
+) -> None:
+    move(unpack("trixie-fresh"), "sda", place)
+    inventory.rescan()
+    assert inventory.disks["sda"].left_out == expected
+
+
+@pytest.mark.parametrize(
+    ("sysname", "what"),
+    [
+        ("nbd0", "NBD"),
+        ("rbd1", "Ceph"),
+        ("rnbd0", "RNBD"),
+        ("etherd!e1.1", "ATA over Ethernet"),
+    ],
+)
+def test_network_disks_by_name(unpack: Unpack, sysname: str, what: str) -> None:
+    unpack("trixie-fresh")
+    assert storagetm.why_network(sysname) == f"comes over the network ({what})"
+
+
+@pytest.mark.parametrize(
+    ("transport", "expected"),
+    [
+        ("pcie", ""),
+        ("apple-nvme", ""),
+        ("rdma", "it comes over the network (NVMe/RDMA)"),
+        ("fc", "it comes over the network (NVMe/FC)"),
+        ("loop", "it comes over the network (NVMe/LOOP)"),
+        ("", "it may come over the network (its NVMe controller does not say)"),
+    ],
+)
+def test_nvme_transports(
+    unpack: Unpack, inventory: storagetm.Inventory, transport: str, expected: str
+) -> None:
+    machine = unpack("trixie-fresh")
+    (machine.path("/sys/class/block/nvme0n1").resolve().parent / "transport").write_text(transport + "\n")
+    inventory.rescan()
+    assert inventory.disks["nvme0n1"].left_out == expected
+
+
+def test_nvme_controller_that_is_gone(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """The last path of a multipath disk."""
+    machine = unpack("attached-multipath")
+    subsystem = machine.path("/sys/class/block/nvme1n1").resolve().parent
+    (subsystem / "nvme1").unlink()
+    inventory.rescan()
+    why = "it may come over the network (its NVMe controller does not say)"
+    assert inventory.disks["nvme1n1"].left_out == why
+
+
+# Identity
+
+UDEV = {
+    "nvme0n1": ("QEMU NVMe Ctrl", "DISK-NVME", "QEMU_NVMe_Ctrl_DISK-NVME_1"),
+    "sda": ("QEMU_HARDDISK", "DISK-SCSI", "0QEMU_QEMU_HARDDISK_DISK-SCSI"),
+    "sdb": ("QEMU_HARDDISK", "DISK-ATA", "QEMU_HARDDISK_DISK-ATA"),
+    "sdc": ("QEMU_HARDDISK", "DISK-USB", "QEMU_QEMU_HARDDISK_DISK-USB-0:0"),
+    "sr0": ("QEMU_CD-ROM", "", ""),
+    "sr1": ("QEMU_DVD-ROM", "QM00004", "QEMU_DVD-ROM_QM00004"),
+    "vda": ("", "", "root"),
+    "vdb": ("", "", "DISK-ALPHA"),
+    "vdd": ("", "", ""),
+}
+# Neither the USB adapter's serial number nor that of a CD drive is in sysfs, and SCSI's needs page 0x83.
+SYSFS = {
+    **UDEV,
+    "sda": ("QEMU_HARDDISK", "DISK-SCSI", "QEMU_QEMU_HARDDISK_DISK-SCSI"),
+    "sdc": ("QEMU_HARDDISK", "", ""),
+    "sr1": ("QEMU_DVD-ROM", "", ""),
+}
+
+
+def identities(inventory: storagetm.Inventory) -> dict[str, tuple[str, str, str]]:
+    return {n: (d.model, d.serial, d.id_serial) for n, d in inventory.disks.items() if n in UDEV}
+
+
+@pytest.mark.parametrize("name", ["trixie-fresh", "bookworm-used"])
+def test_identity_from_udev(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> None:
+    unpack(name)
+    inventory.rescan()
+    assert identities(inventory) == UDEV
+
+
+@pytest.mark.parametrize("name", ["trixie-fresh", "bookworm-used"])
+def test_identity_from_sysfs(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> None:
+    shutil.rmtree(unpack(name).path("/run/udev"))
+    inventory.rescan()
+    assert identities(inventory) == SYSFS
+
+
+def test_identity_of_an_sd_card(unpack: Unpack) -> None:
+    """As udev has it from the kernel: the serial number alone."""
+    machine = unpack("trixie-fresh")
+    for name, value in (("name", "SC32G"), ("serial", "0x12345678"), ("type", "SD")):
+        machine.write(f"/sys/devices/mmc0/mmc0:aaaa/{name}", value + "\n")
+    machine.write("/sys/devices/mmc0/mmc0:aaaa/block/mmcblk0/uevent", "MAJOR=179\nMINOR=0\n")
+    machine.path("/sys/devices/mmc0/mmc0:aaaa/block/mmcblk0/device").symlink_to("../..")
+    machine.path("/sys/class/block/mmcblk0").symlink_to("../../devices/mmc0/mmc0:aaaa/block/mmcblk0")
+    disk = storagetm.Disk("mmcblk0", "/dev/mmcblk0", "mmcblk0")
+    storagetm.identity_from_sysfs(disk)
+    assert (disk.model, disk.serial, disk.id_serial) == ("SC32G", "0x12345678", "0x12345678")
+
+
+def test_size_and_tag(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    unpack("trixie-fresh")
+    inventory.rescan()
+    assert inventory.disks["vde"].size == 256 << 20
+    assert inventory.disks["vdb"].tag == "254:16 2"  # number and DISKSEQ
+    assert inventory.disks["vdf"].read_only
+
+
+def test_serials_of_disks_without(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    unpack("trixie-used")
+    inventory.rescan()
+    transport = storagetm.NvmeTcp(storagetm.Machine())
+    nameless = [d for d in inventory.disks.values() if not d.serial]
+    assert len(nameless) > 10
+    assert len({transport.serial(d) for d in nameless}) == len(nameless)
+
+
+def test_what_tells_disks_without_serial_apart(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """What belongs to the disk comes before its place, and both before its name."""
+    machine = unpack("trixie-used")
+    inventory.rescan()
+    disks = inventory.disks
+    assert disks["dm-1"].stable().startswith("LVM-")
+    assert disks["nvme0n1"].stable().startswith("nvme.1b36-")
+    assert disks["sdb"].stable().startswith("t10.ATA")
+    assert disks["vdd"].stable().endswith("/devices/pci0000:00/0000:00:0b.0/virtio8")
+    assert disks["ram0"].stable() == "/dev/ram0"
+    assert machine.path("/sys/class/block/md0").exists()
+
+
+# Changes
+
+
+def test_udev_is_waited_for(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    machine = unpack("trixie-fresh")
+    entry = machine.path("/run/udev/data/b254:16")
+    content = entry.read_bytes()
+    entry.unlink()
+    inventory.rescan()
+    disk = inventory.disks["vdb"]
+    assert disk.waiting == "udev is not done with it"
+    assert disk in inventory.candidates()
+    entry.write_bytes(content)
+    inventory.update(["vdb"])
+    assert disk.waiting == ""
+    entry.unlink()
+    machine.path("/run/udev/control").unlink()
+    inventory.update(["vdb"])
+    assert disk.waiting == ""
+
+
+def test_disk_is_gone(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    machine = unpack("trixie-fresh")
+    inventory.rescan()
+    disk = inventory.disks["vdb"]
+    storagetm.try_lock(disk)
+    for path in ("/sys/class/block/vdb", "/sys/block/vdb"):
+        machine.path(path).unlink()
+    inventory.update(["vdb"])
+    assert "vdb" not in inventory.disks
+    assert disk.fd < 0
+    machine.path("/sys/block/vdc").unlink()
+    inventory.rescan()
+    assert "vdc" not in inventory.disks
+
+
+def test_disk_is_new(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    machine = unpack("trixie-fresh")
+    link = machine.path("/sys/block/vdb")
+    target = os.readlink(link)
+    link.unlink()
+    inventory.rescan()
+    assert "vdb" not in inventory.disks
+    link.symlink_to(target)
+    inventory.update(["vdb", "eth0", ".."])
+    assert inventory.disks["vdb"].left_out == ""
+    assert "eth0" not in inventory.disks
+    assert ".." not in inventory.disks
+
+
+def test_another_disk_with_the_same_name(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """The lock is that of the disk that was there before."""
+    machine = unpack("trixie-fresh")
+    inventory.rescan()
+    disk = inventory.disks["vdb"]
+    storagetm.try_lock(disk)
+    disk.failed = "whatever"
+    uevent = machine.path("/sys/class/block/vdb/uevent")
+    inventory.update(["vdb"])
+    assert disk.fd >= 0
+    assert disk.failed == "whatever"
+    uevent.write_text(uevent.read_text().replace("DISKSEQ=2\n", "DISKSEQ=77\n"))
+    inventory.update(["vdb"])
+    assert disk.fd < 0
+    assert disk.failed == ""
+    assert disk.tag == "254:16 77"
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("size", "4096"), ("ro", "1")])
+def test_failed_disk_changes(
+    unpack: Unpack, inventory: storagetm.Inventory, attribute: str, value: str
+) -> None:
+    machine = unpack("trixie-fresh")
+    inventory.rescan()
+    disk = inventory.disks["vdb"]
+    disk.failed = "whatever"
+    machine.attribute("vdb", attribute, value)
+    inventory.update(["vdb"])
+    assert disk.failed == ""
+
+
+def test_exported_disk_comes_into_use(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """It stays exported, since clients are writing to it; but one that is empty goes."""
+    machine = unpack("trixie-fresh")
+    inventory.rescan()
+    disk = inventory.disks["vdb"]
+    storagetm.try_lock(disk)
+    mounts = machine.path("/proc/self/mountinfo")
+    mounts.write_text(mounts.read_text() + "99 1 254:16 / /mnt rw - ext4 /dev/vdb rw\n")
+    inventory.update(["vdb"])
+    assert disk.left_out == ""
+    assert disk.fd >= 0
+    machine.attribute("vdb", "size", "0")
+    inventory.update(["vdb"])
+    assert disk.left_out == "it has size 0"
+    assert disk.fd < 0
+
+
+def test_use_ends(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """No uevent tells of that; the next one about any disk is the occasion."""
+    machine = unpack("trixie-used")
+    inventory.rescan()
+    assert inventory.disks["vdb"].left_out
+    without_line(machine, "/proc/self/mountinfo", "/mnt/alpha1")
+    machine.write("/proc/swaps", "Filename\n")
+    for number in ("254:16", "254:17", "254:18"):
+        machine.answers[number]["exclusive"] = ""
+    inventory.update(["sda"])
+    assert inventory.disks["vdb"].left_out == ""
+
+
+# Named on the command line
+
+
+def test_named(unpack: Unpack) -> None:
+    unpack("trixie-fresh")
+    inventory = named("/dev/vdc", "/dev/disk/by-id/virtio-DISK-ALPHA")
+    assert [(d.name, d.node) for d in inventory.candidates()] == [
+        ("vdc", "/dev/vdc"),
+        ("virtio-DISK-ALPHA", "/dev/vdb"),
+    ]
+
+
+def test_named_twice(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
+    unpack("trixie-fresh")
+    inventory = named("/dev/vdb", "/dev/disk/by-id/virtio-DISK-ALPHA")
+    assert [d.node for d in inventory.candidates()] == ["/dev/vdb"]
+    assert capfd.readouterr().err == (
+        "'/dev/disk/by-id/virtio-DISK-ALPHA' is the same as '/dev/vdb', exporting it once\n"
+    )
+
+
+ANYWAY = "; stop that use first, or give --force"
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/dev/vda", "it is in use: '/dev/vda' is mounted on '/'; stop that use first, or give --force"),
+        (
+            "/dev/vdb1",
+            "it is in use: '/dev/vdb1' is mounted on '/mnt/alpha1'" + ANYWAY,
+        ),
+        ("/dev/vdc", VOLUME + "; stop that use first, or give --force"),
+        (
+            "/mnt/alpha1/disk.img",
+            "it is in use: '/dev/loop0' is mounted on '/mnt/alpha1/loop'" + ANYWAY,
+        ),
+        ("/dev/vdf", READ_ONLY),
+        ("/dev/sr0", READ_ONLY),
+        ("/dev/sr1", "No medium found; insert one and start again"),
+        ("/dev/nbd0", "it has size 0"),
+        ("/dev/missing", "No such file or directory"),
+        ("/dev/null", "it is a character device, no block device or regular file"),
+        ("/", "it is a directory, no block device or regular file"),
+    ],
+)
+def test_named_in_vain(unpack: Unpack, path: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = unpack("trixie-used")
+    # That file is not here; what matters is what the kernel has to say about it.
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    status = machine.stat
+
+    def stat(path: str, **options: bool) -> os.stat_result:
+        found = status(path, **options)
+        if path != "/mnt/alpha1/disk.img":
+            return found
+        return os.stat_result((*found[:6], 8 << 20, *found[7:10]))
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(storagetm.UserError) as caught:
+        named("/dev/sda", path)
+    assert str(caught.value) == f"Failed to export '{path}': {reason}"
+    assert caught.value.code == 1
+
+
+def test_named_by_force(unpack: Unpack) -> None:
+    unpack("trixie-used")
+    inventory = named("/dev/vdc", "/dev/vdb1", force=True)
+    assert [d.name for d in inventory.candidates()] == ["vdc", "vdb1"]
+    with pytest.raises(storagetm.UserError, match="read-only"):
+        named("/dev/vdf", force=True)
+
+
+def test_named_although_of_the_network(unpack: Unpack) -> None:
+    """Only --all leaves that out."""
+    unpack("attached-multipath")
+    assert [d.name for d in named("/dev/nvme1n1").candidates()] == ["nvme1n1"]
+
+
+def test_node_that_is_left_over(unpack: Unpack) -> None:
+    machine = unpack("trixie-fresh")
+    machine.path("/sys/dev/block/254:16").unlink()
+    with pytest.raises(storagetm.UserError, match="No such device; its node is left over"):
+        named("/dev/vdb")
+
+
+def test_node_without_permission(unpack: Unpack) -> None:
+    unpack("trixie-fresh").answers["254:16"]["nonblock"] = "EACCES"
+    with pytest.raises(storagetm.UserError) as caught:
+        named("/dev/vdb")
+    assert str(caught.value) == "Failed to export '/dev/vdb': Permission denied"
+
+
+def test_named_disk_is_gone_and_comes_back(unpack: Unpack) -> None:
+    machine = unpack("trixie-fresh")
+    inventory = named("/dev/vdb", "/dev/vdc")
+    link = machine.path("/sys/class/block/vdb")
+    target = os.readlink(link)
+    status = machine.status.pop("/dev/vdb")
+    link.unlink()
+    inventory.update(["vdb"])
+    assert [d.name for d in inventory.candidates()] == ["vdc"]
+    link.symlink_to(target)
+    machine.status["/dev/vdb"] = status
+    inventory.update(["vdb"])
+    assert [d.name for d in inventory.candidates()] == ["vdb", "vdc"]
+
+
+# Files
+
+
+def test_files(unpack: Unpack, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    unpack("trixie-fresh")
+    image = tmp_path / "disk image.img"
+    image.write_bytes(bytes(1 << 20))
+    (tmp_path / "link").symlink_to(image)
+    inventory = named(str(image))
+    (disk,) = inventory.candidates()
+    assert (disk.name, disk.node, disk.size, disk.sysname) == ("disk image.img", str(image), 1 << 20, "")
+    assert not disk.read_only
+    assert len(named(str(image), str(tmp_path / "link")).disks) == 1
+    assert "is the same as" in capfd.readouterr().err
+    image.write_bytes(bytes(2 << 20))
+    inventory.update([])
+    assert disk.size == 2 << 20
+    image.unlink()
+    inventory.update([])
+    assert inventory.candidates() == []
+
+
+def test_files_with_the_same_name(unpack: Unpack, tmp_path: Path) -> None:
+    unpack("trixie-fresh")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "disk").write_bytes(bytes(512))
+    with pytest.raises(storagetm.UserError, match="has the same name; rename one of them"):
+        named(str(tmp_path / "a" / "disk"), str(tmp_path / "b" / "disk"))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (b"d\xff", "its name is not UTF-8, as an NQN has to be; rename it"),
+        (b"a\nb", "its name has control characters; rename it"),
+    ],
+)
+def test_files_with_bad_names(unpack: Unpack, tmp_path: Path, name: bytes, reason: str) -> None:
+    unpack("trixie-fresh")
+    path = tmp_path / os.fsdecode(name)
+    path.write_bytes(bytes(512))
+    with pytest.raises(storagetm.UserError) as caught:
+        named(str(path))
+    assert str(caught.value).endswith(reason)
+
+
+def test_empty_file(unpack: Unpack, tmp_path: Path) -> None:
+    unpack("trixie-fresh")
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(storagetm.UserError, match="it has size 0"):
+        named(str(tmp_path / "empty"))
+
+
+def test_swap_file(unpack: Unpack, tmp_path: Path) -> None:
+    machine = unpack("trixie-fresh")
+    path = tmp_path / "swap"
+    path.write_bytes(bytes(4096))
+    machine.write("/proc/swaps", f"Filename\n{path} file 4 0 -2\n")
+    with pytest.raises(storagetm.UserError, match=f"it is in use: '{path}' is active swap"):
+        named(str(path))
+
+
+# Locks
+
+
+@pytest.fixture
+def file_disk(tmp_path: Path) -> Iterator[storagetm.Disk]:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(512))
+    disk = storagetm.Disk("disk", str(path))
+    yield disk
+    disk.close()
+
+
+def test_lock(file_disk: storagetm.Disk) -> None:
+    storagetm.try_lock(file_disk)
+    assert file_disk.fd >= 0
+    with open(file_disk.node, "rb") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        file_disk.close()
+        assert file_disk.fd < 0
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        storagetm.try_lock(file_disk)
+        assert file_disk.fd < 0
+        assert file_disk.waiting
+        fcntl.flock(other, fcntl.LOCK_SH)  # as udev holds it
+        storagetm.try_lock(file_disk)
+        assert file_disk.fd < 0
+    storagetm.try_lock(file_disk)
+    assert file_disk.fd >= 0
+    assert file_disk.waiting == ""
+
+
+def test_lock_of_what_is_gone(file_disk: storagetm.Disk) -> None:
+    os.unlink(file_disk.node)
+    with pytest.raises(OSError, match="No such file") as caught:
+        storagetm.try_lock(file_disk)
+    assert caught.value.errno == errno.ENOENT
+
+
+# What the user is shown
+
+
+def test_list_devices(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
+    unpack("trixie-used")
+    assert storagetm.main(["--list-devices"]) == 0
+    lines = capfd.readouterr().out.split("\n")
+    assert lines[0].split() == ["NODE", "SIZE", "MODEL", "SERIAL", "EXPORT"]
+    column = lines[0].index("EXPORT")
+    shown = {line.split()[0]: line[column:] for line in lines[1:] if line}
+    for name, why in USED.items():
+        assert shown[f"/dev/{name}"] == (f"no: {why}" if why else "yes")
+
+
+def test_list_devices_as_json(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
+    unpack("trixie-used")
+    assert storagetm.main(["--list-devices", "--json"]) == 0
+    listed = {d["node"]: d for d in json.loads(capfd.readouterr().out)}
+    assert listed["/dev/sda"] == {
+        "node": "/dev/sda",
+        "size": 128 << 20,
+        "model": "QEMU_HARDDISK",
+        "serial": "DISK-SCSI",
+        "export": True,
+        "reason": None,
+    }
+    assert listed["/dev/vdc"]["export"] is False
+    assert listed["/dev/vdc"]["reason"] == VOLUME
+    assert {n for n, d in listed.items() if d["export"]} == {"/dev/sda", "/dev/sdb"}
+
+
+def test_list_devices_of_a_forced_run(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
+    unpack("trixie-used")
+    assert storagetm.main(["--list-devices", "--json", "-aa"]) == 0
+    listed = {d["node"]: d for d in json.loads(capfd.readouterr().out)}
+    assert listed["/dev/vda"]["export"] is True
+    assert listed["/dev/sr1"]["export"] is False

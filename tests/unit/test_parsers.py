@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What reads the kernel's and udev's formats: exactly right for real data, no crash for any other."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import storagetm
+
+CAPTURE: Any = json.loads((Path(__file__).parent / "captures" / "trixie-fresh.json").read_text())
+
+
+@pytest.fixture
+def capture() -> Any:
+    """A machine with the addresses 192.0.2.1 and 2001:db8::1, and 2001:db8::2, which is deprecated."""
+    return CAPTURE
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def message(kind: int, body: bytes, flags: int = 0) -> bytes:
+    return struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body + bytes(-len(body) % 4)
+
+
+# Netlink
+
+
+def test_captured_links(capture: Any) -> None:
+    messages = list(storagetm.parse_messages(bytes.fromhex(capture["netlink"]["links"])))
+    assert [kind for kind, _, _ in messages] == [storagetm.RTM_NEWLINK] * 3 + [storagetm.NLMSG_DONE]
+    links = [storagetm.parse_link(body) for _, _, body in messages[:-1]]
+    up_and_running = storagetm.IFF_UP | storagetm.IFF_RUNNING
+    assert [(link[0], link[2]) for link in links if link] == [(1, "lo"), (2, "eth0"), (3, "eth1")]
+    assert [link[1] & up_and_running == up_and_running for link in links if link] == [True, True, False]
+    assert [bool(link[1] & storagetm.IFF_LOOPBACK) for link in links if link] == [True, False, False]
+
+
+def test_captured_addresses(capture: Any) -> None:
+    """Not ::1 and 127.0.0.1, and not 2001:db8::2, which is deprecated."""
+    messages = storagetm.parse_messages(bytes.fromhex(capture["netlink"]["addresses"]))
+    found = [storagetm.parse_address(body) for kind, _, body in messages if kind == storagetm.RTM_NEWADDR]
+    assert [(f[0], f[1].family, f[1].text, f[1].link_local) for f in found if f] == [
+        (2, storagetm.AF_INET, "192.0.2.1", False),
+        (2, storagetm.AF_INET6, "2001:db8::1", False),
+        (2, storagetm.AF_INET6, "fe80::5054:ff:fe6a:da5c", True),
+    ]
+    assert len(found) == 6
+
+
+def address(
+    *attributes: tuple[int, bytes], family: int = storagetm.AF_INET, flags: int = 0x80, scope: int = 0
+) -> bytes:
+    return struct.pack("=BBBBI", family, 24, flags, scope, 7) + b"".join(attribute(*a) for a in attributes)
+
+
+V4 = socket.inet_aton("192.0.2.1")
+V6 = socket.inet_pton(socket.AF_INET6, "2001:db8::1")
+
+
+def test_peer_of_point_to_point_link() -> None:
+    far = socket.inet_aton("198.51.100.1")
+    found = storagetm.parse_address(address((storagetm.IFA_ADDRESS, far), (storagetm.IFA_LOCAL, V4)))
+    assert found
+    assert (found[0], found[1].text) == (7, "192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("flag", "usable"),
+    [
+        (storagetm.IFA_F_TENTATIVE, False),
+        (storagetm.IFA_F_DEPRECATED, False),
+        (storagetm.IFA_F_DADFAILED, False),
+        (0x80, True),  # IFA_F_PERMANENT
+        (0x01, True),  # IFA_F_TEMPORARY
+    ],
+)
+def test_flags_of_addresses(flag: int, usable: bool) -> None:
+    """They are in the header, and in an attribute with room for more, which counts."""
+    body = address((storagetm.IFA_ADDRESS, V6), family=storagetm.AF_INET6, flags=flag)
+    assert bool(storagetm.parse_address(body)) is usable
+    flags = (storagetm.IFA_FLAGS, (flag | 0x200).to_bytes(4, sys.byteorder))
+    body = address((storagetm.IFA_ADDRESS, V6), flags, family=storagetm.AF_INET6, flags=0x80)
+    assert bool(storagetm.parse_address(body)) is usable
+
+
+@pytest.mark.parametrize(
+    ("scope", "usable", "link_local"),
+    [(0, True, False), (200, True, False), (253, True, True), (254, False, False)],
+)
+def test_scope_of_addresses(scope: int, usable: bool, link_local: bool) -> None:
+    found = storagetm.parse_address(address((storagetm.IFA_ADDRESS, V4), scope=scope))
+    assert bool(found) is usable
+    if found:
+        assert found[1].link_local is link_local
+
+
+def test_addresses_that_make_no_sense() -> None:
+    assert storagetm.parse_address(address((storagetm.IFA_ADDRESS, V6))) is None
+    assert storagetm.parse_address(address((storagetm.IFA_ADDRESS, V4), family=storagetm.AF_INET6)) is None
+    assert storagetm.parse_address(address((storagetm.IFA_ADDRESS, V4), family=28)) is None
+    assert storagetm.parse_address(address()) is None
+    assert storagetm.parse_address(b"") is None
+
+
+def test_messages() -> None:
+    raw = message(1, b"a") + message(2, b"bcde", 7) + message(3, b"")
+    assert list(storagetm.parse_messages(raw)) == [(1, 0, b"a"), (2, 7, b"bcde"), (3, 0, b"")]
+    assert list(storagetm.parse_messages(raw[:-1])) == [(1, 0, b"a"), (2, 7, b"bcde")]
+    # One that is shorter than its header would never end.
+    assert list(storagetm.parse_messages(struct.pack("=IHHII", 0, 1, 0, 1, 0) * 2)) == []
+
+
+def test_attributes() -> None:
+    raw = attribute(1, b"abc") + attribute(2, b"") + attribute(1, b"last")
+    assert storagetm.parse_attributes(raw) == {1: b"last", 2: b""}
+    assert storagetm.parse_attributes(raw[:-1]) == {1: b"abc", 2: b""}
+    assert storagetm.parse_attributes(struct.pack("=HH", 3, 1) + raw) == {}
+
+
+@given(st.binary(max_size=200))
+@example(b"\0" * 64)
+@example(b"\xff" * 64)
+def test_any_bytes_as_netlink(raw: bytes) -> None:
+    for kind, flags, body in storagetm.parse_messages(raw):
+        assert kind < 1 << 16
+        assert flags < 1 << 16
+        assert body in raw
+    assert all(value in raw for value in storagetm.parse_attributes(raw).values())
+    storagetm.parse_link(raw)
+    storagetm.parse_address(raw)
+
+
+@given(st.data())
+def test_damaged_netlink(data: st.DataObject) -> None:
+    """Real dumps with some bytes changed and cut off."""
+    raw = bytearray(bytes.fromhex(CAPTURE["netlink"][data.draw(st.sampled_from(["links", "addresses"]))]))
+    for _ in range(data.draw(st.integers(1, 8))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    for _, _, body in storagetm.parse_messages(bytes(raw[: data.draw(st.integers(0, len(raw)))])):
+        link = storagetm.parse_link(body)
+        assert link is None or link[2].isprintable()
+        found = storagetm.parse_address(body)
+        assert found is None or socket.inet_pton(found[1].family, found[1].text)
+
+
+# Uevents
+
+
+def test_captured_uevents(capture: Any) -> None:
+    kernel, udev = (bytes.fromhex(capture["netlink"][name]) for name in ("kernel", "udev"))
+    assert kernel.startswith(b"change@/devices/")
+    assert udev.startswith(b"libudev\0\xfe\xed\xca\xfe")
+    assert storagetm.parse_uevent(kernel) == "vdb"
+    assert storagetm.parse_uevent(udev) == "vdb"
+
+
+def udev_message(properties: bytes, start: int = 40) -> bytes:
+    header = struct.pack("=8sIIII", b"libudev\0", socket.htonl(0xFEEDCAFE), 40, start, len(properties))
+    return header.ljust(40, b"\0") + properties
+
+
+@pytest.mark.parametrize(
+    ("properties", "name"),
+    [
+        (b"ACTION=add\0DEVPATH=/devices/x/block/sda/sda1\0SUBSYSTEM=block\0", "sda1"),
+        (b"SUBSYSTEM=block\0DEVPATH=/devices/virtual/block/cciss!c0d0\0", "cciss!c0d0"),
+        (b"ACTION=add\0DEVPATH=/devices/x/net/eth0\0SUBSYSTEM=net\0", ""),
+        (b"ACTION=add\0DEVPATH=/devices/x/block/sda\0SUBSYSTEM=blockade\0", ""),
+        (b"ACTION=add\0SUBSYSTEM=block\0", ""),
+        (b"DEVPATH=sda\0SUBSYSTEM=block\0", ""),
+        (b"DEVPATH=/devices/\0SUBSYSTEM=block\0", ""),
+    ],
+)
+def test_uevents(properties: bytes, name: str) -> None:
+    assert storagetm.parse_uevent(b"add@/devices/x\0" + properties) == name
+    assert storagetm.parse_uevent(udev_message(properties)) == name
+
+
+def test_udev_message_with_a_longer_header() -> None:
+    properties = b"DEVPATH=/devices/x/block/sda\0SUBSYSTEM=block\0"
+    assert storagetm.parse_uevent(udev_message(bytes(8) + properties, 48)) == "sda"
+    # An offset into the header, or behind the end, is nonsense.
+    for start in (0, 39, 40 + len(properties), 1 << 31):
+        assert storagetm.parse_uevent(udev_message(properties, start)) == ""
+
+
+@given(st.binary(max_size=100), st.integers(0, 120))
+def test_any_bytes_as_uevent(raw: bytes, start: int) -> None:
+    parts = (raw, udev_message(raw, start), b"libudev\0" + raw, b"SUBSYSTEM=block\0DEVPATH=" + raw)
+    for part in parts:
+        name = storagetm.parse_uevent(part)
+        assert "/" not in name
+        assert "\0" not in name
+
+
+# udev's database and files of assignments
+
+
+def test_captured_udev_database(capture: Any) -> None:
+    raw = capture["files"]["/run/udev/data/b8:16"].encode("latin-1")
+    found = storagetm.parse_udev_database(raw)
+    assert found["ID_SERIAL"] == "QEMU_HARDDISK_DISK-ATA"
+    assert found["ID_SERIAL_SHORT"] == "DISK-ATA"
+    assert found["ID_MODEL"] == "QEMU_HARDDISK"
+
+
+def test_udev_database() -> None:
+    raw = b"S:disk/by-id/x\nE:ID_MODEL=a=b\nI:123\nE:ID_SERIAL=\xff\nID_SERIAL=no\nG:systemd\nE:ID_\n"
+    assert storagetm.parse_udev_database(raw) == {"ID_MODEL": "a=b", "ID_SERIAL": "\ufffd"}
+
+
+def test_captured_assignments(capture: Any) -> None:
+    found = storagetm.parse_assignments(capture["files"]["/etc/os-release"].encode("latin-1"))
+    assert found["ID"] == "debian"
+    assert found["VERSION_ID"] == "13"
+    assert found["PRETTY_NAME"] == "Debian GNU/Linux 13 (trixie)"
+
+
+def test_assignments() -> None:
+    raw = b"\n# A=comment\n  B=2  \nC='it''s'\nD=\"x y\"\nE='\nF=\nG\n=h\nI=\"\x1b[2J\"\nB=3"
+    assert storagetm.parse_assignments(raw) == {
+        "B": "3",
+        "C": "it''s",
+        "D": "x y",
+        "E": "'",
+        "F": "",
+        "I": "?[2J",
+    }
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_as_assignments(raw: bytes) -> None:
+    for found in (
+        storagetm.parse_assignments(raw),
+        storagetm.parse_udev_database(raw.replace(b"\n", b"\nE:ID_")),
+    ):
+        for key, value in found.items():
+            assert key
+            assert (key + value).isprintable()
+
+
+# procfs
+
+
+def test_captured_mountinfo(capture: Any) -> None:
+    raw = capture["files"]["/proc/self/mountinfo"].encode("latin-1")
+    found = list(storagetm.parse_mountinfo(raw))
+    assert len(found) == raw.count(b"\n")
+    assert ("254:0", b"/dev/vda", "/") in found
+    assert {where for _, _, where in found} >= {"/", "/dev", "/proc", "/sys", "/run"}
+
+
+def test_mountinfo() -> None:
+    raw = b"""\
+36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue
+37 35 0:45 / /with\\040blank\\012and\\134all rw - btrfs /dev/sd\\040a rw
+39 35 8:1 / /short rw - ext4
+"""
+    assert list(storagetm.parse_mountinfo(raw)) == [
+        ("98:0", b"/dev/root", "/mnt2"),
+        ("0:45", b"/dev/sd a", "/with blank\nand\\all"),
+    ]
+
+
+def test_swaps() -> None:
+    raw = (
+        b"Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
+        b"/dev/vda2                               partition\t1048572\t\t0\t\t-2\n"
+        b"/swap\\040file                          file\t\t1048572\t\t0\t\t-3\n"
+        b"/short\tfile\n"
+    )
+    assert list(storagetm.parse_swaps(raw)) == [b"/dev/vda2", b"/swap file", b"/short"]
+    assert list(storagetm.parse_swaps(b"")) == []
+
+
+@given(st.binary(max_size=100))
+def test_octal_escapes(raw: bytes) -> None:
+    """What the kernel's mangle() makes of a path comes out as it was."""
+    mangled = b"".join(b"\\%03o" % c if c in b" \t\n\\" else bytes([c]) for c in raw)
+    assert storagetm.unescape_octal(mangled) == raw
+
+
+@pytest.mark.parametrize("raw", [b"\\", b"a\\04", b"\\080", b"\\400", b"\\777", b"\\x41"])
+def test_what_is_no_octal_escape(raw: bytes) -> None:
+    assert storagetm.unescape_octal(raw) == raw
+
+
+@given(st.binary(max_size=100))
+@example(b"- - - - - - - - - - -")
+@example(b"a b c d e f g - h i\\")
+def test_any_bytes_as_procfs(raw: bytes) -> None:
+    for raw_variant in (raw, raw.replace(b"\0", b" "), raw.replace(b"\0", b"\n")):
+        for number, _, where in storagetm.parse_mountinfo(raw_variant):
+            assert "\n" not in number
+            where.encode()
+        list(storagetm.parse_swaps(b"\n" + raw_variant))
+        storagetm.unescape_octal(raw_variant)
+
+
+# SCSI
+
+
+def test_captured_vpd_pages(capture: Any) -> None:
+    pages = {p: v.encode("latin-1") for p, v in capture["files"].items() if p.endswith("/vpd_pg80")}
+    assert sorted(map(storagetm.parse_vpd_serial, pages.values())) == ["DISK-ATA", "DISK-SCSI"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "serial"),
+    [
+        (b"\0\x80\0\x04WD-1", "WD-1"),
+        (b"\0\x80\0\x04WD-1 and more", "WD-1"),
+        (b"\0\x80\0\x14   WD-1     \0\0\0\0\0\0\0\0", "WD-1"),
+        (b"\0\x80\x01\x04" + b"x" * 300, "x" * 260),
+        (b"\0\x80\0\xffWD", "WD"),
+        (b"\0\x83\0\x04WD-1", ""),
+        (b"\0\x80\0", ""),
+        (b"", ""),
+    ],
+)
+def test_vpd_serial(raw: bytes, serial: str) -> None:
+    assert storagetm.parse_vpd_serial(raw) == serial
+
+
+@given(st.binary(max_size=50))
+def test_any_bytes_as_vpd_page(raw: bytes) -> None:
+    for page in (raw, b"\0\x80" + raw):
+        assert "\0" not in storagetm.parse_vpd_serial(page)
