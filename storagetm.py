@@ -1677,15 +1677,14 @@ class Ledger:
             kind, *fields = (os.fsdecode(f) for f in record.split(b"\0"))
             if kind == "+" and len(fields) >= 3:
                 entries = [cls.KINDS[f[0]](f[1:]) for f in fields[2:] if f[:1] in cls.KINDS and len(f) > 1]
-                if (
-                    entries
-                    and entries[0].path == fields[0]
-                    and ".." not in record.decode("latin-1").split("/")
-                ):
+                leads_away = any(".." in e.path.split("/") for e in entries)
+                if entries and entries[0].path == fields[0] and not leads_away:
                     inode = found[fields[0]][1] if fields[0] in found else None
                     found[fields[0]] = Branch(fields[1], entries, adopted=True), inode
-            elif kind == "=" and len(fields) == 2 and fields[0] in found and fields[1].isdecimal():
-                found[fields[0]] = found[fields[0]][0], int(fields[1])
+            elif kind == "=" and len(fields) == 2 and fields[0] in found:
+                # An inode number has 64 bits; int() refuses texts of thousands of digits.
+                if fields[1].isdecimal() and len(fields[1]) <= 20:
+                    found[fields[0]] = found[fields[0]][0], int(fields[1])
             elif kind == "-" and len(fields) == 1:
                 found.pop(fields[0], None)
         return found
@@ -1905,7 +1904,7 @@ class Tree:
                 ready.append((branch, [e for e in reversed(entries) if isinstance(e, Directory)]))
         if not ready:
             return
-        if self.report is not None or (patience is None and len(ready) <= 2):
+        if self.report is not None or (patience is None and len(ready) <= 4):
             for branch, directories in ready:
                 problems: dict[str, OSError] = {}
                 self.unmake_all(directories, branch.root, problems)
