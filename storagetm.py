@@ -310,12 +310,9 @@ class ConsoleLevel:
         self.lowered = False
 
     def lower(self) -> None:
-        level = read_attribute(self.file).split()
-        if not level:
-            return
         try:
             if not os.path.exists(self.saved):
-                write_new_file(self.saved, level[0].encode())
+                write_new_file(self.saved, read_bytes(self.file).split()[0])
             write_attribute(self.file, "1")
             self.lowered = True
         except OSError as e:
