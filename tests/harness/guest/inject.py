@@ -2,11 +2,11 @@
 
     inject.py kill|fail CALL PROGRAM DEVICE...
 
-strace does it from outside. Each time the program is started and, once it is ready, stopped, until k is larger
-than the number of those calls. "kill": the program is then started again, must make the tree what it is
-undisturbed, and take it away when it is stopped. "fail": the program itself must leave configfs as it was.
-Prints one JSON object:
-`calls` counts those that were disturbed, `problems` lists what was not as it should be.
+strace does it from outside. Each time the program is started and, once it is ready, stopped, until k is
+larger than the number of those calls. "kill": the program is then started again, must make the tree what it
+is undisturbed, and take it away when it is stopped. "fail": the program itself must leave configfs as it
+was. Prints one JSON object: `calls` counts those that were disturbed, `problems` lists what was not as it
+should be.
 """
 
 from __future__ import annotations

@@ -90,9 +90,9 @@ def main() -> None:
         subprocess.run([*command, "--help"], check=True, stdout=subprocess.DEVNULL)
     for run in range(runs):
         for argument in sys.argv[4:]:
-            name, _, command = argument.partition("=")
+            name, _, line = argument.partition("=")
             make_disks(disks, settle=state == "rest")
-            result = measure(shlex.split(command))
+            result = measure(shlex.split(line))
             print(
                 json.dumps({"name": name, "run": run, "disks": disks, "state": state, **result}), flush=True
             )
