@@ -1757,6 +1757,7 @@ class Tree:
         self.root = root
         self.ledger = ledger
         self.report = report  # for a dry run: gets each step instead of the kernel
+        self.gone: set[str] = set()  # what would not be there any more after the steps of a dry run
         self.live: dict[str, Branch] = {}
         self.leaving: set[str] = set()  # roots whose removal hangs in the kernel, in a thread of its own
         self.finished: list[tuple[Branch, OSError | None]] = []
@@ -1833,6 +1834,7 @@ class Tree:
         if self.report is None:
             entry.unmake(self.root)
         elif description := entry.undescribed(self.root):
+            self.gone.add(entry.path)
             self.report(description)
 
     def create(self, branch: Branch, failures: dict[str, OSError]) -> None:
@@ -1840,7 +1842,7 @@ class Tree:
         noted = False
         dry = self.report is not None
         try:
-            if os.path.lexists(self.root + branch.root):
+            if os.path.lexists(self.root + branch.root) and branch.root not in self.gone:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             if not dry:
                 noted = True
