@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A directory that behaves like nvmet's part of configfs, for tests of what is done there, as any user.
+
+The real kernel is tested in machines. Here it is about the order of steps and what is left when they stop.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SUBSYSTEM = ("attr_allow_any_host", "attr_firmware", "attr_model", "attr_serial")
+NAMESPACE = ("buffered_io", "device_path", "device_uuid", "enable", "revalidate_size")
+PORT = ("addr_adrfam", "addr_traddr", "addr_trsvcid", "addr_trtype")
+
+
+class Nvmet:
+    """Patches mkdir(2), rmdir(2), symlink(2), unlink(2) and write(2) below `root`.
+
+    A new object has its attributes and groups at once; removing one removes them too, but not if there are
+    objects or links in it, nor if a link points to it. `calls` are the system calls that would change
+    something, and `intercept` is called before each with its number in that list.
+    """
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        self.calls: list[str] = []
+        self.intercept: Callable[[int], object] = bool
+        self._lock = threading.Lock()
+        (root / "nvmet/subsystems").mkdir(parents=True)
+        (root / "nvmet/ports").mkdir()
+        self._mkdir, self._rmdir, self._write = os.mkdir, os.rmdir, os.write
+        self._symlink, self._unlink = os.symlink, os.unlink
+        for name in ("mkdir", "rmdir", "symlink", "unlink", "write"):
+            monkeypatch.setattr(os, name, getattr(self, name))
+
+    def path(self, path: str) -> Path:
+        return self.root / path
+
+    def _relative(self, path: Any) -> str:
+        """The path below the root; empty for others."""
+        text = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
+        return text[len(str(self.root)) + 1 :] if text.startswith(f"{self.root}/") else ""
+
+    def _called(self, call: str) -> None:
+        with self._lock:
+            self.calls.append(call)
+            number = len(self.calls) - 1
+        self.intercept(number)
+
+    @staticmethod
+    def _layout(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Attributes and groups of an object."""
+        if re.fullmatch(r"nvmet/subsystems/[^/]+", path):
+            return SUBSYSTEM, ("namespaces",)
+        if re.fullmatch(r"nvmet/subsystems/[^/]+/namespaces/[^/]+", path):
+            return NAMESPACE, ()
+        if re.fullmatch(r"nvmet/ports/[^/]+", path):
+            return PORT, ("subsystems",)
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
+
+    def mkdir(self, path: Any, mode: int = 0o777, **options: Any) -> None:
+        relative = self._relative(path)
+        if not relative:
+            self._mkdir(path, mode, **options)
+            return
+        attributes, groups = self._layout(relative)
+        self._called(f"mkdir {relative}")
+        self._mkdir(path)
+        for name in attributes:
+            fd = os.open(f"{path}/{name}", os.O_WRONLY | os.O_CREAT, 0o600)
+            self._write(fd, b"\n" if name.startswith("attr_") or "addr_" in name else b"0\n")
+            os.close(fd)
+        for name in groups:
+            self._mkdir(f"{path}/{name}")
+
+    def rmdir(self, path: Any, **options: Any) -> None:
+        relative = self._relative(path)
+        if not relative:
+            self._rmdir(path, **options)
+            return
+        self._called(f"rmdir {relative}")
+        with self._lock:
+            self._remove_object(path, relative)
+
+    def _remove_object(self, path: Any, relative: str) -> None:
+        if not os.path.isdir(path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        attributes, groups = self._layout(relative)
+        if any(os.listdir(f"{path}/{name}") for name in groups):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+        if path in self._targets():
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        for name in attributes:
+            if os.path.exists(f"{path}/{name}"):
+                self._unlink(f"{path}/{name}")
+        for name in groups:
+            self._rmdir(f"{path}/{name}")
+        self._rmdir(path)
+
+    def _targets(self) -> set[str]:
+        links = self.root.glob("nvmet/ports/*/subsystems/*")
+        return {os.path.normpath(os.path.join(link.parent, os.readlink(link))) for link in links}
+
+    def symlink(self, target: Any, path: Any, *is_directory: bool, **options: Any) -> None:
+        if relative := self._relative(path):
+            self._called(f"symlink {relative}")
+            if not os.path.isdir(target):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), target)
+            target = os.path.relpath(target, os.path.dirname(path))  # as configfs does
+        self._symlink(target, path, *is_directory, **options)
+
+    def unlink(self, path: Any, **options: Any) -> None:
+        if relative := self._relative(path):
+            self._called(f"unlink {relative}")
+        self._unlink(path, **options)
+
+    def write(self, fd: int, data: bytes) -> int:
+        relative = self._relative(os.readlink(f"/proc/self/fd/{fd}"))
+        if not relative:
+            return self._write(fd, data)
+        self._called(f"write {relative} {data.decode()}")
+        parent = os.path.dirname(self.path(relative))
+        name = relative.rpartition("/")[2]
+        enable = f"{parent}/enable"
+        if name in ("device_path", "device_uuid", "buffered_io"):
+            with open(enable) as file:
+                if file.read() != "0\n":
+                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        if name == "enable":
+            with open(f"{parent}/device_path") as file:
+                if file.read() == "0\n":
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if name != "revalidate_size":  # which cannot be read
+            os.ftruncate(fd, 0)
+            self._write(fd, data + b"\n")
+        return len(data)
+
+    # What tests do with it.
+
+    def contents(self) -> dict[str, str]:
+        """All there is: attributes with their text, directories, links with what they point to."""
+        found = {}
+        for directory, names, files in os.walk(self.root):
+            for name in (*names, *files):
+                path = f"{directory}/{name}"
+                relative = self._relative(path)
+                if os.path.islink(path):
+                    target = os.path.normpath(os.path.join(directory, os.readlink(path)))
+                    found[relative] = "-> " + os.path.relpath(target, self.root)
+                elif os.path.isdir(path):
+                    found[relative] = "directory"
+                else:
+                    with open(path) as file:
+                        found[relative] = file.read().strip()
+        return found
+
+    def fail_at(self, number: int, code: int = errno.EIO) -> None:
+        """Has the call of that number from now on, counted from 0, fail."""
+        wanted = len(self.calls) + number
+
+        def intercept(current: int) -> None:
+            if current == wanted:
+                raise OSError(code, os.strerror(code))
+
+        self.intercept = intercept
+
+    def succeed(self) -> None:
+        """Lets no more calls fail."""
+        self.intercept = bool
+
+    def run_and_kill_at(self, number: int, function: Callable[[], object]) -> bool:
+        """Calls a function in a process of its own that is killed before that call; False if it ended."""
+        pid = os.fork()
+        if pid == 0:
+            wanted = len(self.calls) + number
+
+            def intercept(current: int) -> None:
+                if current == wanted:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            self.intercept = intercept
+            status = 2
+            try:
+                function()
+                status = 0
+            finally:
+                os._exit(status)
+        result = os.waitpid(pid, 0)[1]
+        if os.WIFSIGNALED(result):
+            return True
+        assert os.waitstatus_to_exitcode(result) == 0
+        return False
+
+
+# What makes and removes objects in a plain directory when a shell runs the commands of a dry run.
+SHELL = rf"""
+mkdir() {{
+    command mkdir "$1" || exit
+    case $1 in
+        */namespaces/*) names='{" ".join(NAMESPACE)}' value=0 ;;
+        */subsystems/*) names='{" ".join(SUBSYSTEM)}' value= group=namespaces ;;
+        */ports/*) names='{" ".join(PORT)}' value= group=subsystems ;;
+    esac
+    for name in $names; do echo $value >"$1/$name"; done
+    test -z "$group" || command mkdir "$1/$group"
+    group=
+}}
+rmdir() {{
+    rm -f "$1"/[abder]*
+    for group in namespaces subsystems; do
+        test ! -d "$1/$group" || command rmdir "$1/$group" || exit
+    done
+    group=
+    command rmdir "$1" || exit
+}}
+set -e
+"""
