@@ -11,7 +11,7 @@ from tests.vm.conftest import BootMachine
 @pytest.mark.parametrize("state", ["rest", "probing"])
 def test_256_disks(boot: BootMachine, state: str) -> None:
     """All are exported once the program says so, and gone once it ends; so they are with the peer."""
-    machine = boot("many", memory=2048)
+    machine = boot("many", memory=2048, steady=True)
     bench.install(machine)
     names = ("peer", "installed")
     results = bench.measure(machine, 1, 256, state, names)
