@@ -537,7 +537,9 @@ def read_assignments(*paths: str) -> dict[str, str]:
 
 def nvme_string(text: str, length: int) -> str:
     """`text` as the kernel takes it for an NVMe identity: printable ASCII, no blanks around it, cut."""
-    clean = "".join(c if " " <= c <= "~" else "_" for c in text).strip()
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(c if " " <= c <= "~" else "_" for c in text)
+    clean = text.strip()
     return clean[:length].rstrip()
 
 
@@ -789,7 +791,7 @@ def why_network(sysname: str, depth: int = 0) -> str:
             return f"comes over the network ({what})"
     try:
         # Its place in the device tree, "../../devices/pci0000:00/...": realpath() would ask at each part.
-        path = os.path.normpath(os.path.join(SYS + "class/block", os.readlink(sys_block(sysname))))
+        path = os.readlink(sys_block(sysname))
     except OSError:
         return "may come over the network (it is not in sysfs)"
     for part in path.split("/"):
@@ -799,7 +801,7 @@ def why_network(sysname: str, depth: int = 0) -> str:
             return "comes over the network (Fibre Channel)"
     if sysname.startswith("nvme"):
         # With multipath the disk hangs below its subsystem, and the controllers are beside it.
-        parent = os.path.dirname(path)
+        parent = os.path.dirname(os.path.normpath(os.path.join(SYS + "class/block", path)))
         controllers = [parent] if os.path.exists(parent + "/transport") else []
         for name in () if controllers else list_directory(parent):
             if name.startswith("nvme") and name[4:].isdigit():
@@ -969,7 +971,9 @@ def probe_block_device(disk: Disk) -> None:
     size = read_attribute(base + "/size")
     disk.size = int(size) * 512 if size.isdigit() else 0
     disk.read_only = read_attribute(base + "/ro") == "1"
-    disk.removable = read_attribute(base + "/removable") == "1"
+    # Asked only where a medium can be taken out: of SCSI disks and drives, MMC and floppy drives.
+    drive = disk.sysname.startswith(("sd", "sr", "mmcblk", "fd"))
+    disk.removable = drive and read_attribute(base + "/removable") == "1"
     try:
         identity_from_udev(disk, parse_udev_database(read_bytes(f"{UDEV}data/b{number}")))
         disk.waiting = ""
@@ -2404,13 +2408,22 @@ class Screen:
         pages = paginated(report.blocks(width), width, room)
         self.pages = len(pages)
         self.page = min(self.page, self.pages - 1)
-        lines = [self.styled("title", f" {report.title}"[: width - 1].ljust(width - 1)), ""]
-        lines += [self.styled(style, text) for style, text in pages[self.page]]
-        lines += [""] * (room - sum(rows_of(text, width) for _, text in pages[self.page]))
-        lines += [self.styled("alert", m) for m in messages]
-        turn = f"Page {self.page + 1} of {self.pages}: Space for the next, b for the one before.  "
-        lines += ["", self.styled("dim", (turn if self.pages > 1 else "") + "Ctrl-C stops exporting.")]
-        return "\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[K\x1b[J"
+        turn = f"  Page {self.page + 1} of {self.pages} (Space: next, b: back)" if self.pages > 1 else ""
+        lines = [
+            ("title", f" {report.title}"[: width - 1].ljust(width - 1)),
+            ("", ""),
+            *pages[self.page],
+            *[("", "")] * (room - sum(rows_of(text, width) for _, text in pages[self.page])),
+            *[("alert", m) for m in messages],
+            ("", ""),
+            ("dim", f"Ctrl-C stops exporting.{turn}"[: width - 1]),
+        ]
+        # After a full row the cursor is still on its last character, and clearing would take that.
+        drawn = [
+            self.styled(style, text) + ("" if text and len(text) % width == 0 else "\x1b[K")
+            for style, text in lines
+        ]
+        return "\x1b[H" + "\r\n".join(drawn) + "\x1b[J"
 
     def styled(self, style: str, text: str) -> str:
         code = self.STYLES.get(style, "")
@@ -2455,7 +2468,7 @@ def paginated(blocks: Iterable[list[tuple[str, str]]], width: int, room: int) ->
             pages.append([])
             used = 0
         for line in block:
-            if used + rows_of(line[1], width) > room:
+            if used and used + rows_of(line[1], width) > room:
                 if line[1] == "":
                     continue
                 pages.append([])
