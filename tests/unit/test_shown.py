@@ -1,0 +1,566 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What people and journals get to see."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyte
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import storagetm
+
+V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
+PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
+EXPORTED = storagetm.Branch("", [storagetm.Directory("x")])
+
+
+class Named(storagetm.Machine):
+    """A machine that is called target, without asking this one."""
+
+    def __init__(self) -> None:
+        self.id, self.os, self.os_version, self.os_name = (
+            bytes(16),
+            "debian",
+            "13",
+            "Debian GNU/Linux 13 (trixie)",
+        )
+
+    name = "target"
+
+
+class Console(pyte.Screen):
+    """A terminal that clears as Linux's console and xterm do: after a full row, its last character too."""
+
+    def erase_in_line(self, how: int = 0, private: bool = False) -> None:
+        if self.cursor.x == self.columns:
+            self.cursor.x -= 1
+        super().erase_in_line(how, private)
+
+
+def disk(name: str, number: int = 1) -> storagetm.Disk:
+    made = storagetm.Disk(name, f"/dev/{name}", name)
+    made.size, made.model, made.serial, made.tag = (
+        number * 1_000_000_000,
+        "QEMU_HARDDISK",
+        f"SERIAL-{number}",
+        "1:1 1",
+    )
+    made.branch = EXPORTED
+    return made
+
+
+def addresses(count: int = 1) -> list[storagetm.Address]:
+    return [
+        storagetm.Address(V4, "192.0.2.1", "eth0", False),
+        storagetm.Address(V6, "2001:db8::1", "eth0", False),
+        storagetm.Address(V6, "fe80::5054:ff:fe12:3456", "eth0", True),
+    ][:count]
+
+
+def report(
+    disks: list[storagetm.Disk], where: list[storagetm.Address] | None = None, prefix: str = PREFIX
+) -> storagetm.Report:
+    machine = Named()
+    transport = storagetm.NvmeTcp(machine, prefix)
+    transport.ports = {V4: 59936, V6: 36681}
+    return storagetm.Report(machine, transport, addresses() if where is None else where, disks)
+
+
+@pytest.fixture
+def screen(capfd: pytest.CaptureFixture[str]) -> storagetm.Screen:
+    made = storagetm.Screen()
+    capfd.readouterr()
+    return made
+
+
+def rows(drawn: str, width: int = 80, height: int = 25) -> list[str]:
+    """What a terminal shows that was full of something else before."""
+    terminal = Console(width, height)
+    stream = pyte.Stream(terminal)
+    stream.feed("\r\n".join(["X" * width] * height))
+    stream.feed(drawn)
+    return [line.rstrip() for line in terminal.display]
+
+
+def pages(
+    screen: storagetm.Screen, shown: storagetm.Report, width: int = 80, height: int = 25
+) -> list[list[str]]:
+    """What all pages show."""
+    found = []
+    screen.page = 0
+    while screen.page < screen.pages:
+        found.append(rows(screen.drawn(shown, width, height), width, height))
+        screen.page += 1
+    return found
+
+
+# The screen
+
+
+def test_one_disk(screen: storagetm.Screen) -> None:
+    assert rows(screen.drawn(report([disk("vda")]), 80, 25)) == [
+        " Storage target mode: target (Debian GNU/Linux 13 (trixie))",
+        "",
+        "To attach its disk, type as root on the other machine:",
+        "",
+        "  nvme connect-all -t tcp -a 192.0.2.1 -s 59936",
+        "",
+        "To attach one disk:",
+        "",
+        "/dev/vda         1.0 GB  QEMU HARDDISK              SERIAL-1",
+        "  nvme connect -t tcp -a 192.0.2.1 -s 59936 \\",
+        f"    -n {PREFIX}.vda",
+        *[""] * 13,
+        "Ctrl-C stops exporting.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(80, 25), (80, 24), (100, 37), (132, 50), (240, 67), (60, 20)]
+)
+@pytest.mark.parametrize("count", [1, 5, 30, 70])
+def test_all_is_shown(screen: storagetm.Screen, width: int, height: int, count: int) -> None:
+    """On some page, whole, with the title at the top and no row scrolled away."""
+    names = [f"nvme{i}n1" for i in range(count)]
+    shown = report([disk(name, i) for i, name in enumerate(names)], addresses(3))
+    everything = ""
+    for page in pages(screen, shown, width, height):
+        assert page[0].startswith(" Storage target mode: target")
+        assert page[-1].startswith("Ctrl-C stops exporting.")
+        assert not [line for line in page if "X" * 3 in line]
+        # As it would be pasted: a shell joins lines with a backslash, a terminal those that it has wrapped.
+        everything += re.sub(rf"(?<=.{{{width}}})\n(?=\S)", "", "\n".join(page)) + "\n"
+    for i, name in enumerate(names):
+        command = (
+            rf"  nvme connect -t tcp -a 192.0.2.1 -s 59936 (\\\n   )?\s?-n {re.escape(PREFIX)}.{name}\n"
+        )
+        assert len(re.findall(command, everything)) == 1, name
+        serial = f"SERIAL-{i}$" if width >= 80 else ""
+        assert len(re.findall(rf"^/dev/{name} .*{serial}", everything, re.MULTILINE)) == 1
+    for address in addresses(3):
+        assert f"  nvme connect-all -t tcp -a {address.text} -s" in everything
+
+
+def test_row_that_is_full(screen: storagetm.Screen) -> None:
+    """Its last character belongs to the command."""
+    line = f"    -n {PREFIX}.nvme0n1"
+    assert len(line) == 80
+    assert line in rows(screen.drawn(report([disk("nvme0n1")]), 80, 25))
+
+
+def test_long_nqn(screen: storagetm.Screen) -> None:
+    prefix = "nqn." + "x" * 200
+    page = rows(screen.drawn(report([disk("vda")], prefix=prefix), 80, 25))
+    assert page[0].startswith(" Storage target mode")
+    assert f"    -n {prefix}.vda" in "".join(page)
+    assert page[-1] == "Ctrl-C stops exporting."
+
+
+def test_link_local_address(screen: storagetm.Screen) -> None:
+    page = rows(screen.drawn(report([disk("vda")], addresses(3)[2:]), 80, 25))
+    assert "  nvme connect-all -t tcp -a fe80::5054:ff:fe12:3456 -s 36681 -f INTERFACE" in page
+    assert [line for line in page if "the other machine's interface to this one" in line]
+
+
+def test_no_address(screen: storagetm.Screen) -> None:
+    text = "\n".join(rows(screen.drawn(report([disk("vda")], []), 80, 25)))
+    assert "The network is down: plug in a cable, or wait for an address." in text
+    assert "/dev/vda " in text
+    assert "nvme connect" not in text
+
+
+def test_no_disk(screen: storagetm.Screen) -> None:
+    text = "\n".join(rows(screen.drawn(report([]), 80, 25)))
+    assert "No disk is exported; plug one in, and it will be." in text
+    assert "nvme connect -t" not in text
+
+
+def test_disks_that_are_not_exported(screen: storagetm.Screen) -> None:
+    left_out, failed, waiting = disk("sr0"), disk("vda"), disk("vdb")
+    for made in (left_out, failed, waiting):
+        made.branch = None
+    left_out.left_out, failed.failed, waiting.waiting = (
+        "it has size 0",
+        "No space left on device",
+        "udev is busy",
+    )
+    page = rows(screen.drawn(report([failed, waiting, left_out]), 80, 25))
+    start = page.index("Not exported:")
+    assert page[start + 1 : start + 4] == [
+        "/dev/sr0      it has size 0",
+        "/dev/vda      No space left on device",
+        "/dev/vdb      udev is busy",
+    ]
+
+
+def test_messages(screen: storagetm.Screen) -> None:
+    """The last three, above the last line, with the time."""
+    asked = []
+    screen.changed = lambda: asked.append(1)
+    for i in range(4):
+        screen.add_message(f"message {i}")
+    screen.add_message("long " * 20)
+    page = rows(screen.drawn(report([disk("vda")]), 80, 25))
+    assert page[-1] == "Ctrl-C stops exporting."
+    assert re.fullmatch(r"\d\d:\d\d:\d\d message 2", page[-6])
+    assert re.fullmatch(r"\d\d:\d\d:\d\d message 3", page[-5])
+    assert re.fullmatch(r"\d\d:\d\d:\d\d (long ?)+", page[-4])
+    assert page[-2] == ""
+    assert len(asked) == 5
+
+
+def test_pages_turn(screen: storagetm.Screen) -> None:
+    shown = report([disk(f"vd{i}") for i in range(30)])
+    screen.drawn(shown, 80, 25)
+    assert screen.pages > 3
+    incoming, outgoing = os.pipe()
+    screen.keys = incoming
+    try:
+        for keys, page in (
+            (b" ", 1),
+            (b"n", 2),
+            (b"\x1b[6~", 3),
+            (b"b", 2),
+            (b"x", 2),
+            (b"\x1b[5~", 1),
+            (b"p", 0),
+            (b"b", screen.pages - 1),
+            (b" ", 0),
+        ):
+            os.write(outgoing, keys)
+            screen.read_keys()
+            assert screen.page == page, keys
+        os.write(outgoing, b"b")
+        screen.read_keys()
+        # With fewer disks, that page is gone.
+        text = screen.drawn(report([disk("vda")]), 80, 25)
+        assert (screen.page, screen.pages) == (0, 1)
+        assert "Page" not in text
+    finally:
+        os.close(outgoing)
+    screen.read_keys()
+    assert screen.keys == -1
+    os.close(incoming)
+
+
+def test_without_colour(screen: storagetm.Screen) -> None:
+    assert "\x1b[1m  nvme" in screen.drawn(report([disk("vda")]), 80, 25)
+    screen.colour = False
+    assert set(re.findall(r"\x1b\[[0-9;]*m", screen.drawn(report([disk("vda")]), 80, 25))) == {
+        "\x1b[7m",
+        "\x1b[0m",
+    }
+
+
+def test_terminal_that_is_gone(screen: storagetm.Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "write", write)
+    screen.show(report([disk("vda")]))
+    assert screen.gone
+    monkeypatch.undo()
+    screen.show(report([disk("vda")]))
+
+
+def test_real_terminal() -> None:
+    """Keys come without echo and turn pages, and in the end the terminal is as it was."""
+    pid, master = pty.fork()
+    if pid == 0:
+        try:
+            screen = storagetm.Screen()
+            assert screen.keys >= 0
+            assert screen.level is None
+            shown = report([disk(f"vd{i}") for i in range(30)])
+            screen.show(shown)
+            while screen.page < 2:
+                select.select([screen.keys], [], [])
+                screen.read_keys()
+                screen.show(shown)
+            screen.close()
+            os.write(1, b"the end")
+            sys.stdin.readline()
+        finally:
+            os._exit(0)
+    terminal = pyte.Screen(80, 24)
+    stream = pyte.ByteStream(terminal)
+
+    def wait_for(text: str) -> str:
+        deadline = time.monotonic() + 60
+        while text not in "\n".join(terminal.display):
+            assert select.select([master], [], [], deadline - time.monotonic())[0]
+            stream.feed(os.read(master, 4096))
+        return "\n".join(terminal.display)
+
+    try:
+        wait_for("Page 1 of")
+        os.write(master, b" ")
+        assert " Storage target mode" in wait_for("Page 2 of").split("\n")[0]
+        os.write(master, b" ")
+        wait_for("the end")
+        os.write(master, b"echo")
+        wait_for("the endecho")
+    finally:
+        os.close(master)
+        os.waitpid(pid, 0)
+
+
+# Pages
+
+BLOCKS = st.lists(
+    st.lists(st.text("ab", max_size=45).map(lambda text: ("", text)), min_size=1, max_size=7), max_size=20
+)
+
+
+@given(BLOCKS, st.integers(10, 40), st.integers(4, 20))
+def test_pages(blocks: list[list[tuple[str, str]]], width: int, room: int) -> None:
+    found = storagetm.paginated(blocks, width, room)
+    # Everything once and in order, but for blank lines.
+    lines = [line for block in blocks for line in block if line[1]]
+    assert [line for page in found for line in page if line[1]] == lines
+    assert len([1 for page in found for line in page]) <= sum(map(len, blocks))
+    for page in found:
+        assert sum(storagetm.rows_of(text, width) for _, text in page) <= max(
+            room, *(storagetm.rows_of(text, width) for _, text in page), 0
+        )
+        assert page or len(found) == 1
+    # Blocks that fit are in one piece.
+    numbered = [[(str(i), text) for _, text in block] for i, block in enumerate(blocks)]
+    where: dict[str, set[int]] = {}
+    for number, page in enumerate(storagetm.paginated(numbered, width, room)):
+        for name, text in page:
+            if text:
+                where.setdefault(name, set()).add(number)
+    for i, block in enumerate(blocks):
+        if sum(storagetm.rows_of(text, width) for _, text in block) <= room:
+            assert len(where.get(str(i), ())) <= 1
+
+
+@pytest.mark.parametrize(("length", "expected"), [(0, 1), (1, 1), (80, 1), (81, 2), (160, 2), (161, 3)])
+def test_rows_of(length: int, expected: int) -> None:
+    assert storagetm.rows_of("x" * length, 80) == expected
+
+
+# Without a screen
+
+
+def test_plain_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    view = storagetm.PlainView()
+    shown = report([disk("vda"), disk("vdb")], addresses(3))
+    shown.title = "Storage target mode: café (Débian)"
+    for _ in range(2):
+        view.show(shown)
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert all(c.isascii() and (c.isprintable() or c == "\n") for c in out)
+    assert out.count("Storage target mode: caf? (D?bian)") == 2
+    assert out.count(f"-n {PREFIX}.vdb\n") == 2
+
+
+FACTS = [
+    "Attach all disks with: nvme connect-all -t tcp -a 192.0.2.1 -s 59936",
+    f"Exporting '/dev/vda' (1.0 GB, QEMU_HARDDISK, SERIAL-1) as {PREFIX}.vda",
+    "Not exporting '/dev/vdb': it has size 0",
+]
+
+
+@pytest.fixture
+def lines(capfd: pytest.CaptureFixture[str]) -> Any:
+    return lambda: capfd.readouterr().out.splitlines()
+
+
+def test_journal_has_each_fact_once(lines: Any) -> None:
+    view = storagetm.JournalView()
+    other = disk("vdb")
+    other.branch, other.left_out = None, "it has size 0"
+    disks = [disk("vda"), other]
+    view.show(report(disks))
+    assert lines() == FACTS
+    view.show(report(disks))
+    view.show(report(disks[::-1]))
+    assert lines() == []
+
+
+def test_journal_has_what_changes(lines: Any) -> None:
+    view = storagetm.JournalView()
+    first, second = disk("vda"), disk("vdb", 2)
+    view.show(report([first]))
+    lines()
+    view.show(report([first], addresses(2)))
+    assert lines() == ["Attach all disks with: nvme connect-all -t tcp -a 2001:db8::1 -s 36681"]
+    view.show(report([first, second], addresses(1)))
+    assert lines() == [
+        f"Exporting '/dev/vdb' (2.0 GB, QEMU_HARDDISK, SERIAL-2) as {PREFIX}.vdb",
+        "No longer: Attach all disks with: nvme connect-all -t tcp -a 2001:db8::1 -s 36681",
+    ]
+    view.show(report([second], []))
+    assert lines() == [
+        "The network is down: no address yet at which disks could be attached",
+        "No longer: Attach all disks with: nvme connect-all -t tcp -a 192.0.2.1 -s 59936",
+        f"No longer: {FACTS[1]}",
+    ]
+    view.show(report([second], addresses(1)))
+    assert lines() == [FACTS[0]]
+
+
+def test_journal_has_new_sizes(lines: Any) -> None:
+    view = storagetm.JournalView()
+    grown = disk("vda")
+    view.show(report([grown]))
+    lines()
+    grown.size = 2_000_000_000
+    view.show(report([grown]))
+    assert "'/dev/vda' has 2000000000 bytes" in lines()
+    view.show(report([grown]))
+    assert lines() == []
+
+
+def test_journal_has_reasons_that_change(lines: Any) -> None:
+    view = storagetm.JournalView()
+    other = disk("vda")
+    other.branch, other.waiting = None, "another process holds its lock"
+    view.show(report([other]))
+    assert "Not exporting '/dev/vda': another process holds its lock" in lines()
+    other.waiting, other.failed = "", "No space left on device"
+    view.show(report([other]))
+    assert lines() == ["Not exporting '/dev/vda': No space left on device"]
+    other.failed, other.branch = "", EXPORTED
+    view.show(report([other]))
+    assert lines() == [FACTS[1]]
+
+
+# Short texts
+
+
+def test_status() -> None:
+    waiting, failed, left_out = disk("vdb"), disk("vdc"), disk("vdd")
+    for made in (waiting, failed, left_out):
+        made.branch = None
+    waiting.waiting, failed.failed, left_out.left_out = "a", "b", "c"
+    assert report([disk("vda")]).status() == "Exporting 1 disk at 1 address."
+    assert report([disk("vda"), disk("vde")], addresses(2)).status() == "Exporting 2 disks at 2 addresses."
+    assert report([], []).status() == "Exporting 0 disks at no address (the network is down)."
+    assert (
+        report([disk("vda"), waiting, failed, left_out]).status()
+        == "Exporting 1 disk at 1 address, 1 waiting, 1 failed."
+    )
+
+
+def test_plymouth_gets_the_shortest_line() -> None:
+    assert report([], addresses(3)).for_plymouth() == "nvme connect-all -t tcp -a 192.0.2.1 -s 59936"
+    assert report([], []).for_plymouth() == "Storage target mode: the network is down"
+
+
+def test_only_addresses_of_families_that_are_exported() -> None:
+    machine = Named()
+    transport = storagetm.NvmeTcp(machine, PREFIX)
+    transport.ports = {V4: 59936}
+    assert (
+        storagetm.Report(machine, transport, addresses(3)[1:], []).for_plymouth().endswith("network is down")
+    )
+
+
+def test_order_of_addresses() -> None:
+    """IPv4, then global IPv6, then link-local."""
+    mixed = [
+        storagetm.Address(V6, "fe80::1", "eth0", True),
+        storagetm.Address(V6, "2001:db8::2", "eth1", False),
+        storagetm.Address(V4, "192.0.2.1", "eth1", False),
+        storagetm.Address(V6, "2001:db8::1", "eth0", False),
+    ]
+    ordered = sorted(mixed, key=storagetm.Address.rank)
+    assert [a.text for a in ordered] == ["192.0.2.1", "2001:db8::1", "2001:db8::2", "fe80::1"]
+
+
+# Messages
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> storagetm.Log:
+    for name in ("JOURNAL_STREAM", "SYSTEMD_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    return storagetm.Log()
+
+
+def test_messages_to_people(log: storagetm.Log, capfd: pytest.CaptureFixture[str]) -> None:
+    for priority in (3, 4, 6, 7):
+        log(priority, f"text {priority}")
+    assert tuple(capfd.readouterr()) == ("text 6\n", "text 3\ntext 4\n")
+
+
+def test_messages_to_the_journal(log: storagetm.Log, capfd: pytest.CaptureFixture[str]) -> None:
+    log.prefix = log.debug = True
+    for priority in (3, 4, 6, 7):
+        log(priority, f"text {priority}")
+    assert tuple(capfd.readouterr()) == ("<6>text 6\n", "<3>text 3\n<4>text 4\n<7>text 7\n")
+
+
+def test_whether_messages_go_to_the_journal(
+    log: storagetm.Log, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert not log.prefix
+    st = os.fstat(2)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{st.st_dev}:{st.st_ino}")
+    assert storagetm.Log().prefix
+    monkeypatch.setenv("JOURNAL_STREAM", f"{st.st_dev}:{st.st_ino + 1}")
+    assert not storagetm.Log().prefix
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+@pytest.mark.parametrize(("level", "expected"), [("debug", True), ("7", True), ("info", False), ("", False)])
+def test_debug_messages(monkeypatch: pytest.MonkeyPatch, level: str, expected: bool) -> None:
+    monkeypatch.setenv("SYSTEMD_LOG_LEVEL", level)
+    assert storagetm.Log().debug is expected
+
+
+# The console's log level
+
+
+@pytest.fixture
+def printk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(storagetm, "PROC", f"{tmp_path}/proc/")
+    monkeypatch.setattr(storagetm, "RUN", f"{tmp_path}/run/")
+    (tmp_path / "proc/sys/kernel").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "proc/sys/kernel/printk"
+    file.write_text("4\t4\t1\t7\n")
+    return file
+
+
+def test_console_level(printk: Path) -> None:
+    level = storagetm.ConsoleLevel()
+    level.lower()
+    assert printk.read_text()[0] == "1"
+    level.restore()
+    assert printk.read_text()[0] == "4"
+    # There is nothing left to put back.
+    printk.write_text("7\n")
+    level.restore()
+    assert printk.read_text() == "7\n"
+
+
+def test_console_level_after_a_crash(printk: Path) -> None:
+    """What was found first is what is put back."""
+    storagetm.ConsoleLevel().lower()
+    level = storagetm.ConsoleLevel()
+    level.lower()
+    level.restore()
+    assert printk.read_text()[0] == "4"
+
+
+def test_console_level_that_cannot_be_changed(printk: Path) -> None:
+    printk.unlink()
+    level = storagetm.ConsoleLevel()
+    level.lower()
+    level.restore()
+    assert not printk.exists()
