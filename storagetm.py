@@ -703,8 +703,8 @@ def device_number(node: str) -> str:
 
 
 def is_stacked(sysname: str) -> bool:
-    """Whether a block device is made of others; of whole disks only those of md and device-mapper are."""
-    return sysname.startswith(("dm-", "md"))
+    """Whether a block device is made of others, as those of bcache, device-mapper and md are."""
+    return sysname.startswith(("bcache", "dm-", "md"))
 
 
 def partitions_of(sysname: str) -> list[str]:

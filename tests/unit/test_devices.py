@@ -344,6 +344,22 @@ def test_network_disks_by_name(unpack: Unpack, sysname: str, what: str) -> None:
     assert storagetm.why_network(sysname) == f"comes over the network ({what})"
 
 
+def test_bcache_of_a_network_disk(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    machine = unpack("trixie-fresh")
+    place = machine.path("/sys/devices/virtual/block/bcache0")
+    for name in ("holders", "slaves"):
+        (place / name).mkdir(parents=True)
+    (place / "slaves/sda").symlink_to("../../../../pci0000:00/sda")
+    for name, value in (("dev", "252:0"), ("size", "1024"), ("uevent", "MAJOR=252\nMINOR=0"), ("ro", "0")):
+        (place / name).write_text(value + "\n")
+    for directory, target in (("block", "../devices"), ("class/block", "../../devices")):
+        machine.path(f"/sys/{directory}/bcache0").symlink_to(f"{target}/virtual/block/bcache0")
+    move(machine, "sda", "platform/host5/session1/target5:0:0/5:0:0:0")
+    inventory.rescan()
+    why = "it is made of 'sda', which comes over the network (iSCSI)"
+    assert inventory.disks["bcache0"].left_out == why
+
+
 @pytest.mark.parametrize(
     ("transport", "expected"),
     [
