@@ -2372,8 +2372,9 @@ class Screen:
         if not typed:
             self.keys = -1
             return
-        forward = typed in (b" ", b"n", b"j", b"\x1b[6~", b"\x1b[B", b"\x1b[C", b"\r", b"\n")
-        back = typed in (b"b", b"p", b"k", b"\x1b[5~", b"\x1b[A", b"\x1b[D")
+        # Keys pressed quickly, or held down, are read together.
+        forward = sum(map(typed.count, (b" ", b"n", b"j", b"\x1b[6~", b"\x1b[B", b"\x1b[C", b"\r", b"\n")))
+        back = sum(map(typed.count, (b"b", b"p", b"k", b"\x1b[5~", b"\x1b[A", b"\x1b[D")))
         self.page = (self.page + forward - back) % max(1, self.pages)
         self.changed()
 
