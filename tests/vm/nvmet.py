@@ -168,3 +168,9 @@ def remove(machine: Machine, *roots: str) -> None:
             f"cd {NVMET}/{shlex.quote(root)} && "
             "find . -type l -delete; rmdir namespaces/* 2>/dev/null; cd ..; rmdir $OLDPWD",
         )
+
+
+def left_over(machine: Machine) -> list[str]:
+    """What is in the tool's directory but locks, which stay for whoever waits for them."""
+    names = machine.run("ls -A /run/storagetm 2>/dev/null", check=False).stdout.split()
+    return [name for name in names if not name.endswith(".lock")]
