@@ -8,9 +8,9 @@ by the service manager's own account, and so that it says what it says in the jo
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import re
+import secrets
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -19,8 +19,6 @@ from tests.vm.conftest import TOOL
 
 NVMET = "/sys/kernel/config/nvmet"
 NAMES_SCRIPT = f"(cd {NVMET} 2>/dev/null && ls -d subsystems/* ports/* 2>/dev/null; true)"
-
-_numbers = itertools.count(1)
 
 
 class Service:
@@ -36,7 +34,7 @@ class Service:
         program: str = TOOL,
     ) -> None:
         self.machine = machine
-        self.unit = f"test-{next(_numbers)}.service"
+        self.unit = f"test-{secrets.token_hex(4)}.service"
         self.command = [
             *("systemd-run", "--quiet", f"--unit={self.unit}", "--property=Type=notify"),
             *(f"--property={p}" for p in properties),

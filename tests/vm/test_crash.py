@@ -44,6 +44,17 @@ s=subsystems/nqn.2020-01.org.example:foreign; rmdir $s/namespaces/7 $s
 """
 
 
+@pytest.fixture(autouse=True)
+def clean(target: Machine) -> Iterator[None]:
+    """Takes away what a test leaves that ends half-way, with the tool just killed."""
+    before = nvmet.names(target)
+    yield
+    if left := nvmet.names(target) - before:
+        target.run("systemctl stop 'test-*.service'; systemctl reset-failed 'test-*.service'", check=False)
+        nvmet.remove(target, *(nvmet.names(target) & left))
+        target.run("rm -f /run/storagetm/*.entries")
+
+
 @pytest.fixture
 def foreign(target: Machine) -> Iterator[None]:
     target.run(MAKE_FOREIGN)

@@ -12,8 +12,8 @@ strace makes each step go wrong once, in a run of its own:
 - SIGKILL comes instead of the step. The next run has to find or make again all that is in configfs in the
   undisturbed run, attribute by attribute, without making anew what was complete, and to leave configfs as it
   was before.
-- The step fails with an error, EIO or one that is likely there. The tool has to say so, and when it has ended
-  configfs is as it was before.
+- The step fails with an error, EIO or one that is likely there. The tool has to say so, and when it has
+  ended configfs is as it was before.
 - A removal fails each time it is tried ("stuck"). Then something has to be left, but the next run can cope.
 
 What other programs have in configfs belongs to both states. Prints a line for each step, and in the end one

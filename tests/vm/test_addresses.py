@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What people are told: addresses as they come and go, on the screen and in the journal, and the commands
+for the client, which are tried there as they stand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.machine import CommandError, Disk, Machine, Nic, Process, Wire
+from tests.vm.conftest import TOOL, BootMachine, prepare
+from tests.vm.nvmet import Service, exported, exporting, names
+
+PRINTK = "/proc/sys/kernel/printk"
+
+# A service that has the serial console.
+CONSOLE = ("StandardInput=tty-force", "StandardOutput=tty", "StandardError=tty", "TTYPath=/dev/ttyS0")
+
+
+def link_local(machine: Machine, interface: str = "eth0") -> str:
+    """The machine's link-local address, without the prefix's length."""
+    script = f"ip -6 -o address show dev {interface} scope link -tentative | grep -o 'fe80::[^/]*'"
+    return machine.wait_run(script).stdout.strip()
+
+
+def commands(machine: Machine, what: str = "connect-all") -> list[str]:
+    """The `nvme` commands on the screen, from top to bottom."""
+    text = "\n".join(machine.screen()).replace("\\\n", "")
+    return [" ".join(c.split()) for c in re.findall(rf"^ +(nvme {what} .*)$", text, re.MULTILINE)]
+
+
+def wait_commands(machine: Machine, expected: list[str]) -> None:
+    try:
+        machine.wait_until(lambda: commands(machine) == expected)
+    except TimeoutError:
+        assert commands(machine) == expected
+
+
+def command(address: str, *, scope: bool = False) -> str:
+    """What the screen says about an address, for the prefix "quux"."""
+    port = 29423 if ":" in address else 16858
+    return f"nvme connect-all -t tcp -a {address} -s {port}" + (" -f INTERFACE" if scope else "")
+
+
+def clear(machine: Machine) -> None:
+    """Clears the serial console of what was on it before."""
+    machine.run("printf '\\033[2J' > /dev/ttyS0")
+    machine.wait_until(lambda: not any(machine.screen()))
+
+
+@contextlib.contextmanager
+def on_console(machine: Machine, *arguments: str) -> Iterator[Service]:
+    """The tool on the serial console."""
+    clear(machine)
+    with exporting(machine, *arguments, properties=CONSOLE) as service:
+        machine.wait_screen("Ctrl-C stops")
+        yield service
+
+
+def test_screen_follows(target: Machine) -> None:
+    with on_console(target, "--nqn=quux", "/dev/nvme0n1") as service:
+        check_following(target, service)
+
+
+def check_following(target: Machine, console: Service) -> None:
+    """IPv4 stands before IPv6, global before link-local, and nothing that cannot be reached."""
+    ipv4, local = command("192.0.2.1"), command(link_local(target), scope=True)
+    wait_commands(target, [ipv4, local])
+    title = target.screen()[0]
+    assert title.startswith(" Storage target mode: ")
+    assert title.endswith("(Debian GNU/Linux 13 (trixie))")
+
+    target.run("ip address add 2001:db8::1/64 dev eth0; ip address add 198.51.100.7/24 dev eth0")
+    both = [ipv4, command("198.51.100.7")]
+    wait_commands(target, [*both, command("2001:db8::1"), local])
+    assert console.show("StatusText") == "Exporting 1 disk at 4 addresses."
+    target.run("ip address change 2001:db8::1/64 dev eth0 preferred_lft 0")
+    wait_commands(target, [*both, local])
+    target.run("ip address delete 2001:db8::1/64 dev eth0; ip address delete 198.51.100.7/24 dev eth0")
+    wait_commands(target, [ipv4, local])
+
+    # The address stays while the interface is down, but nobody gets there.
+    target.run("ip link set eth0 down")
+    lines = target.wait_screen("The network is down")
+    assert not commands(target)
+    assert not commands(target, "connect"), lines
+    assert console.show("StatusText") == "Exporting 1 disk at no address (the network is down)."
+    target.run("ip link set eth0 up")
+    wait_commands(target, [ipv4, local])
+
+    # The same for the cable.
+    target.set_link(False)
+    try:
+        target.wait_screen("The network is down")
+    finally:
+        target.set_link(True)
+    wait_commands(target, [ipv4, local])
+
+
+def test_not_shown(target: Machine, client: Machine) -> None:
+    """Lines in the journal: addresses that are tentative, duplicate, deprecated or local never appear."""
+    never = ["2001:db8::7e", "2001:db8::dd", "2001:db8::de", "203.0.113.1", "2001:db8::10"]
+    settings = "net.ipv6.conf.eth0.accept_dad net.ipv6.conf.eth0.dad_transmits"
+    before = target.run(f"sysctl {settings}").stdout
+    # Two addresses for one check each: one that the client has already, and one whose check takes minutes.
+    client.run("ip address add 2001:db8::dd/64 dev eth0 nodad")
+    try:
+        with exporting(target, "--nqn=quux", "/dev/nvme0n1") as service:
+            target.run(
+                "sysctl -q net.ipv6.conf.eth0.accept_dad=1;"
+                "ip address add 203.0.113.1/24 dev lo scope global; ip address add 2001:db8::10/64 dev lo;"
+                "ip address add 2001:db8::de/64 dev eth0 preferred_lft 0 nodad;"
+                "ip address add 2001:db8::dd/64 dev eth0"
+            )
+            target.wait_run("ip -6 address show dev eth0 dadfailed | grep 2001:db8::dd")
+            target.run(
+                "sysctl -q net.ipv6.conf.eth0.dad_transmits=1000; ip address add 2001:db8::7e/64 dev eth0"
+            )
+            target.run("ip -6 address show dev eth0 tentative | grep 2001:db8::7e")
+            # What comes last is shown, so that the others have been looked at by then.
+            target.run("ip address add 198.51.100.7/24 dev eth0")
+            service.wait_output("^Attach all disks with: nvme connect-all -t tcp -a 198.51.100.7 -s 16858$")
+            target.run("ip address delete 198.51.100.7/24 dev eth0")
+            service.wait_output(
+                "^No longer: Attach all disks with: nvme connect-all -t tcp -a 198.51.100.7 -s 16858$"
+            )
+            journal = service.journal()
+            target.run("ip -6 address show dev eth0 tentative | grep 2001:db8::7e")
+    finally:
+        client.run("ip address delete 2001:db8::dd/64 dev eth0")
+        target.run(
+            "ip address delete 203.0.113.1/24 dev lo; ip address delete 2001:db8::10/64 dev lo;"
+            "for last in 7e dd de; do ip address delete 2001:db8::$last/64 dev eth0; done;"
+            + "".join(f"sysctl -q {line};" for line in before.replace(" ", "").splitlines())
+        )
+    for priority, line in journal:
+        assert not any(f" {address} " in line for address in never)
+        assert " ::1 " not in line
+        assert " 127." not in line
+        # Facts, each on a line of its own.
+        assert priority == 6
+    lines = [line for _, line in journal]
+    assert len(lines) == len(set(lines))
+    assert f"Attach all disks with: {command('192.0.2.1')}" in lines
+
+
+def attach(target: Machine, client: Machine, interface: str) -> None:
+    """Types the commands on the target's screen on the client, and compares the disks."""
+    for what in ("connect-all", "connect"):
+        line = commands(target, what)[-1]
+        assert "-f INTERFACE" in line
+        client.run(line.replace("INTERFACE", interface))
+        try:
+            client.wait_run("test -b /dev/nvme0n1")
+            digest = client.run("sha256sum < /dev/nvme0n1").stdout
+        finally:
+            client.run("nvme disconnect-all")
+        assert digest == target.run("sha256sum < /dev/disk/by-id/virtio-DISK-ALPHA").stdout
+
+
+def test_link_local_line(target: Machine, client: Machine) -> None:
+    """With link-local addresses only, the commands on the screen work on the client as they stand."""
+    device = target.run("readlink -f /dev/disk/by-id/virtio-DISK-ALPHA").stdout.strip()
+    target.run(f"head -c 1M /dev/urandom > {device}; ip address delete 192.0.2.1/24 dev eth0")
+    client.run("modprobe nvme-tcp")
+    try:
+        with on_console(target, device):
+            # Each stands on a line of its own, or on two with a backslash in between.
+            assert len(commands(target)) == len(commands(target, "connect")) == 1
+            attach(target, client, "eth0")
+    finally:
+        target.run("ip address add 192.0.2.1/24 dev eth0")
+
+
+def test_link_local_line_debian_12(boot: BootMachine, tool: Path) -> None:
+    """The same with nvme-cli 2.4 and Linux 6.1 on both sides."""
+    wire = Wire()
+    disks = [Disk("alpha", serial="DISK-ALPHA")]
+    target = boot("old-target", "bookworm", wait=False, disks=disks, nics=[Nic(wire, 0)])
+    client = boot("old-client", "bookworm", wait=False, nics=[Nic(wire, 1)])
+    for machine in (target, client):
+        machine.wait_boot()
+        prepare(machine, tool)
+    target.run("head -c 1M /dev/urandom > /dev/disk/by-id/virtio-DISK-ALPHA")
+    client.run("modprobe nvme-tcp")
+    with on_console(target, "--all"):
+        attach(target, client, "eth0")
+
+
+def test_log_level(target: Machine) -> None:
+    """Kernel messages do not tear the screen; the console's level is put back even after a crash."""
+    level = target.run(f"cat {PRINTK}").stdout
+    assert not level.startswith("1\t")
+    first, second = (Service(target, ["--nqn=quux", "/dev/nvme0n1"], properties=CONSOLE) for _ in range(2))
+    clear(target)
+    first.start()
+    target.wait_screen("Ctrl-C stops")
+    assert target.run(f"cat {PRINTK}").stdout == "1" + level[1:]
+    target.run("echo '<2>This would tear the screen.' > /dev/kmsg")
+    assert "tear the screen" not in "\n".join(target.screen())
+    first.kill("KILL")
+    target.wait_run(f"systemctl is-failed {first.unit}")
+    target.run(f"systemctl reset-failed {first.unit}")
+    assert target.run(f"cat {PRINTK}").stdout.startswith("1\t")
+
+    # The next one takes all of that over.
+    clear(target)
+    second.start()
+    target.wait_screen("Ctrl-C stops")
+    assert target.run(f"cat {PRINTK}").stdout.startswith("1\t")
+    assert exported(target) == {"nvme0n1"}
+    target.send_keys("\x03")
+    target.wait_run(f"! systemctl --quiet is-active {second.unit}")
+    assert target.run(f"systemctl --quiet is-failed {second.unit}", check=False).returncode
+    assert target.run(f"cat {PRINTK}").stdout == level
+    assert not names(target)
+
+
+def test_pages(target: Machine) -> None:
+    """30 disks: each is on just one of the pages, and every page fits."""
+    target.run("modprobe null_blk nr_devices=30 gb=1; udevadm settle")
+    devices = [f"/dev/nullb{number}" for number in range(30)]
+    try:
+        with on_console(target, "--nqn=quux", *devices):
+            text = "\n".join(target.wait_screen(r"Page 1 of \d+"))
+            match = re.search(r"Page 1 of (\d+)", text)
+            assert match
+            pages = []
+            for number in range(int(match[1])):
+                lines = target.wait_screen(f"Page {number + 1} of {match[1]}:")
+                # Title, blank line, ..., blank line, hint: all 25 rows of the terminal, of 80 columns.
+                assert lines[0].startswith(" Storage target mode")
+                assert len(lines) == 25
+                assert lines[24].startswith("Page ")
+                assert not lines[1]
+                pages.append("\n".join(lines))
+                target.send_keys(" ")
+            # After the last comes the first, and before that the last.
+            target.wait_screen(f"Page 1 of {match[1]}:")
+            target.send_keys("b")
+            target.wait_screen(f"Page {match[1]} of {match[1]}:")
+            shown = re.findall(r"^(/dev/nullb\d+) +1.1 GB ", "\n".join(pages), re.MULTILINE)
+            assert shown == devices
+            named = re.findall(r"-n quux\.(nullb\d+)$", "\n".join(pages), re.MULTILINE)
+            assert [f"/dev/{name}" for name in named] == devices
+            # A disk and its command are not torn apart.
+            for page in pages:
+                assert page.count("\n/dev/nullb") == page.count("-n quux.nullb")
+    finally:
+        target.run("modprobe -r null_blk; udevadm settle")
+
+
+# Runs a command on a new pseudo terminal of 80 columns and 25 rows, and copies what it writes there. SIGUSR1
+# takes the terminal away, SIGTERM is passed on. Ends with the command's return code.
+PTY = """
+import fcntl, os, pty, signal, struct, sys, termios
+
+pid, master = pty.fork()
+if pid == 0:
+    fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 80, 0, 0))
+    os.execv(sys.argv[1], sys.argv[1:])
+
+def take_away(*_):
+    global master
+    os.close(master)
+    master = -1
+
+signal.signal(signal.SIGUSR1, take_away)
+signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))
+try:
+    while data := os.read(master, 65536):
+        os.write(1, data)
+except OSError:
+    pass
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def on_terminal(machine: Machine, *arguments: str, term: str) -> Process:
+    """Starts the tool on a pseudo terminal; see PTY."""
+    machine.put("/run/terminal.py", PTY)
+    return machine.start_process(
+        ["python3", "/run/terminal.py", TOOL, *arguments], environment={"TERM": term}
+    )
+
+
+def test_dumb_terminal(target: Machine) -> None:
+    """Plain ASCII, whatever the machine is called, and nothing that moves a cursor."""
+    target.run("echo 'PRETTY_HOSTNAME=Büro' > /etc/machine-info")
+    try:
+        process = on_terminal(target, "--nqn=quux", "/dev/nvme0n1", term="dumb")
+        process.wait_output("-n quux.nvme0n1")
+        target.run("ip address add 198.51.100.7/24 dev eth0")
+        process.wait_output(" 198.51.100.7 ")
+        output = process.output
+        process.kill()
+        assert process.wait() == 0
+    finally:
+        target.run("rm /etc/machine-info; ip address delete 198.51.100.7/24 dev eth0")
+    assert output.isascii()
+    assert all(c.isprintable() or c in "\r\n" for c in output)
+    assert "Storage target mode: B?ro (Debian" in output
+    assert f"\n  {command('192.0.2.1')}\r\n" in output
+    assert not names(target)
+
+
+def test_terminal_gone(target: Machine) -> None:
+    """The terminal is taken away, which also hangs up: the disks stay, and are followed."""
+    process = on_terminal(target, "--all", "--nqn=quux", term="xterm")
+    process.wait_output(r"\x1b\[H")
+    before = exported(target)
+    process.kill(signal.SIGUSR1)
+    target.wait_run("! ls /dev/pts/[0-9]*")
+    try:
+        target.add_disk(Disk("late", serial="DISK-LATE"))
+        target.wait_until(lambda: len(exported(target)) == len(before) + 1)
+        assert process.poll() is None
+    finally:
+        target.remove_disk("late")
+    target.wait_until(lambda: exported(target) == before)
+    process.kill()
+    assert process.wait() == 0
+    assert not names(target)
+
+
+def test_terminal_stopped(target: Machine) -> None:
+    """Nobody reads what is written to the terminal, as after Ctrl-S: the disks are followed all the same."""
+    process = on_terminal(target, "--all", "--nqn=quux", term="xterm")
+    process.wait_output(r"\x1b\[H")
+    before = exported(target)
+    process.kill(signal.SIGSTOP)
+    # Each change is shown, until the terminal takes no more.
+    for _ in range(3):
+        target.add_disk(Disk("late", serial="DISK-LATE"))
+        target.wait_until(lambda: len(exported(target)) == len(before) + 1)
+        target.remove_disk("late")
+        target.wait_until(lambda: exported(target) == before)
+    process.kill(signal.SIGCONT)
+    process.kill()
+    assert process.wait() == 0
+    assert not names(target)
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_output_closed(target: Machine, closed: str) -> None:
+    process = target.start_process(f"exec {TOOL} --nqn=quux /dev/nvme0n1 {closed}")
+    target.wait_until(lambda: exported(target) == {"nvme0n1"})
+    target.run("ip address add 198.51.100.7/24 dev eth0 && ip address delete 198.51.100.7/24 dev eth0")
+    assert process.poll(timeout=1) is None
+    process.kill()
+    assert process.wait() == 0
+    assert "Traceback" not in process.output
+    assert not names(target)
+
+
+# Prints what comes in on the socket of the service manager, a line a message.
+NOTIFY_LISTENER = """
+import socket, sys
+s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+s.bind(sys.argv[1].replace("@", "\\0"))
+print("listening", flush=True)
+while True:
+    print(s.recv(4096).decode(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("address", ["/run/notify-test", "@notify-test"])
+def test_notifications(target: Machine, address: str) -> None:
+    """What a service manager is told, and in which order."""
+    listener = target.start_process(["python3", "-c", NOTIFY_LISTENER, address])
+    listener.wait_output("listening")
+    try:
+        process = target.start_process(
+            [TOOL, "--nqn=quux", "/dev/nvme0n1"], environment={"NOTIFY_SOCKET": address}
+        )
+        listener.wait_output("^STATUS=Exporting 1 disk at 2 addresses.$")
+        assert exported(target) == {"nvme0n1"}
+        process.kill()
+        assert process.wait() == 0
+        listener.wait_output("^STOPPING=1$")
+    finally:
+        listener.kill()
+        listener.wait()
+        target.run("rm -f /run/notify-test")
+    assert listener.output.splitlines() == [
+        "listening",
+        "READY=1",
+        "STATUS=Exporting 1 disk at 2 addresses.",
+        "STOPPING=1",
+    ]
+
+
+def test_priorities(target: Machine) -> None:
+    """Facts, warnings and errors in the journal, each with its priority."""
+    with exporting(target, "--nqn=quux", "/dev/nvme0n1", "/dev/nvme0n1") as service:
+        journal = service.journal()
+    assert (4, "'/dev/nvme0n1' is the same as '/dev/nvme0n1', exporting it once") in journal
+    assert (6, f"Attach all disks with: {command('192.0.2.1')}") in journal
+    assert {priority for priority, _ in journal} == {4, 6}
+
+    service = Service(target, ["--nqn=quux", "/dev/no-such-disk"])
+    with pytest.raises(CommandError):
+        service.start()
+    target.run(f"systemctl reset-failed {service.unit}")
+    assert service.journal() == [(3, "Failed to export '/dev/no-such-disk': No such file or directory")]
+
+
+def test_plymouth(target: Machine) -> None:
+    """Plymouth takes the shortest of the commands, and later that there is no network."""
+    target.run("plymouthd --mode=boot --tty=/dev/tty1")
+    try:
+        target.wait_run("plymouth --ping")
+        strace = target.start_process("exec strace -f -s 300 -e trace=read,write -p $(pgrep -x plymouthd)")
+        strace.wait_output("attached")
+        with exporting(target, "--nqn=quux", "/dev/nvme0n1"):
+            # After each message comes Plymouth's ACK.
+            ack = r'\\0", \d+\) += \d+\n(?:[^\n]*EAGAIN[^\n]*\n)*[^\n]*write\(\d+, "\\6", 1\)'
+            strace.wait_output(f'"{command("192.0.2.1")}{ack}')
+            target.run("ip address add 10.0.0.1/8 dev eth0")
+            strace.wait_output(f'"{command("10.0.0.1")}{ack}')
+            target.run("ip address delete 10.0.0.1/8 dev eth0; ip link set eth0 down")
+            try:
+                strace.wait_output(f'"Storage target mode: the network is down{ack}')
+            finally:
+                target.run("ip link set eth0 up")
+        target.run("plymouth --ping")
+    finally:
+        target.run("plymouth quit")
+    strace.wait()

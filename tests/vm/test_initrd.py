@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Storage target mode from an initrd: two machines, one wire, and nothing configured on it.
+
+The client is of the other release than the target, so that both are seen in both roles. Whatever it does, it
+does with a command off the target's screen. The initrd is one for this host (`dracut --hostonly`), but the
+host that it is made on isn't the machine that boots it: it has to bring drivers for what dracut saw nothing
+of, and no command line tells it its machine ID.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.harness import images as harness_images
+from tests.harness.images import RELEASES, Image
+from tests.harness.initrd_agent import with_agent
+from tests.harness.machine import MIB, Disk, Machine, Nic, Wire
+from tests.vm.conftest import LOGS
+
+# Of dracut. The driver is the agent's.
+DRACUT_OPTIONS = ("--hostonly", "--add-drivers", "virtio_console")
+OPTIONS = ("rd.systemd.unit=storage-target-mode.target", "ip=link-local")
+
+# What is exported under the machine ID that the initrd is made with.
+PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
+PORTS = {"ipv4": 59936, "ipv6": 36681}
+
+# Any link-local address does that isn't the target's.
+CLIENT_ADDRESS = "169.254.10.10/16"
+
+# Prints the NQN's last part and the disk of each NVMe subsystem that is attached.
+ATTACHED_SCRIPT = """
+for disk in /sys/class/nvme-subsystem/*/nvme*n1; do
+    [ -e "$disk" ] && nqn=$(cat "${disk%/*}/subsysnqn") && echo "${nqn##*.} /dev/${disk##*/}"
+done
+true
+"""
+
+
+@dataclass
+class Pair:
+    """A target that has booted from an initrd, and a client on the same wire.
+
+    `checksums` are of the target's disks, by their names there.
+    """
+
+    release: str
+    target: Machine
+    client: Machine
+    checksums: dict[str, str]
+
+    def screen(self, *patterns: str) -> str:
+        """What the target shows as soon as it shows all of these.
+
+        It is drawn twice: an emulated serial line now and then doubles a character. Any key makes it draw.
+        """
+        shown = [""]
+
+        def steady() -> bool:
+            self.target.send_keys("x")
+            time.sleep(1.5)
+            shown.append("\n".join(self.target.screen()))
+            return shown[-1] == shown[-2] and all(re.search(p, shown[-1], re.MULTILINE) for p in patterns)
+
+        try:
+            self.target.wait_until(steady, timeout=180)
+        except TimeoutError:
+            pytest.fail(f"The screen never showed {patterns}, but:\n{shown[-1]}")
+        return shown[-1]
+
+    def commands(self) -> list[str]:
+        """The commands on the screen once it offers both addresses, as somebody would copy them."""
+        screen = self.screen(
+            r"^  nvme connect-all .* -a 169\.254\.",
+            r"^  nvme connect-all .* -a fe80:",
+            r"^/dev/vda",
+            r"^/dev/sda",
+        )
+        return re.findall(r"^  (nvme (?:.*\\\n)*.*)", screen, re.MULTILINE)
+
+    def attach(self, command: str) -> dict[str, str]:
+        """Type a command on the client. Returns the disks that it has then, by their names on the target."""
+        self.client.run(command)
+
+        def found() -> dict[str, str] | None:
+            lines = self.client.run(ATTACHED_SCRIPT).stdout.splitlines()
+            disks = dict(line.split() for line in lines)
+            return disks if len(disks) == (len(self.checksums) if "connect-all" in command else 1) else None
+
+        return self.client.wait_until(found)
+
+    def read(self, node: str) -> str:
+        """The checksum of a whole disk, read on the client past its cache."""
+        script = f"dd if={node} bs=1M iflag=direct status=none | sha256sum"
+        return self.client.run(script, timeout=300).stdout.split()[0]
+
+
+def fill(path: Path, size: int) -> str:
+    """Write random bytes; returns their checksum."""
+    content = random.Random(str(path.name)).randbytes(size)
+    path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def pair(
+    request: pytest.FixtureRequest, images: dict[str, Image], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    release: str = request.param
+    (other,) = set(RELEASES) - {release}
+    directory = tmp_path_factory.mktemp(f"initrd-{release}")
+    initrd = with_agent(
+        images[release], harness_images.initrd(images[release], *DRACUT_OPTIONS), directory / "initrd.img"
+    )
+    checksums = {"sda": fill(directory / "sda", 24 * MIB), "vda": fill(directory / "vda", 16 * MIB)}
+    wire = Wire()
+    target = Machine(
+        f"initrd-{release}",
+        images[release],
+        initrd=initrd,
+        machine_id="",
+        kernel_options=OPTIONS,
+        disks=[
+            Disk("scsi", path=directory / "sda", serial="DISK-SCSI", bus="scsi"),
+            Disk("virtio", path=directory / "vda"),
+        ],
+        nics=[Nic(wire, 0)],
+        cpus=1,
+        log_directory=LOGS,
+    )
+    client = Machine(f"client-{other}", images[other], nics=[Nic(wire, 1)], cpus=1, log_directory=LOGS)
+    with target, client:
+        target.start()
+        client.start()
+        client.wait_boot()
+        client.run(f"ip link set eth0 up && ip address add {CLIENT_ADDRESS} dev eth0 && modprobe nvme-tcp")
+        client.wait_run(
+            "! ip -6 address show dev eth0 tentative | grep . && ip -6 address show dev eth0 | grep fe80"
+        )
+        target.agent.request({"op": "hello"}, 300)
+        yield Pair(release, target, client, checksums)
+
+
+def test_units(pair: Pair) -> None:
+    pair.screen(r"^  nvme connect-all .* -a 169\.254\.", "all 2 disks|both disks")
+    target = pair.target
+    target.wait_run("systemctl is-active storage-target-mode.target")
+    assert target.run("systemctl list-units --failed --plain --no-legend").stdout == ""
+    assert target.run("systemctl list-jobs --no-legend").stdout in ("", "No jobs running.\n")
+    for unit in ("storagetm", "systemd-networkd", "systemd-udevd", "systemd-journald"):
+        assert target.run(["systemctl", "is-active", f"{unit}.service"]).stdout == "active\n"
+    # The program that systemd brings for the same is not even there, and nothing else of an initrd runs.
+    assert target.run(
+        "systemctl is-active systemd-storagetm.service initrd.target", check=False
+    ).stdout.split() == [
+        "inactive",
+        "inactive",
+    ]
+    status = target.run("systemctl status --no-pager storagetm.service").stdout
+    assert re.search(r'Status: "Exporting 2 disks at 2 addresses\."', status)
+
+
+def test_identity(pair: Pair) -> None:
+    """As on the running system: the machine ID is in the initrd, and names and ports are made from it."""
+    assert pair.target.run("cat /etc/machine-id").stdout.strip() == harness_images.MACHINE_ID
+    connect_all, connect_all_6, *ones = pair.commands()
+    assert connect_all.endswith(f" -s {PORTS['ipv4']}")
+    assert f" -s {PORTS['ipv6']} " in connect_all_6
+    assert [command.split()[-1] for command in ones] == [f"{PREFIX}.sda", f"{PREFIX}.vda"]
+
+
+@pytest.mark.parametrize("family", ["ipv4", "ipv6"])
+def test_attach_all(pair: Pair, family: str) -> None:
+    (command,) = (
+        c for c in pair.commands() if "connect-all" in c and ("169.254." in c) == (family == "ipv4")
+    )
+    try:
+        disks = pair.attach(command.replace("INTERFACE", "eth0"))
+        assert {name: pair.read(node) for name, node in disks.items()} == pair.checksums
+    finally:
+        pair.client.run("nvme disconnect-all")
+
+
+def test_attach_one(pair: Pair) -> None:
+    """The two lines below a disk's name, typed as they are, attach that disk and no other."""
+    (command,) = (c for c in pair.commands() if c.endswith(".vda"))
+    assert command.count("\\\n") == 1
+    try:
+        disks = pair.attach(command)
+        assert {name: pair.read(node) for name, node in disks.items()} == {"vda": pair.checksums["vda"]}
+    finally:
+        pair.client.run("nvme disconnect-all")
+
+
+def test_hot_plug(pair: Pair) -> None:
+    """Disks that come later are shown and can be attached, on a second page where the first is full."""
+    for number in range(2):
+        pair.target.add_disk(Disk(f"late-{number}", size=8 * MIB))
+    try:
+        pair.screen("all 4 disks", r"^Page 1 of 2\b")
+        pair.target.send_keys(" ")
+        screen = pair.screen(r"^/dev/vdc", r"^Page 2 of 2\b")
+        (command,) = re.findall(r"^/dev/vdc +8\.4 MB .*\n  (nvme .*\\\n.*\.vdc)$", screen, re.MULTILINE)
+        node = pair.attach(command)["vdc"]
+        pair.client.run(f"echo written from the client | dd of={node} conv=fsync status=none")
+        written = [pair.target.disk_path(f"late-{number}").read_bytes()[:24] for number in range(2)]
+        assert sorted(written) == [bytes(24), b"written from the client\n"]
+    finally:
+        pair.client.run("nvme disconnect-all")
+        for number in range(2):
+            pair.target.remove_disk(f"late-{number}")
+    assert not re.search(r"/dev/vd[bc]", pair.screen("all 2 disks|both disks"))
+
+
+def test_stop(pair: Pair) -> None:
+    """Ctrl-C stops exporting and leaves nothing behind, and so does SIGTERM; either reboots the machine."""
+    target = pair.target
+    (command,) = (c for c in pair.commands() if "connect-all" in c and "169.254." in c)
+    pair.attach(command)
+
+    # Without the reboot, to see what is left.
+    drop_in = "/etc/systemd/system/storagetm.service.d/test.conf"
+    target.put(drop_in, "[Unit]\nSuccessAction=none\nFailureAction=none\n")
+    target.run("systemctl daemon-reload")
+    target.send_keys("\x03")
+    target.wait_run('test "$(systemctl is-active storagetm)" = inactive')
+    assert target.run("systemctl show --value --property=ExecMainStatus storagetm").stdout == "0\n"
+    assert target.run(
+        "ls /sys/kernel/config/nvmet/ports /sys/kernel/config/nvmet/subsystems"
+    ).stdout.split() == [
+        "/sys/kernel/config/nvmet/ports:",
+        "/sys/kernel/config/nvmet/subsystems:",
+    ]
+    pair.client.run("nvme disconnect-all")
+
+    target.run(f"rm {drop_in}; systemctl daemon-reload; systemctl start storagetm", timeout=180)
+    assert pair.commands()[0] == command
+    target.run("systemctl kill --kill-whom=main storagetm.service")
+    target.wait_end()
+
+
+@pytest.mark.parametrize(
+    "module", ["ahci", "nvme", "nvmet-tcp", "r8152", "thunderbolt_net", "uas", "virtio_net"]
+)
+def test_drivers(module: str, images: dict[str, Image], release: str) -> None:
+    """An initrd for this host has the drivers of what may be plugged in later, too."""
+    initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
+    assert f"/{module}.ko" in listing(initrd)
+
+
+def listing(initrd: Path) -> str:
+    with initrd.open("rb") as file:
+        done = subprocess.run(
+            ["cpio", "--quiet", "--list"], stdin=file, stdout=subprocess.PIPE, check=True, text=True
+        )
+    return done.stdout
