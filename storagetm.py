@@ -2040,7 +2040,8 @@ class NvmeTcp:
         taken = self.ports[family]
         random = 1024 + int.from_bytes(os.urandom(4), "little") % (65535 - 1024)
         self.ports[family] = random & 0xFFFE | (family == AF_INET6)
-        info(f"Port {taken} is taken, using {self.ports[family]} for {self.FAMILIES[family][2]}")
+        # A warning: clients may have been told the port; and --dry-run has nothing but steps in its output.
+        warning(f"Port {taken} is taken, using {self.ports[family]} for {self.FAMILIES[family][2]}")
         return self.attempts <= self.ATTEMPTS
 
     @staticmethod

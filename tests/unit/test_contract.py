@@ -351,7 +351,7 @@ def test_choose_other_ports(nvmet: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert transport.ports[V4] != 59936
     assert transport.ports[V6] != 36681
     assert [n & 1 for n in transport.ports.values()] == [0, 1]
-    assert "Port 59936 is taken, using" in capfd.readouterr().out
+    assert "Port 59936 is taken, using" in capfd.readouterr().err
 
 
 def test_no_port_is_free(nvmet: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -342,7 +342,7 @@ def test_port_is_taken_by_a_program(start: Start, nvmet: Nvmet, capfd: pytest.Ca
     assert 36681 in numbers
     assert 59936 not in numbers
     assert run.exported == ALL
-    assert "Port 59936 is taken, using" in capfd.readouterr().out
+    assert "Port 59936 is taken, using" in capfd.readouterr().err
     for number in numbers:
         assert len(list(nvmet.path(f"nvmet/ports/{number}/subsystems").iterdir())) == len(ALL)
 
