@@ -206,9 +206,9 @@ def test_hot_plug(pair: Pair) -> None:
     for number in range(2):
         pair.target.add_disk(Disk(f"late-{number}", size=8 * MIB))
     try:
-        pair.screen("all 4 disks", r"^Page 1 of 2\b")
+        pair.screen("all 4 disks", r"\bPage 1 of 2\b")
         pair.target.send_keys(" ")
-        screen = pair.screen(r"^/dev/vdc", r"^Page 2 of 2\b")
+        screen = pair.screen(r"^/dev/vdc", r"\bPage 2 of 2\b")
         (command,) = re.findall(r"^/dev/vdc +8\.4 MB .*\n  (nvme .*\\\n.*\.vdc)$", screen, re.MULTILINE)
         node = pair.attach(command)["vdc"]
         pair.client.run(f"echo written from the client | dd of={node} conv=fsync status=none")
