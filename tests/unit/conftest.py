@@ -23,7 +23,7 @@ import storagetm
 CAPTURES = Path(__file__).parent / "captures"
 
 # No file is left behind, and how busy this computer is decides nothing.
-settings.register_profile("unit", database=None, deadline=None, max_examples=40)
+settings.register_profile("unit", database=None, deadline=None, max_examples=30)
 settings.load_profile("unit")
 
 
@@ -113,6 +113,14 @@ class CapturedMachine:
         if "drive" not in answer:
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
         return answer["drive"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test's options did to messages is nothing to the next, nor is who reads those of pytest."""
+    for name in ("JOURNAL_STREAM", "SYSTEMD_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(storagetm, "log", storagetm.Log())
 
 
 @pytest.fixture

@@ -486,9 +486,7 @@ def test_order_of_addresses() -> None:
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> storagetm.Log:
-    for name in ("JOURNAL_STREAM", "SYSTEMD_LOG_LEVEL"):
-        monkeypatch.delenv(name, raising=False)
+def log() -> storagetm.Log:
     return storagetm.Log()
 
 
