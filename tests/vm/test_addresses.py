@@ -150,36 +150,39 @@ def test_not_shown(target: Machine, client: Machine) -> None:
     assert f"Attach all disks with: {command('192.0.2.1')}" in lines
 
 
-def attach(target: Machine, client: Machine, interface: str) -> None:
-    """Types the commands on the target's screen on the client, and compares the disks."""
+def attach(target: Machine, client: Machine, sources: list[str]) -> None:
+    """Types the commands on the target's screen on the client, and compares the disks with their sources."""
+    digests = target.run("cat " + " ".join(f"<(sha256sum < {source})" for source in sources)).stdout
     for what in ("connect-all", "connect"):
-        line = commands(target, what)[-1]
-        assert "-f INTERFACE" in line
-        client.run(line.replace("INTERFACE", interface))
+        lines = commands(target, what)
+        # Each stands on a line of its own, or on two with a backslash in between.
+        assert len(lines) == (1 if what == "connect-all" else len(sources))
         try:
-            client.wait_run("test -b /dev/nvme0n1")
-            digest = client.run("sha256sum < /dev/nvme0n1").stdout
+            for line in lines:
+                assert line.count(" -f INTERFACE") == 1
+                client.run(line.replace("INTERFACE", "eth0"))
+            client.wait_run(f"ls /dev/nvme*n1 && test $(ls /dev/nvme*n1 | wc -l) = {len(sources)}")
+            found = client.run("for disk in /dev/nvme*n1; do sha256sum < $disk; done").stdout
         finally:
             client.run("nvme disconnect-all")
-        assert digest == target.run("sha256sum < /dev/disk/by-id/virtio-DISK-ALPHA").stdout
+        client.wait_run("! ls /dev/nvme*n1")
+        assert sorted(found.splitlines()) == sorted(digests.splitlines())
 
 
 def test_link_local_line(target: Machine, client: Machine) -> None:
     """With link-local addresses only, the commands on the screen work on the client as they stand."""
-    device = target.run("readlink -f /dev/disk/by-id/virtio-DISK-ALPHA").stdout.strip()
-    target.run(f"head -c 1M /dev/urandom > {device}; ip address delete 192.0.2.1/24 dev eth0")
+    disk = "/dev/disk/by-id/virtio-DISK-ALPHA"
+    target.run(f"head -c 1M /dev/urandom > {disk}; ip address delete 192.0.2.1/24 dev eth0")
     client.run("modprobe nvme-tcp")
     try:
-        with on_console(target, device):
-            # Each stands on a line of its own, or on two with a backslash in between.
-            assert len(commands(target)) == len(commands(target, "connect")) == 1
-            attach(target, client, "eth0")
+        with on_console(target, disk):
+            attach(target, client, [disk])
     finally:
         target.run("ip address add 192.0.2.1/24 dev eth0")
 
 
 def test_link_local_line_debian_12(boot: BootMachine, tool: Path) -> None:
-    """The same with nvme-cli 2.4 and Linux 6.1 on both sides."""
+    """The same with nvme-cli 2.4 and Linux 6.1 on both sides, whose tmpfs also has no direct I/O."""
     wire = Wire()
     disks = [Disk("alpha", serial="DISK-ALPHA")]
     target = boot("old-target", "bookworm", wait=False, disks=disks, nics=[Nic(wire, 0)])
@@ -187,10 +190,14 @@ def test_link_local_line_debian_12(boot: BootMachine, tool: Path) -> None:
     for machine in (target, client):
         machine.wait_boot()
         prepare(machine, tool)
-    target.run("head -c 1M /dev/urandom > /dev/disk/by-id/virtio-DISK-ALPHA")
+    sources = ["/dev/disk/by-id/virtio-DISK-ALPHA", "/run/file"]
+    target.run(f"head -c 1M /dev/urandom | tee {sources[0]} > {sources[1]}")
     client.run("modprobe nvme-tcp")
-    with on_console(target, "--all"):
-        attach(target, client, "eth0")
+    link_local(target)
+    with on_console(target, *sources):
+        attach(target, client, sources)
+        path = "/sys/kernel/config/nvmet/subsystems/*.file/namespaces/1/buffered_io"
+        assert target.run(f"cat {path}").stdout == "1\n"
 
 
 def test_log_level(target: Machine) -> None:
