@@ -105,6 +105,7 @@ FIRMWARE_MAX = 8
 LOCK_WAIT_SEC = 10  # a lock held longer than this is named, and READY=1 no longer waits for it
 LOCK_POLL_SEC = (0.02, 0.5)  # first and longest pause between two tries for a lock
 UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as sysfs describes it
+MEDIUM_POLL_MSEC = 2000  # between two looks of the kernel into a drive, where udev has not seen to that
 PLYMOUTH_WAIT_SEC = 3  # for Plymouth to let go of the console
 REDRAW_SEC = 0.7  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
@@ -1016,6 +1017,17 @@ def why_no_medium(disk: Disk) -> str:
     finally:
         os.close(fd)
     return ""
+
+
+def watch_medium(disk: Disk) -> None:
+    """Has the kernel look for a medium now and then, as udev's 60-block.rules have it do where udev runs."""
+    base = sys_block(disk.sysname)
+    default = SYS + "module/block/parameters/events_dfl_poll_msecs"
+    if read_attribute(base + "/events_poll_msecs") == "-1" and read_attribute(default) == "0":
+        try:
+            write_attribute(base + "/events_poll_msecs", str(MEDIUM_POLL_MSEC))
+        except OSError as e:
+            debug(f"Failed to have '{disk.node}' watched for a medium, ignoring: {reason_of(e)}")
 
 
 def why_unfit(disk: Disk) -> str:
@@ -2547,6 +2559,9 @@ class Service:
         now = time.monotonic()
         for disk in self.inventory.candidates():
             disk.left_out = self.transport.why_name(disk)
+        for disk in self.inventory.disks.values():
+            if disk.removable:
+                watch_medium(disk)
         disks = self.inventory.candidates()
         for disk in disks:
             if disk.fd < 0 and not disk.failed:

@@ -181,6 +181,8 @@ ExecStart=-udevadm trigger --action=add --subsystem-nomatch=acpi --subsystem-nom
     --subsystem-nomatch=mem --subsystem-nomatch=memory --subsystem-nomatch=node --subsystem-nomatch=pnp \\
     --subsystem-nomatch=tty --subsystem-nomatch=vc --subsystem-nomatch=vtconsole \\
     --subsystem-nomatch=workqueue
+# Has the kernel look for media in drives.
+ExecStart=-udevadm trigger --action=add /sys/module/block
 """
 
 AGENT_UNIT = """\

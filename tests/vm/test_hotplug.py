@@ -131,7 +131,12 @@ def test_cd(target: Machine, tmp_path: Path) -> None:
 
 
 def test_card_reader(target: Machine) -> None:
-    """Cards that can be written are exported as soon as they are inserted, each under its own size."""
+    """Cards that can be written are exported as soon as they are inserted, each under its own size.
+
+    Also where the kernel was not told to look for media, as without udev.
+    """
+    poll = "/sys/module/block/parameters/events_dfl_poll_msecs"
+    assert target.run(f"cat {poll}; echo 0 >{poll}").stdout == "2000\n"
     target.run("truncate -s 4M /run/first.card; truncate -s 6M /run/second.card")
     with exporting(target, "--all") as service:
         before = nvmet.exported(target)
@@ -149,6 +154,7 @@ def test_card_reader(target: Machine) -> None:
             )
             assert [line for priority, line in service.journal() if priority < 6] == []
     assert left_over(target) == []
+    target.run(f"echo 2000 >{poll}")
 
 
 @pytest.mark.parametrize("bus", ["virtio", "scsi"])
