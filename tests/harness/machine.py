@@ -843,11 +843,19 @@ class Machine:
             terminal.feed(bytes(self._console))
             return terminal.lines()
 
-    def wait_screen(self, pattern: str, timeout: float = BOOT_TIMEOUT) -> list[str]:
-        """Wait until a regular expression matches what the screen shows; return the screen then."""
+    def wait_screen(self, pattern: str, timeout: float = BOOT_TIMEOUT, redraw: str = "") -> list[str]:
+        """Wait until a regular expression matches what the screen shows; return the screen then.
+
+        QEMU's serial line doubles a character now and then. `redraw` is a key that has a program draw its
+        screen anew, and is pressed every few seconds.
+        """
         deadline = time.monotonic() + timeout
+        redraw_at = time.monotonic() + 5
         with self._console_changed:
             while True:
+                if redraw and time.monotonic() > redraw_at:
+                    redraw_at = time.monotonic() + 5
+                    self.send_keys(redraw)
                 lines = self.terminal.lines()
                 if re.search(pattern, "\n".join(lines), re.MULTILINE):
                     return lines

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from tests.vm.conftest import TOOL, BootMachine, prepare
 from tests.vm.nvmet import Service, exported, exporting, names
 
 PRINTK = "/proc/sys/kernel/printk"
+COLUMNS, ROWS = 80, 25  # of the serial console
+PAGES = 5  # for 30 disks
+REDRAW = "\x0c"  # as any key does that turns no page
 
 # A service that has the serial console.
 CONSOLE = ("StandardInput=tty-force", "StandardOutput=tty", "StandardError=tty", "TTYPath=/dev/ttyS0")
@@ -31,15 +35,18 @@ def link_local(machine: Machine, interface: str = "eth0") -> str:
 
 def commands(machine: Machine, what: str = "connect-all") -> list[str]:
     """The `nvme` commands on the screen, from top to bottom."""
-    text = "\n".join(machine.screen()).replace("\\\n", "")
+    # What does not fit into a row goes on in the next.
+    text = "".join(row if len(row) == COLUMNS else f"{row}\n" for row in machine.screen())
+    text = text.replace("\\\n", "")
     return [" ".join(c.split()) for c in re.findall(rf"^ +(nvme {what} .*)$", text, re.MULTILINE)]
 
 
-def wait_commands(machine: Machine, expected: list[str]) -> None:
-    try:
-        machine.wait_until(lambda: commands(machine) == expected)
-    except TimeoutError:
-        assert commands(machine) == expected
+def wait_commands(machine: Machine, expected: list[str], what: str = "connect-all") -> None:
+    begin = time.monotonic()
+    while (found := commands(machine, what)) != expected:
+        assert time.monotonic() < begin + 120, found
+        machine.send_keys(REDRAW)  # QEMU's serial line doubles a character now and then
+        time.sleep(2)
 
 
 def command(address: str, *, scope: bool = False) -> str:
@@ -59,7 +66,7 @@ def on_console(machine: Machine, *arguments: str) -> Iterator[Service]:
     """The tool on the serial console."""
     clear(machine)
     with exporting(machine, *arguments, properties=CONSOLE) as service:
-        machine.wait_screen("Ctrl-C stops")
+        machine.wait_screen("Ctrl-C stops", redraw=REDRAW)
         yield service
 
 
@@ -72,9 +79,8 @@ def check_following(target: Machine, console: Service) -> None:
     """IPv4 stands before IPv6, global before link-local, and nothing that cannot be reached."""
     ipv4, local = command("192.0.2.1"), command(link_local(target), scope=True)
     wait_commands(target, [ipv4, local])
-    title = target.screen()[0]
-    assert title.startswith(" Storage target mode: ")
-    assert title.endswith("(Debian GNU/Linux 13 (trixie))")
+    title = r"\A Storage target mode: .*\(Debian GNU/Linux 13 \(trixie\)\) *$"
+    target.wait_screen(title, redraw=REDRAW)
 
     target.run("ip address add 2001:db8::1/64 dev eth0; ip address add 198.51.100.7/24 dev eth0")
     both = [ipv4, command("198.51.100.7")]
@@ -87,9 +93,9 @@ def check_following(target: Machine, console: Service) -> None:
 
     # The address stays while the interface is down, but nobody gets there.
     target.run("ip link set eth0 down")
-    target.wait_screen("The network is down")
-    # A screen that is looked at may be half drawn.
-    target.wait_until(lambda: not commands(target) and not commands(target, "connect"))
+    target.wait_screen("The network is down", redraw=REDRAW)
+    wait_commands(target, [])
+    wait_commands(target, [], "connect")
     assert console.show("StatusText") == "Exporting 1 disk at no address (the network is down)."
     target.run("ip link set eth0 up")
     wait_commands(target, [ipv4, local])
@@ -97,7 +103,7 @@ def check_following(target: Machine, console: Service) -> None:
     # The same for the cable.
     target.set_link(False)
     try:
-        target.wait_screen("The network is down")
+        target.wait_screen("The network is down", redraw=REDRAW)
     finally:
         target.set_link(True)
     wait_commands(target, [ipv4, local])
@@ -152,6 +158,10 @@ def test_not_shown(target: Machine, client: Machine) -> None:
 
 def attach(target: Machine, client: Machine, sources: list[str]) -> None:
     """Types the commands on the target's screen on the client, and compares the disks with their sources."""
+    # Until it is on the screen as it was meant.
+    target.wait_screen(
+        r" -n nqn\.2023-10\.io\.systemd:storagetm\.[0-9a-f]{32}\.(virtio-|file)", redraw=REDRAW
+    )
     digests = target.run("cat " + " ".join(f"<(sha256sum < {source})" for source in sources)).stdout
     for what in ("connect-all", "connect"):
         lines = commands(target, what)
@@ -207,7 +217,7 @@ def test_log_level(target: Machine) -> None:
     first, second = (Service(target, ["--nqn=quux", "/dev/nvme0n1"], properties=CONSOLE) for _ in range(2))
     clear(target)
     first.start()
-    target.wait_screen("Ctrl-C stops")
+    target.wait_screen("Ctrl-C stops", redraw=REDRAW)
     assert target.run(f"cat {PRINTK}").stdout == "1" + level[1:]
     target.run("echo '<2>This would tear the screen.' > /dev/kmsg")
     assert "tear the screen" not in "\n".join(target.screen())
@@ -219,7 +229,7 @@ def test_log_level(target: Machine) -> None:
     # The next one takes all of that over.
     clear(target)
     second.start()
-    target.wait_screen("Ctrl-C stops")
+    target.wait_screen("Ctrl-C stops", redraw=REDRAW)
     assert target.run(f"cat {PRINTK}").stdout.startswith("1\t")
     assert exported(target) == {"nvme0n1"}
     target.send_keys("\x03")
@@ -235,30 +245,28 @@ def test_pages(target: Machine) -> None:
     devices = [f"/dev/nullb{number}" for number in range(30)]
     try:
         with on_console(target, "--nqn=quux", *devices):
-            text = "\n".join(target.wait_screen(r"Page 1 of \d+"))
-            match = re.search(r"Page 1 of (\d+)", text)
-            assert match
-            pages = []
-            for number in range(int(match[1])):
-                lines = target.wait_screen(f"Page {number + 1} of {match[1]}:")
-                # Title, blank line, ..., blank line, hint: all 25 rows of the terminal, of 80 columns.
-                assert lines[0].startswith(" Storage target mode")
-                assert len(lines) == 25
-                assert lines[24].startswith("Page ")
-                assert not lines[1]
-                pages.append("\n".join(lines))
+            shown: list[str] = []
+            for number in range(1, PAGES + 1):
+                # Title, blank line, ..., blank line, hint: all rows of the terminal.
+                page = rf"\A Storage target mode: .*\n\n(.*\n){{{ROWS - 4}}}\n.* Page {number} of {PAGES} "
+                begin = time.monotonic()
+                while True:
+                    text = "\n".join(target.wait_screen(page, redraw=REDRAW))
+                    found = re.findall(r"^(/dev/nullb\d+) +1.1 GB ", text, re.MULTILINE)
+                    # No disk is torn from its command.
+                    named = re.findall(r"^  nvme connect -t .* -n quux\.(nullb\d+)$", text, re.MULTILINE)
+                    if found == [f"/dev/{name}" for name in named] == devices[len(shown) :][: len(found)]:
+                        break
+                    assert time.monotonic() < begin + 60, text
+                    target.send_keys(REDRAW)  # as in wait_screen()
+                    time.sleep(1)
+                shown += found
                 target.send_keys(" ")
-            # After the last comes the first, and before that the last.
-            target.wait_screen(f"Page 1 of {match[1]}:")
-            target.send_keys("b")
-            target.wait_screen(f"Page {match[1]} of {match[1]}:")
-            shown = re.findall(r"^(/dev/nullb\d+) +1.1 GB ", "\n".join(pages), re.MULTILINE)
             assert shown == devices
-            named = re.findall(r"-n quux\.(nullb\d+)$", "\n".join(pages), re.MULTILINE)
-            assert [f"/dev/{name}" for name in named] == devices
-            # A disk and its command are not torn apart.
-            for page in pages:
-                assert page.count("\n/dev/nullb") == page.count("-n quux.nullb")
+            # After the last comes the first, and before that the last.
+            target.wait_screen(f" Page 1 of {PAGES} ", redraw=REDRAW)
+            target.send_keys("b")
+            target.wait_screen(f" Page {PAGES} of {PAGES} ", redraw=REDRAW)
     finally:
         target.run("modprobe -r null_blk; udevadm settle")
 

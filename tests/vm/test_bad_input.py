@@ -17,7 +17,7 @@ from tests.vm.nvmet import NVMET, exported, exporting, names, tree
 
 GOOD = "/dev/nvme0n1"
 
-# A disk that is missing, and so on: what makes it in the directory /run/bad, its name there or elsewhere,
+# A disk that is missing, and so on: what makes it in the directory /root/bad, its name there or elsewhere,
 # and what the tool says.
 BAD_DEVICES = {
     "missing": ("", "missing", "No such file or directory"),
@@ -61,10 +61,10 @@ def refuse(machine: Machine, command: str, sentence: str, returncode: int = 1) -
 
 @pytest.fixture(scope="module")
 def bad_devices(target: Machine) -> Iterator[None]:
-    target.run("modprobe nvmet-tcp; mkdir /run/bad")
-    target.run("set -e; cd /run/bad;" + ";".join(make or "true" for make, _, _ in BAD_DEVICES.values()))
+    target.run("modprobe nvmet-tcp; mkdir /root/bad")
+    target.run("set -e; cd /root/bad;" + ";".join(make or "true" for make, _, _ in BAD_DEVICES.values()))
     yield
-    target.run("rm -r /run/bad; blockdev --setrw /dev/disk/by-id/virtio-DISK-BETA")
+    target.run("rm -r /root/bad; blockdev --setrw /dev/disk/by-id/virtio-DISK-BETA")
 
 
 @pytest.mark.usefixtures("bad_devices")
@@ -73,7 +73,7 @@ def test_bad_device(target: Machine, kind: str) -> None:
     """One bad device, behind one that could be exported, and isn't."""
     _, name, why = BAD_DEVICES[kind]
     written = {"not-utf-8": "$'\\xff'", "control-character": "$'new\\nline'"}.get(kind, shlex.quote(name))
-    refuse(target, f"cd /run/bad; {TOOL} {GOOD} {written}", f"Failed to export '{name}': {why}")
+    refuse(target, f"cd /root/bad; {TOOL} {GOOD} {written}", f"Failed to export '{name}': {why}")
 
 
 def test_no_permission(target: Machine) -> None:
