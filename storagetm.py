@@ -753,6 +753,10 @@ def identity_from_udev(disk: Disk, properties: dict[str, str]) -> None:
     disk.id_serial = properties.get("ID_SERIAL") or ""
 
 
+# Kinds of names in SCSI's page 0x83, and their numbers, which udev's scsi_id puts in front of them.
+SCSI_NAMES = {"t10": "0", "eui": "2", "naa": "3"}
+
+
 def identity_from_sysfs(disk: Disk) -> None:
     """The same without udev, from sysfs, composed as udev's rules compose it."""
     base = sys_block(disk.sysname)
@@ -771,10 +775,29 @@ def identity_from_sysfs(disk: Disk) -> None:
         if namespace := read_attribute(base + "/nsid"):
             disk.id_serial = f"{disk.model}_{disk.serial}_{namespace}"
             disk.model = model
+    elif serial := usb_serial(device):
+        disk.serial = joined(serial)
+        address = os.path.basename(os.path.realpath(device)).split(":")
+        disk.id_serial = f"{joined(vendor)}_{disk.model}_{disk.serial}-{':'.join(address[2:])}"
     elif serial := read_vpd_serial(device + "/vpd_pg80"):  # SCSI, and ATA, whose vendor is always "ATA"
         disk.serial = joined(serial)
-        prefix = disk.model if vendor == "ATA" else f"{joined(vendor)}_{disk.model}"
-        disk.id_serial = f"{prefix}_{disk.serial}"
+        kind, _, name = read_attribute(device + "/wwid").partition(".")
+        if vendor == "ATA":
+            disk.id_serial = f"{disk.model}_{disk.serial}"
+        elif kind in SCSI_NAMES:
+            disk.id_serial = SCSI_NAMES[kind] + joined(name)
+        else:
+            disk.id_serial = f"{joined(vendor)}_{disk.model}_{disk.serial}"
+
+
+def usb_serial(device: str) -> str:
+    """The serial number of the USB device that a SCSI device is; empty if it is none or has none."""
+    path = os.path.realpath(device)
+    if "/usb" not in path:
+        return ""
+    while len(path) > len(SYS) and not os.path.exists(path + "/idVendor"):
+        path = os.path.dirname(path)
+    return read_attribute(path + "/serial")
 
 
 def why_network(sysname: str, depth: int = 0) -> str:
