@@ -739,11 +739,12 @@ def parse_vpd_serial(raw: bytes) -> str:
     return printable(raw[4 : 4 + int.from_bytes(raw[2:4], "big")]).strip("\0? \n")
 
 
-def read_vpd_serial(path: str) -> str:
+def read_page(path: str) -> bytes:
+    """A page of SCSI's vital product data; empty if there is none."""
     try:
-        return parse_vpd_serial(read_bytes(path))
+        return read_bytes(path)
     except OSError:
-        return ""
+        return b""
 
 
 def identity_from_udev(disk: Disk, properties: dict[str, str]) -> None:
@@ -753,8 +754,22 @@ def identity_from_udev(disk: Disk, properties: dict[str, str]) -> None:
     disk.id_serial = properties.get("ID_SERIAL") or ""
 
 
-# Kinds of names in SCSI's page 0x83, and their numbers, which udev's scsi_id puts in front of them.
-SCSI_NAMES = {"t10": "0", "eui": "2", "naa": "3"}
+def parse_vpd_name(raw: bytes) -> tuple[int, str]:
+    """Type and text of the best name in SCSI's page 0x83 (SPC-4, 7.8.6), type 3 (NAA) before 2, 1 and 0.
+
+    Written as udev's scsi_id does it; (-1, "") if there is none. Takes any bytes.
+    """
+    best = -1, -1, ""
+    offset = 4
+    while offset + 4 <= len(raw) and raw[1] == 0x83:
+        code_set, kind, length = raw[offset] & 15, raw[offset + 1] & 0x3F, raw[offset + 3]
+        name = raw[offset + 4 : offset + 4 + length]
+        offset += 4 + length
+        # Others are of the port or the target, or of types that are no names.
+        if kind <= 3 and name and code_set in (1, 2):
+            rank = name[0] >> 4 if kind == 3 and code_set == 1 else 0  # registered ones are 5 and 6
+            best = max(best, (kind, rank, name.hex() if code_set == 1 else printable(name.rstrip(b"\0"))))
+    return best[0], best[2]
 
 
 def identity_from_sysfs(disk: Disk) -> None:
@@ -779,15 +794,18 @@ def identity_from_sysfs(disk: Disk) -> None:
         disk.serial = joined(serial)
         address = os.path.basename(os.path.realpath(device)).split(":")
         disk.id_serial = f"{joined(vendor)}_{disk.model}_{disk.serial}-{':'.join(address[2:])}"
-    elif serial := read_vpd_serial(device + "/vpd_pg80"):  # SCSI, and ATA, whose vendor is always "ATA"
+    elif serial := parse_vpd_serial(
+        read_page(device + "/vpd_pg80")
+    ):  # SCSI, and ATA, whose vendor is always "ATA"
         disk.serial = joined(serial)
-        kind, _, name = read_attribute(device + "/wwid").partition(".")
+        kind, name = parse_vpd_name(read_page(device + "/vpd_pg83"))
         if vendor == "ATA":
             disk.id_serial = f"{disk.model}_{disk.serial}"
-        elif kind in SCSI_NAMES:
-            disk.id_serial = SCSI_NAMES[kind] + joined(name)
+        elif kind > 0:
+            disk.id_serial = f"{kind}{joined(name)}"
         else:
-            disk.id_serial = f"{joined(vendor)}_{disk.model}_{disk.serial}"
+            prefix = "" if kind < 0 else "0"
+            disk.id_serial = f"{prefix}{joined(vendor)}_{disk.model}_{joined(name) or disk.serial}"
 
 
 def usb_serial(device: str) -> str:

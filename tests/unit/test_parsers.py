@@ -333,7 +333,34 @@ def test_vpd_serial(raw: bytes, serial: str) -> None:
     assert storagetm.parse_vpd_serial(raw) == serial
 
 
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        # A vendor's own, as ASCII, from an emulated disk.
+        (b"\0\x83\0\x0d\x02\0\0\x09DISK-SCSI", (0, "DISK-SCSI")),
+        # NAA, binary; the registered extended one before the registered one, whatever their order.
+        (b"\0\x83\0\x0c\x01\x03\0\x08\x50\x01\x43\x80\0\0\0\x01", (3, "5001438000000001")),
+        (
+            b"\0\x83\0\x20\x01\x03\0\x10\x60" + bytes(15) + b"\x01\x03\0\x08\x50" + bytes(7),
+            (3, "60" + "00" * 15),
+        ),
+        # EUI-64 before T10's; one of the target port does not count.
+        (
+            b"\0\x83\0\x14\x02\x01\0\x04WDC1\x01\x02\0\x08\x11\x22\x33\x44\x55\x66\x77\x88",
+            (2, "1122334455667788"),
+        ),
+        (b"\0\x83\0\x0c\x01\x13\0\x08\x50" + bytes(7), (-1, "")),
+        (b"\0\x80\0\x04WD-1", (-1, "")),
+        (b"\0\x83", (-1, "")),
+        (b"", (-1, "")),
+    ],
+)
+def test_vpd_name(raw: bytes, name: tuple[int, str]) -> None:
+    assert storagetm.parse_vpd_name(raw) == name
+
+
 @given(st.binary(max_size=50))
 def test_any_bytes_as_vpd_page(raw: bytes) -> None:
-    for page in (raw, b"\0\x80" + raw):
+    for page in (raw, b"\0\x80" + raw, b"\0\x83\0\0" + raw):
         assert "\0" not in storagetm.parse_vpd_serial(page)
+        assert "\0" not in storagetm.parse_vpd_name(page)[1]

@@ -12,7 +12,6 @@ fails.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -24,17 +23,6 @@ import pytest
 from tests.harness import images as harness_images
 from tests.harness.images import PROJECT, RELEASES, Image
 from tests.harness.machine import Disk, Machine, Nic, Wire, boot_all, live_machines
-
-# Not yet seen to pass together in one run on an idle machine: UNSETTLED=1 in the environment runs them.
-UNSETTLED = [
-    "test_addresses.py",
-    "test_bad_input.py",
-    "test_crash.py",
-    "test_hotplug.py",
-    "test_initrd.py",
-    "test_units.py",
-]
-collect_ignore = [] if os.environ.get("UNSETTLED") else UNSETTLED
 
 LOGS = PROJECT / "build" / "vm-logs"
 TOOL = "/usr/local/bin/storagetm.pyz"
