@@ -103,7 +103,7 @@ class Attachment:
         """It is still the same connection, and nothing has gone wrong with it."""
         assert self.identity() == f"{self.controller} {self.controller_number} {Path(self.node).name}"
         assert self.machine.run(f"cat /sys/class/nvme/{self.controller}/state").stdout == "live\n"
-        assert self.trouble() == []
+        assert not (trouble := self.trouble()), trouble
 
 
 @contextlib.contextmanager

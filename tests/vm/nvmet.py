@@ -108,6 +108,7 @@ def exporting(
     try:
         yield service
     except BaseException:
+        print(f"What it said until then:\n{service.output}")
         machine.run(f"systemctl stop {service.unit}; systemctl reset-failed {service.unit}", check=False)
         raise
     after = service.stop()

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from tests.vm.initiator import Reader, attached, where, write_content
 from tests.vm.nvmet import Service, exporting, left_over
 
 SIZE = 4 << 20  # of a disk that is read, in bytes
+PATIENCE = 400  # seconds, for udev to have looked at a batch of disks on a busy host
 ROUNDS = 5
 BUSES: tuple[Literal["virtio", "scsi"], ...] = ("virtio", "scsi") * 5  # of each round
 
@@ -53,6 +55,14 @@ def wait_line(service: Service, pattern: str, timeout: float = 120) -> None:
     service.machine.wait_until(lambda: re.search(pattern, service.output, re.MULTILINE), timeout, 0.5)
 
 
+def all_exported(machine: Machine, wanted: Collection[str]) -> bool:
+    return set(wanted) <= uuids(machine).keys()
+
+
+def none_exported(machine: Machine, unwanted: Collection[str]) -> bool:
+    return not set(unwanted) & uuids(machine).keys()
+
+
 @pytest.fixture
 def held(target: Machine, tmp_path: Path) -> Iterator[str]:
     """The node of a disk in the target whose content a `Reader` with seed 1 knows, and that stays."""
@@ -82,16 +92,16 @@ def test_plug_cycles(target: Machine, client: Machine, held: str) -> None:
                 wanted = {expected_uuid(target, id_serial[d.bus].format(d.serial)): d.serial for d in disks}
                 for disk in disks:
                     target.add_disk(disk)
-                target.wait_until(lambda w=wanted: w.keys() <= uuids(target).keys())  # type: ignore[misc]
+                target.wait_until(partial(all_exported, target, wanted), PATIENCE)
                 # Each is exported under the name that it has now, not under one that a disk before it had.
                 names = names_of(target, *[str(d.serial) for d in disks])
                 live = uuids(target)
                 assert {s: live[u] for u, s in wanted.items()} == {s: f"/dev/{names[s]}" for s in names}
                 remove_disks(target, [d.id for d in disks])
                 if number % 2:
-                    target.wait_until(lambda w=wanted: not w.keys() & uuids(target).keys())  # type: ignore[misc]
-            target.wait_until(lambda: uuids(target) == settled)
-            target.wait_until(lambda: resources(service) == before)
+                    target.wait_until(partial(none_exported, target, wanted), PATIENCE)
+            target.wait_until(lambda: uuids(target) == settled, PATIENCE)
+            target.wait_until(lambda: resources(service) == before, PATIENCE)
             reader.wait_progress()
             result = reader.stop()
             attachment.check()

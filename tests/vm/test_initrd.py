@@ -249,12 +249,13 @@ def test_stop(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["ahci", "nvme", "nvmet-tcp", "r8152", "thunderbolt_net", "uas", "virtio_net"]
+    "module", ["ahci", "nvme", "nvmet_tcp", "r8152", "thunderbolt_net", "uas", "virtio_net"]
 )
 def test_drivers(module: str, images: dict[str, Image], release: str) -> None:
     """An initrd for this host has the drivers of what may be plugged in later, too."""
     initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
-    assert f"/{module}.ko" in listing(initrd)
+    # In file names, the kernel's makefiles have dashes and underscores as they like, and change them.
+    assert f"/{module}.ko" in listing(initrd).replace("-", "_")
 
 
 def listing(initrd: Path) -> str:
