@@ -384,6 +384,9 @@ class Agent:
 class Machine:
     """One emulated machine.
 
+    With more than one of `cpus`, the guest's kernel dies once in some hours: QEMU loses a processor's flags
+    while another one patches the code that it runs, as Linux does when it flips static keys.
+
     `memory` is in MiB (by default enough), `terminal` the columns and rows of the terminal on the serial
     console. `kernel_options` are added to the command line. With an `initrd` the machine boots that instead
     of the image's, and has no root disk unless `root_disk` is true.
@@ -406,7 +409,7 @@ class Machine:
         root_disk: bool | None = None,
         machine_id: str | None = None,
         memory: int | None = None,
-        cpus: int = 2,
+        cpus: int = 1,
         vga: bool = False,
         reboots: bool = False,
         terminal: tuple[int, int] = (80, 25),
