@@ -732,6 +732,17 @@ def parse_udev_database(raw: bytes) -> dict[str, str]:
     )
 
 
+def is_of_former_disk(entry: bytes, diskseq: str) -> bool:
+    """Whether an entry of udev's database is about the disk or medium that had the same number before.
+
+    A busy udev may take the entry away, or replace it, only when the next disk has been there for a while.
+    Its links tell since systemd 250. Takes any bytes.
+    """
+    stem = b"S:disk/by-diskseq/"
+    links = [line[len(stem) :] for line in entry.split(b"\n") if line.startswith(stem)]
+    return bool(diskseq and links) and diskseq.encode() not in [x.partition(b"-")[0] for x in links]
+
+
 def parse_vpd_serial(raw: bytes) -> str:
     """The unit serial number of SCSI's vital product data page 0x80 (SPC-4, 7.8.15). Takes any bytes."""
     if len(raw) < 4 or raw[1] != 0x80:
@@ -1017,7 +1028,10 @@ def probe_block_device(disk: Disk) -> None:
     drive = disk.sysname.startswith(("sd", "sr", "mmcblk", "fd"))
     disk.removable = drive and read_attribute(base + "/removable") == "1"
     try:
-        identity_from_udev(disk, parse_udev_database(read_bytes(f"{UDEV}data/b{number}")))
+        entry = read_bytes(f"{UDEV}data/b{number}")
+        if is_of_former_disk(entry, uevent.get("DISKSEQ", "")):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        identity_from_udev(disk, parse_udev_database(entry))
         disk.waiting = ""
     except OSError:
         disk.waiting = "udev is not done with it" if udev_runs() else ""

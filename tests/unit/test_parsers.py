@@ -308,6 +308,24 @@ def test_any_bytes_as_procfs(raw: bytes) -> None:
         storagetm.unescape_octal(raw_variant)
 
 
+@pytest.mark.parametrize(
+    ("entry", "diskseq", "former"),
+    [
+        (b"S:disk/by-id/x\nS:disk/by-diskseq/7\nE:ID_SERIAL=x\n", "7", False),
+        (b"S:disk/by-id/x\nS:disk/by-diskseq/7\nE:ID_SERIAL=x\n", "8", True),
+        (b"S:disk/by-diskseq/7\n", "77", True),
+        (b"S:disk/by-diskseq/7-part1\n", "7", False),
+        (b"S:disk/by-diskseq/7-part1\n", "6", True),
+        # Neither older versions of udev nor older kernels tell.
+        (b"S:disk/by-id/x\n", "8", False),
+        (b"S:disk/by-diskseq/7\n", "", False),
+        (b"", "8", False),
+    ],
+)
+def test_entry_of_former_disk(entry: bytes, diskseq: str, former: bool) -> None:
+    assert storagetm.is_of_former_disk(entry, diskseq) == former
+
+
 # SCSI
 
 

@@ -208,6 +208,7 @@ def test_disk_goes(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None
 
 
 def test_another_disk_takes_its_place(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
+    """It is exported as itself, not as what udev's database says of the one before it for a while."""
     run = start()
     run.service.synchronise(strict=True)
     uevent = machine.path("/sys/class/block/vdb/uevent")
@@ -216,9 +217,17 @@ def test_another_disk_takes_its_place(start: Start, nvmet: Nvmet, machine: Captu
     run.service.inventory.update(["vdb"])
     run.service.synchronise()
     assert f"rmdir nvmet/subsystems/{PREFIX}.vdb" in nvmet.calls[before:]
+    assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
+    assert run.disk("vdb").waiting == "udev is not done with it"
+
+    entry = machine.path("/run/udev/data/b254:16")
+    entry.write_text(entry.read_text().replace("by-diskseq/2\n", "by-diskseq/77\nE:ID_MODEL=Other\n"))
+    run.service.inventory.update(["vdb"])
+    run.service.synchronise()
     assert f"mkdir nvmet/subsystems/{PREFIX}.vdb" in nvmet.calls[before:]
     assert subsystems(nvmet) == ALL
     assert run.disk("vdb").fd >= 0
+    assert run.disk("vdb").model == "Other"
 
 
 def test_disk_grows(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
