@@ -758,6 +758,18 @@ def read_page(path: str) -> bytes:
         return b""
 
 
+def read_udev_entry(number: str, diskseq: str) -> bytes:
+    """What udev's database has on the device MAJOR:MINOR, which now is the disk or medium `diskseq`.
+
+    Raises OSError if there is nothing (yet).
+    """
+    path = f"{UDEV}data/b{number}"
+    entry = read_bytes(path)
+    if is_of_former_disk(entry, diskseq):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    return entry
+
+
 def identity_from_udev(disk: Disk, properties: dict[str, str]) -> None:
     """What udev found out of a disk (its rules 60-persistent-storage.rules and its hardware database)."""
     disk.model = properties.get("ID_MODEL_FROM_DATABASE") or properties.get("ID_MODEL") or ""
@@ -1028,10 +1040,7 @@ def probe_block_device(disk: Disk) -> None:
     drive = disk.sysname.startswith(("sd", "sr", "mmcblk", "fd"))
     disk.removable = drive and read_attribute(base + "/removable") == "1"
     try:
-        entry = read_bytes(f"{UDEV}data/b{number}")
-        if is_of_former_disk(entry, uevent.get("DISKSEQ", "")):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        identity_from_udev(disk, parse_udev_database(entry))
+        identity_from_udev(disk, parse_udev_database(read_udev_entry(number, uevent.get("DISKSEQ", ""))))
         disk.waiting = ""
     except OSError:
         disk.waiting = "udev is not done with it" if udev_runs() else ""

@@ -134,10 +134,9 @@ def pair(
             Disk("virtio", path=directory / "vda"),
         ],
         nics=[Nic(wire, 0)],
-        cpus=1,
         log_directory=LOGS,
     )
-    client = Machine(f"client-{other}", images[other], nics=[Nic(wire, 1)], cpus=1, log_directory=LOGS)
+    client = Machine(f"client-{other}", images[other], nics=[Nic(wire, 1)], log_directory=LOGS)
     with target, client:
         target.start()
         client.start()
