@@ -384,8 +384,8 @@ class Agent:
 class Machine:
     """One emulated machine.
 
-    With more than one of `cpus`, the guest's kernel dies once in some hours: QEMU loses a processor's flags
-    while another one patches the code that it runs, as Linux does when it flips static keys.
+    QEMU 7.2 now and then loses a processor's flags, and the guest's kernel dies. With one of `cpus` that is
+    seldom; with more it was also seen while another one patched the code that the first one ran.
 
     `memory` is in MiB (by default enough), `terminal` the columns and rows of the terminal on the serial
     console. `kernel_options` are added to the command line. With an `initrd` the machine boots that instead
