@@ -384,8 +384,8 @@ class Agent:
 class Machine:
     """One emulated machine.
 
-    QEMU 7.2 now and then loses a processor's flags, and the guest's kernel dies. With one of `cpus` that is
-    seldom; with more it was also seen while another one patched the code that the first one ran.
+    With more than one of `cpus`, QEMU 7.2 was seen to lose a processor's flags while another one patched the
+    code that the first one ran, and the guest's kernel died.
 
     `memory` is in MiB (by default enough), `terminal` the columns and rows of the terminal on the serial
     console. `kernel_options` are added to the command line. With an `initrd` the machine boots that instead
@@ -485,10 +485,11 @@ class Machine:
                 if self._steady
                 else ("-accel", "tcg,thread=multi,tb-size=256")
             ),
-            # Five-level page tables only make emulation slower.
+            # Five-level page tables only make emulation slower. After cmpxchg16b QEMU 7 has wrong flags: the
+            # guest's kernel, whose slab allocator uses it, dies of that once in hours.
             *(
                 "-cpu",
-                "max,la57=off",
+                "max,la57=off,cx16=off",
                 "-smp",
                 str(1 if self._steady else self._cpus),
                 "-m",
