@@ -10,6 +10,7 @@ MANDIR ?= $(PREFIX)/share/man
 # Whatever PREFIX is: systemd looks here, and before the directory where it keeps its own storage-target-mode.target,
 # while /etc stays free for the administrator's changes.
 UNITDIR ?= /usr/local/lib/systemd/system
+RULESDIR ?= /usr/local/lib/udev/rules.d
 # dracut looks nowhere else.
 DRACUTDIR ?= /usr/lib/dracut/modules.d
 # What the interpreter line names, and whose bytecode is installed.
@@ -17,6 +18,7 @@ PYTHON ?= /usr/bin/python3
 
 VENV := .venv/bin
 UNITS := units/storage-target-mode.target units/storagetm.service
+RULES := units/54-storagetm.rules
 GETTYS := console-getty.service getty@.service serial-getty@.service
 DRACUT_FILES := 70-storagetm-link-local.network network-generator.conf zzzz-storagetm.network
 DRACUT_SCRIPTS := module-setup.sh python-initrd
@@ -34,13 +36,15 @@ all: storagetm.pyz  ## Pack the program into storagetm.pyz
 storagetm.pyz: storagetm.py build_zipapp.py
 	$(PYTHON) build_zipapp.py --output $@
 
-install: install-program  ## Install the program, its units, the dracut module and the manual page; see DESTDIR, PREFIX
+install: install-program  ## Install the program, its units and udev rule, the dracut module and the manual page; see DESTDIR, PREFIX
 	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(DRACUTDIR)/95storagetm
 	install -m 0644 $(UNITS) $(DESTDIR)$(UNITDIR)
 	for unit in $(GETTYS); do \
 		install -D -m 0644 units/getty.conf $(DESTDIR)$(UNITDIR)/$$unit.d/storagetm.conf || exit 1; \
 	done
 	sed -i 's|^ExecStart=[^ ]*|ExecStart=$(BINDIR)/storagetm|' $(DESTDIR)$(UNITDIR)/storagetm.service
+	install -d $(DESTDIR)$(RULESDIR)
+	install -m 0644 $(RULES) $(DESTDIR)$(RULESDIR)
 	install -m 0755 $(DRACUT_SCRIPTS:%=dracut-module/%) $(DESTDIR)$(DRACUTDIR)/95storagetm
 	install -m 0644 $(DRACUT_FILES:%=dracut-module/%) $(DESTDIR)$(DRACUTDIR)/95storagetm
 ifneq ($(MAN_PAGE),)
@@ -62,6 +66,7 @@ uninstall:  ## Remove what install has installed
 	rm -f $(addprefix $(DESTDIR)$(UNITDIR)/,$(notdir $(UNITS)))
 	rm -f $(GETTYS:%=$(DESTDIR)$(UNITDIR)/%.d/storagetm.conf)
 	-rmdir --ignore-fail-on-non-empty $(GETTYS:%=$(DESTDIR)$(UNITDIR)/%.d)
+	rm -f $(addprefix $(DESTDIR)$(RULESDIR)/,$(notdir $(RULES)))
 	rm -f $(addprefix $(DESTDIR)$(DRACUTDIR)/95storagetm/,$(DRACUT_SCRIPTS) $(DRACUT_FILES))
 	-rmdir --ignore-fail-on-non-empty $(DESTDIR)$(DRACUTDIR)/95storagetm
 	rm -f $(DESTDIR)$(MANDIR)/man8/storagetm.8

@@ -12,6 +12,7 @@ import argparse
 import io
 import os
 import time
+import tokenize
 import zipfile
 from pathlib import Path
 
@@ -48,8 +49,29 @@ def timestamp() -> tuple[int, int, int, int, int, int]:
     return (t.tm_year, t.tm_mon, t.tm_mday, t.tm_hour, t.tm_min, t.tm_sec)
 
 
+def without_comments(source: bytes) -> bytes:
+    """`source` without what only people read, which is a third of it; each line keeps its number.
+
+    Docstrings become empty strings, since a function may have nothing else in it. The licence stays.
+    """
+    lines = source.decode().splitlines(keepends=True)
+    layout = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT)
+    found = []
+    statement_begins = True
+    for token in tokenize.generate_tokens(iter(lines).__next__):
+        if token.type == tokenize.COMMENT and "SPDX" not in token.string:
+            found.append((token.start, token.end, ""))
+        if token.type == tokenize.STRING and statement_begins:
+            found.append((token.start, token.end, '""'))
+        statement_begins = token.type in layout and (statement_begins or token.type == tokenize.NEWLINE)
+    for (row, column), (end_row, end_column), instead in reversed(found):
+        line = lines[row - 1][:column] + instead + "\n" * (end_row - row) + lines[end_row - 1][end_column:]
+        lines[row - 1 : end_row] = [line if instead else line.rstrip() + "\n"]
+    return "".join(lines).encode()
+
+
 def pack(source: bytes, *, interpreter: str = INTERPRETER) -> bytes:
-    files = {"__main__.py": MAIN.encode(), "storagetm.py": source}
+    files = {"__main__.py": MAIN.encode(), "storagetm.py": without_comments(source)}
 
     buffer = io.BytesIO()
     buffer.write(f"#!{interpreter}\n".encode())

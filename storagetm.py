@@ -54,6 +54,18 @@ AF_NETLINK = 16
 AF_UNIX = 1
 BLKGETSIZE64 = 0x80081272
 CDROM_DRIVE_STATUS = 0x5326
+DM_DEV_CREATE = 0xC138FD03
+DM_DEV_REMOVE = 0xC138FD04
+DM_DEV_STATUS = 0xC138FD07
+DM_DEV_SUSPEND = 0xC138FD06
+DM_LIST_VERSIONS = 0xC138FD0D
+DM_TABLE_LOAD = 0xC138FD09
+DM_TABLE_STATUS = 0xC138FD0C
+DM_ACTIVE_PRESENT_FLAG = 0x20
+DM_NOFLUSH_FLAG = 0x800
+DM_STATUS_TABLE_FLAG = 0x10
+DM_SKIP_LOCKFS_FLAG = 0x400
+DM_SUSPEND_FLAG = 0x2
 CDS_DISC_OK = 4
 CDS_NO_INFO = 0
 IFA_ADDRESS = 1
@@ -67,6 +79,12 @@ IFF_RUNNING = 0x40
 IFF_UP = 0x1
 IFLA_IFNAME = 3
 KDGETMODE = 0x4B3B
+LO_FLAGS_AUTOCLEAR = 4
+LO_FLAGS_READ_ONLY = 1
+LOOP_CONFIGURE = 0x4C0A
+LOOP_CTL_GET_FREE = 0x4C82
+LOOP_GET_STATUS64 = 0x4C05
+LOOP_SET_STATUS64 = 0x4C04
 KD_GRAPHICS = 1
 NETLINK_KOBJECT_UEVENT = 15
 NETLINK_ROUTE = 0
@@ -85,6 +103,7 @@ RTMGRP_LINK = 0x1
 RT_SCOPE_HOST = 254
 RT_SCOPE_LINK = 253
 SO_RCVBUFFORCE = 33
+SIOCSIFFLAGS = 0x8914
 SOCK_CLOEXEC = 0o2000000
 SOCK_DGRAM = 2
 SOCK_NONBLOCK = 0o4000
@@ -103,13 +122,24 @@ SERIAL_MAX = 20
 FIRMWARE_MAX = 8
 
 LOCK_WAIT_SEC = 10  # a lock held longer than this is named, and READY=1 no longer waits for it
+DM_BUSY_SEC = 2  # until what somebody else has open for a moment is free
+STORE_POLL_SEC = 1  # between two looks at how full the snapshots are
 LOCK_POLL_SEC = (0.02, 0.5)  # first and longest pause between two tries for a lock
 UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as sysfs describes it
 MEDIUM_POLL_MSEC = 2000  # between two looks of the kernel into a drive, where udev has not seen to that
 PLYMOUTH_WAIT_SEC = 3  # for Plymouth to let go of the console
 REDRAW_SEC = 0.7  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
-REMOVAL_THREADS = 16
+THREADS = 16  # for what is mostly waiting for the kernel
+
+READ_ONLY = "read-only"  # kinds of access
+SNAPSHOT = "snapshot"
+READ_WRITE = "read-write"
+SNAPSHOT_FULL = "snapshot FULL"
+ACCESS = (READ_ONLY, SNAPSHOT, READ_WRITE)
+DEFAULT_ACCESS = READ_ONLY
+MEMORY_FILE = "/memfd:storagetm"  # as the kernel calls it
+STORE_MIN = 1 << 20  # bytes for the changes of snapshots
 
 NO_MEDIUM = "No medium found; insert one and it will be exported"
 
@@ -120,6 +150,8 @@ PROC = "/proc/"
 RUN = "/run/storagetm/"
 SYS = "/sys/"
 UDEV = "/run/udev/"
+UDEV_RULE = "54-storagetm.rules"  # before 55-dm.rules
+UDEV_RULES = tuple(p + "/udev/rules.d/" for p in ("/usr/local/lib", "/usr/lib", "/lib", "/etc", "/run"))
 
 
 # Kernel structures
@@ -166,6 +198,103 @@ class rtattr(ctypes.Structure):
     """Header of an attribute after a body (include/uapi/linux/rtnetlink.h)."""
 
     _fields_ = [("rta_len", ctypes.c_uint16), ("rta_type", ctypes.c_uint16)]
+
+
+class dm_ioctl(ctypes.Structure):
+    """Head of the argument of all of device-mapper's ioctls (include/uapi/linux/dm-ioctl.h)."""
+
+    _fields_ = [
+        ("version", ctypes.c_uint32 * 3),
+        ("data_size", ctypes.c_uint32),
+        ("data_start", ctypes.c_uint32),
+        ("target_count", ctypes.c_uint32),
+        ("open_count", ctypes.c_int32),
+        ("flags", ctypes.c_uint32),
+        ("event_nr", ctypes.c_uint32),
+        ("padding", ctypes.c_uint32),
+        ("dev", ctypes.c_uint64),
+        ("name", ctypes.c_char * 128),
+        ("uuid", ctypes.c_char * 129),
+        ("data", ctypes.c_char * 7),
+    ]
+
+
+class dm_target_spec(ctypes.Structure):
+    """One line of a table, in front of its parameters (include/uapi/linux/dm-ioctl.h)."""
+
+    _fields_ = [
+        ("sector_start", ctypes.c_uint64),
+        ("length", ctypes.c_uint64),
+        ("status", ctypes.c_int32),
+        ("next", ctypes.c_uint32),
+        ("target_type", ctypes.c_char * 16),
+    ]
+
+
+class loop_info64(ctypes.Structure):
+    """What a loop device is (include/uapi/linux/loop.h)."""
+
+    _fields_ = [
+        ("lo_device", ctypes.c_uint64),
+        ("lo_inode", ctypes.c_uint64),
+        ("lo_rdevice", ctypes.c_uint64),
+        ("lo_offset", ctypes.c_uint64),
+        ("lo_sizelimit", ctypes.c_uint64),
+        ("lo_number", ctypes.c_uint32),
+        ("lo_encrypt_type", ctypes.c_uint32),
+        ("lo_encrypt_key_size", ctypes.c_uint32),
+        ("lo_flags", ctypes.c_uint32),
+        ("lo_file_name", ctypes.c_uint8 * 64),
+        ("lo_crypt_name", ctypes.c_uint8 * 64),
+        ("lo_encrypt_key", ctypes.c_uint8 * 32),
+        ("lo_init", ctypes.c_uint64 * 2),
+    ]
+
+
+class loop_config(ctypes.Structure):
+    """Argument of LOOP_CONFIGURE, Linux 5.8 (include/uapi/linux/loop.h)."""
+
+    _fields_ = [
+        ("fd", ctypes.c_uint32),
+        ("block_size", ctypes.c_uint32),
+        ("info", loop_info64),
+        ("reserved", ctypes.c_uint64 * 8),
+    ]
+
+
+class nvme_tcp_hdr(ctypes.LittleEndianStructure):
+    """Head of every NVMe/TCP PDU (NVMe/TCP transport specification 1.0, 3.6.1)."""
+
+    _fields_ = [
+        ("type", ctypes.c_uint8),
+        ("flags", ctypes.c_uint8),
+        ("hlen", ctypes.c_uint8),
+        ("pdo", ctypes.c_uint8),
+        ("plen", ctypes.c_uint32),
+    ]
+
+
+class nvme_command(ctypes.LittleEndianStructure):
+    """A submission queue entry, as the Fabrics commands and Set Features use it (NVMe base 2.0, 3.3.3.1)."""
+
+    _pack_ = 1
+    _fields_ = [
+        ("opcode", ctypes.c_uint8),
+        ("flags", ctypes.c_uint8),
+        ("command_id", ctypes.c_uint16),
+        ("nsid", ctypes.c_uint32),  # of Fabrics commands the first byte: the command's type
+        ("reserved", ctypes.c_uint8 * 16),
+        ("sgl_address", ctypes.c_uint64),
+        ("sgl_length", ctypes.c_uint32),
+        ("sgl_reserved", ctypes.c_uint8 * 3),
+        ("sgl_type", ctypes.c_uint8),
+        ("cdw10", ctypes.c_uint32),
+        ("cdw11", ctypes.c_uint32),
+        ("cdw12", ctypes.c_uint32),
+        ("cdw13", ctypes.c_uint32),
+        ("cdw14", ctypes.c_uint32),
+        ("cdw15", ctypes.c_uint32),
+    ]
 
 
 # Thin wrappers
@@ -404,6 +533,95 @@ def plymouth_request(request: bytes, wait_sec: float = 0) -> None:
         pass
 
 
+# Thin wrappers: device-mapper and loop devices
+
+# What udev is not to do with our devices: probe them, link to them, show them to others (libdm's
+# DM_UDEV_DISABLE_DM_RULES_FLAG, _SUBSYSTEM_RULES_FLAG, _DISK_RULES_FLAG, _OTHER_RULES_FLAG, and
+# _PRIMARY_SOURCE_FLAG, by which it remembers that).
+DM_COOKIE = (0x1 | 0x2 | 0x4 | 0x8 | 0x40) << 16
+CONTROLS: dict[str, int] = {}  # descriptors of the devices that control others, by path; kept open
+
+
+def has_udev_rule() -> bool:
+    """Whether udev has a rule for our devices. Then it needs no cookie, for which it runs two programs."""
+    return any(os.path.exists(directory + UDEV_RULE) for directory in UDEV_RULES)
+
+
+def open_control(name: str, module: str) -> int:
+    """The descriptor of a device that controls others; its module is loaded if missing. Raises OSError."""
+    path = DEV + name
+    if path not in CONTROLS:
+        try:
+            CONTROLS[path] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            if not module or run_program("modprobe", "-q", module):
+                raise
+            CONTROLS[path] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    return CONTROLS[path]
+
+
+def dm_call(request: int, name: str, *, uuid: str = "", flags: int = 0, table: bytes = b"") -> bytearray:
+    """One ioctl on device-mapper for the device `name`; its answer. Raises OSError."""
+    head = dm_ioctl(version=(4, 0, 0), data_start=ctypes.sizeof(dm_ioctl), flags=flags)
+    head.name, head.uuid = name.encode(), uuid.encode()
+    head.target_count = 1 if table else 0
+    if request == DM_DEV_SUSPEND and not has_udev_rule():
+        head.event_nr = DM_COOKIE
+    buffer = bytearray(bytes(head) + table)
+    # With more than 1024 bytes Python holds up its other threads meanwhile.
+    buffer.extend(bytes((16384 if request == DM_LIST_VERSIONS else 1024) - len(buffer)))
+    dm_ioctl.from_buffer(buffer).data_size = len(buffer)
+    control = open_control("mapper/control", "dm-mod" if request == DM_DEV_CREATE else "")
+    fcntl.ioctl(control, request, buffer)
+    return buffer
+
+
+def dm_status(name: str) -> dm_ioctl | None:
+    """What there is of a device-mapper device; None if there is no such device. Raises OSError."""
+    try:
+        return dm_ioctl.from_buffer_copy(dm_call(DM_DEV_STATUS, name))
+    except OSError as e:
+        # ENXIO says device-mapper, ENOENT and ENODEV that there is no such thing.
+        if e.errno in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
+            return None
+        raise
+
+
+def dm_table(sectors: int, target: str, parameters: str) -> bytes:
+    """A table of one line, `sectors` of 512 bytes long."""
+    text = parameters.encode() + b"\0"
+    text += bytes(-len(text) % 8)
+    spec = dm_target_spec(0, sectors, 0, ctypes.sizeof(dm_target_spec) + len(text), target.encode())
+    return bytes(spec) + text
+
+
+def dm_target_text(answer: bytes) -> str:
+    """What the answer to DM_TABLE_STATUS says of the first target, its state or its parameters."""
+    start = dm_ioctl.from_buffer_copy(answer).data_start + ctypes.sizeof(dm_target_spec)
+    return printable(answer[start:].split(b"\0")[0]) if start < len(answer) else ""
+
+
+def attach_loop(backing: int, *, read_only: bool, limit: int = 0) -> tuple[int, int]:
+    """Makes a loop device of an open file or device; its descriptor and number.
+
+    It goes by itself when nobody has it open any more. `limit` bounds its size, in bytes. Raises OSError.
+    """
+    control = open_control("loop-control", "loop")
+    while True:
+        number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+        fd = os.open(f"{DEV}loop{number}", (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        config = loop_config(fd=backing)
+        config.info.lo_flags = LO_FLAGS_AUTOCLEAR | (LO_FLAGS_READ_ONLY if read_only else 0)
+        config.info.lo_sizelimit = limit
+        try:
+            fcntl.ioctl(fd, LOOP_CONFIGURE, bytes(config))
+            return fd, number
+        except OSError as e:
+            os.close(fd)
+            if e.errno != errno.EBUSY:  # another program took it meanwhile
+                raise
+
+
 # Messages
 
 
@@ -499,9 +717,9 @@ def uuid4_from(digest: bytes) -> str:
 
 def hmac_sha256(key: bytes, message: bytes) -> bytes:
     """HMAC-SHA256 (RFC 2104) for keys of at most 64 bytes. The standard library's brings OpenSSL with it."""
-    padded = key.ljust(64, b"\0")
-    inner = sha256(bytes(b ^ 0x36 for b in padded) + message).digest()
-    return bytes(sha256(bytes(b ^ 0x5C for b in padded) + inner).digest())
+    padded = int.from_bytes(key.ljust(64, b"\0"), "big")
+    inner, outer = ((padded ^ int(pad * 64, 16)).to_bytes(64, "big") for pad in ("36", "5c"))
+    return bytes(sha256(outer + sha256(inner + message).digest()).digest())
 
 
 def dashed(uuid: str) -> str:
@@ -603,6 +821,7 @@ class Disk:
     """
 
     __slots__ = (
+        "access",
         "branch",
         "buffered",
         "failed",
@@ -620,6 +839,7 @@ class Disk:
         "size",
         "sysname",
         "tag",
+        "udev_entry",
         "waiting",
         "waiting_named",
         "waiting_since",
@@ -634,6 +854,8 @@ class Disk:
         self.size = 0
         self.read_only = False
         self.removable = False
+        self.access = DEFAULT_ACCESS
+        self.udev_entry = b""  # of udev's database
         self.model = ""
         self.serial = ""  # ID_SERIAL_SHORT
         self.id_serial = ""  # ID_SERIAL
@@ -648,6 +870,11 @@ class Disk:
         self.branch: Branch | None = None  # what of it is live
         self.wanted: tuple[object, Branch] | None = None  # the last one computed, and from what
         self.buffered = False  # a file on a file system without direct I/O
+
+    @property
+    def links(self) -> list[str]:
+        """The links to its node that udev has made."""
+        return [DEV + printable(x[2:]) for x in self.udev_entry.split(b"\n") if x.startswith(b"S:")]
 
     @property
     def key(self) -> str:
@@ -706,6 +933,26 @@ def device_number(node: str) -> str:
 def is_stacked(sysname: str) -> bool:
     """Whether a block device is made of others, as those of bcache, device-mapper and md are."""
     return sysname.startswith(("bcache", "dm-", "md"))
+
+
+def is_mapping(sysname: str) -> bool:
+    """Whether a block device is one of ours, in between a disk and its export."""
+    return sysname.startswith("dm-") and read_attribute(sys_block(sysname) + "/dm/uuid").startswith(
+        Mapping.PREFIX
+    )
+
+
+def is_no_disk(sysname: str) -> bool:
+    """Whether a block device is nothing to tell of: a loop device of nothing, or one that is in between."""
+    if sysname.startswith("loop"):
+        source = read_attribute(sys_block(sysname) + "/loop/backing_file")
+        holders = list_directory(sys_block(sysname) + "/holders")
+        return not source or source.startswith(MEMORY_FILE) or any(map(is_mapping, holders))
+    return is_mapping(sysname)
+
+
+def is_zoned(sysname: str) -> bool:
+    return read_attribute(sys_block(sysname) + "/queue/zoned") not in ("", "none")
 
 
 def partitions_of(sysname: str) -> list[str]:
@@ -1040,7 +1287,9 @@ def probe_block_device(disk: Disk) -> None:
     drive = disk.sysname.startswith(("sd", "sr", "mmcblk", "fd"))
     disk.removable = drive and read_attribute(base + "/removable") == "1"
     try:
-        identity_from_udev(disk, parse_udev_database(read_udev_entry(number, uevent.get("DISKSEQ", ""))))
+        entry = read_udev_entry(number, uevent.get("DISKSEQ", ""))
+        identity_from_udev(disk, parse_udev_database(entry))
+        disk.udev_entry = entry
         disk.waiting = ""
     except OSError:
         disk.waiting = "udev is not done with it" if udev_runs() else ""
@@ -1100,8 +1349,11 @@ def why_unfit(disk: Disk) -> str:
         return why
     if disk.size == 0:
         return "it has size 0"
-    if disk.read_only:
-        return "it is read-only, and the kernel's NVMe target only takes what it may write to"
+    if disk.read_only and disk.access == READ_WRITE:
+        return "it is read-only, and was asked for read-write; see --read-only and --snapshot"
+    if disk.access != READ_WRITE and disk.sysname and is_zoned(disk.sysname):
+        # dm-flakey lets a reset of a zone pass, which deletes what is in it.
+        return "it is a zoned device, which cannot be protected from clients; see --read-write"
     try:
         disk.name.encode()
     except UnicodeEncodeError:
@@ -1120,8 +1372,10 @@ def why_not_all(disk: Disk) -> str:
     ):
         if disk.sysname.startswith(prefix) and disk.sysname[len(prefix) :].isdigit():
             return f"it is {what}"
-    if is_stacked(disk.sysname) and (holders := list_directory(sys_block(disk.sysname) + "/holders")):
-        return f"it is part of '{DEV}{min(holders, key=natural_order)}'"
+    if is_stacked(disk.sysname):
+        holders = [n for n in list_directory(sys_block(disk.sysname) + "/holders") if not is_mapping(n)]
+        if holders:
+            return f"it is part of '{DEV}{min(holders, key=natural_order)}'"
     if why := why_network(disk.sysname):
         return f"it {why}"
     return ""
@@ -1151,7 +1405,9 @@ def try_lock(disk: Disk) -> None:
     if fd < 0:
         fd = os.open(disk.node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # What is on a disc does not change, and udev has to see to the eject button meanwhile.
+        if not disk.sysname.startswith("sr"):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         os.close(fd)
         disk.fd = -1
@@ -1163,10 +1419,33 @@ def try_lock(disk: Disk) -> None:
     disk.waiting = ""
 
 
+class Access:
+    """Which disks may be written to, and how."""
+
+    def __init__(self, rules: Sequence[tuple[str, str]] = (), mode: str = "") -> None:
+        self.rules = rules
+        self.mode = mode or DEFAULT_ACCESS
+
+    def of(self, disk: Disk) -> str:
+        """What the first rule says that matches the node, a link, the serial number or the model."""
+        if not self.rules:
+            return self.mode
+        from fnmatch import fnmatchcase
+
+        names = [disk.node, *disk.links, disk.serial, disk.model, disk.model.replace("_", " ")]
+        for glob, mode in self.rules:
+            if any(fnmatchcase(name, glob) for name in names if name):
+                return mode
+        return self.mode
+
+
 class Inventory:
     """The disks of this machine and which of them are to be exported."""
 
-    def __init__(self, paths: Sequence[str], everything: bool, force: bool) -> None:
+    def __init__(
+        self, paths: Sequence[str], everything: bool, force: bool, access: Access | None = None
+    ) -> None:
+        self.access = access or Access()
         self.paths = paths  # of the named devices; none for --all
         self.force = force  # also what is in use
         self.all = everything
@@ -1277,8 +1556,7 @@ class Inventory:
         use = usage.of(disk.sysname) if disk.sysname else usage.of_file(disk.node)
         return f"it is in use: {use}" if use else ""
 
-    @staticmethod
-    def probe(disk: Disk) -> None:
+    def probe(self, disk: Disk) -> None:
         """Raises UserError if the disk has gone meanwhile."""
         try:
             if disk.sysname:
@@ -1287,10 +1565,15 @@ class Inventory:
                 probe_file(disk)
         except OSError as e:
             raise UserError(f"Failed to export '{disk.node}': {reason_of(e)}") from e
+        if disk.fd < 0:  # or else clients know it as it is
+            disk.access = self.access.of(disk)
 
     def examine(self, name: str, usage: Usage | None) -> None:
         """Reads one disk again and decides whether it is exported; forgets it if it is gone."""
         disk = self.disks.get(name)
+        if self.all and is_no_disk(name):
+            self.forget(name)
+            return
         if disk is None:
             if name.startswith("nvme") and read_attribute(f"{SYS}block/{name}/hidden") == "1":
                 return  # one path of an NVMe multipath disk, without a node
@@ -1534,6 +1817,9 @@ class Entry:
     """One thing in the wanted tree, made and unmade in one step. Paths are relative to the tree's root."""
 
     __slots__ = ("path", "value")
+    amendable = False  # whether it may be made, or made again, while what it is part of is in use
+    slow = False  # whether making it is mostly waiting, so that many are made at a time
+    holds = False  # whether it keeps other parts of the tree from being taken away, and so goes first
 
     def __init__(self, path: str, value: str = "") -> None:
         self.path = path
@@ -1559,12 +1845,12 @@ class Entry:
         """Whether the kernel has it just so."""
         return True
 
-    def described(self, root: str) -> dict[str, str]:
-        """What make() does: `step`, its operands, and the shell command that does the same."""
+    def described(self, root: str) -> dict[str, str] | None:
+        """What make() does: `step`, its operands, and the shell command for it; None if it does nothing."""
         raise NotImplementedError
 
     def undescribed(self, root: str) -> dict[str, str] | None:
-        """The same for unmake(); None if it does nothing."""
+        """The same for unmake()."""
         return None
 
 
@@ -1623,6 +1909,8 @@ class OptionalAttribute(Attribute):
 class Trigger(OptionalAttribute):
     """An attribute to which 1 is written each time `value` has changed (and once after a restart)."""
 
+    amendable = True
+
     def make(self, root: str) -> None:
         try:
             write_attribute(root + self.path, "1")
@@ -1639,6 +1927,8 @@ class Trigger(OptionalAttribute):
 
 class Link(Entry):
     """A symbolic link to the directory `value`. Links may be added to and taken from a live object."""
+
+    amendable = holds = True
 
     def make(self, root: str) -> None:
         os.symlink(root + self.value, root + self.path)
@@ -1658,7 +1948,7 @@ class Link(Entry):
             return False
         return os.path.normpath(target) == os.path.normpath(root + self.value)
 
-    def described(self, root: str) -> dict[str, str]:
+    def described(self, root: str) -> dict[str, str] | None:
         target, path = root + self.value, root + self.path
         command = f"ln -s {quoted(target)} {quoted(path)}"
         return {"step": "symlink", "path": path, "target": target, "command": command}
@@ -1666,6 +1956,367 @@ class Link(Entry):
     def undescribed(self, root: str) -> dict[str, str]:
         path = root + self.path
         return {"step": "unlink", "path": path, "command": f"rm {quoted(path)}"}
+
+
+class Links(Link):
+    """All links in the directory `path`, which are made and known by others. Made anew, there are none."""
+
+    def make(self, root: str) -> None:
+        self.unmake(root)
+
+    def unmake(self, root: str) -> None:
+        for name in list_directory(root + self.path):
+            os.unlink(f"{root}{self.path}/{name}")
+
+    def is_live(self, root: str) -> bool:
+        return False  # what an earlier run has left there is not known
+
+    def described(self, root: str) -> None:
+        return None
+
+    def undescribed(self, root: str) -> dict[str, str]:
+        path = f"{root}{self.path}/*"
+        return {"step": "unlink", "path": path, "command": f"rm -f {path}"}
+
+
+class Mapping(Entry):
+    """A device-mapper device of ours over another device or a regular file, under the path "dm/NAME".
+
+    It is recognised by its name, which is its UUID as well, and changes with all that it is made of but the
+    size. Where the source cannot be opened for writing or claimed, there is a read-only loop device in
+    between, which goes with it. `store` is what a snapshot may keep in memory at first, in bytes.
+    """
+
+    __slots__ = ("device", "store", "target")
+    amendable = True
+
+    PREFIX = "storagetm-"
+    # Reads pass, all that would write fails (drivers/md/dm-flakey.c): up for 0 s, down for 1 s, for ever.
+    READ_ONLY = "flakey"
+    # Writes go to memory; when that is full, they fail, and reads go on (drivers/md/dm-snap.c).
+    SNAPSHOT = "snapshot"
+    PARAMETERS: ClassVar[dict[str, str]] = {
+        READ_ONLY: "{} 0 0 1 1 error_writes",
+        # Reads are cut into its pieces, and with 32 KiB are about as fast as without.
+        SNAPSHOT: "{} {} PO 64",
+    }
+
+    def __init__(self, path: str, target: str = "", source: str = "", size: int = 0) -> None:
+        super().__init__(path, f"{source} {size // 512}")
+        self.target = target
+        self.store = 0
+        self.device = 0  # its device number, once it is made
+
+    @classmethod
+    def path_for(cls, name: str, *made_of: str) -> str:
+        """The path for a device that people know as `name`."""
+        clean = "".join(c if c.isascii() and (c.isalnum() or c in "+-.=_") else "_" for c in name)
+        digest = sha256(os.fsencode("\0".join((name, *made_of)))).hexdigest()
+        return f"dm/{cls.PREFIX}{clean[:80]}-{digest[:16]}"
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def source(self) -> tuple[str, int]:
+        """What it is made of, and its size in sectors of 512 bytes."""
+        source, _, sectors = self.value.rpartition(" ")
+        return source, int(sectors)
+
+    def state(self) -> dm_ioctl | None:
+        """What there is of it; None if there is nothing, or another program's. Raises OSError."""
+        state = dm_status(self.name)
+        return state if state and state.uuid == self.name.encode() else None
+
+    def make(self, root: str) -> None:
+        known = None
+        try:
+            dm_call(DM_DEV_CREATE, self.name, uuid=self.name)
+        except OSError as e:
+            if e.errno != errno.EBUSY or (known := self.state()) is None:
+                raise
+        opened: list[int] = []
+        try:
+            self.load(known, opened)
+            flags = DM_SKIP_LOCKFS_FLAG
+            state = dm_ioctl.from_buffer_copy(dm_call(DM_DEV_SUSPEND, self.name, flags=flags))
+            self.device = state.dev
+            # Without a cache to flush there is nothing that a client without ill will gets an error for. It
+            # takes the kernel 10 ms, and so is only done where there is one.
+            cache = f"{SYS}dev/block/{device_numbers(state.dev)}/queue/write_cache"
+            if self.target == self.READ_ONLY and read_attribute(cache) != "write through":
+                write_attribute(cache, "write through")
+        except OSError:
+            if known is None:
+                self.unmake(root)
+            raise
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+    def load(self, known: dm_ioctl | None, opened: list[int]) -> None:
+        """Loads its table. What has to stay open until it is in use is added to `opened`."""
+        source, sectors = self.source()
+        operands = [device_number(source) or source]
+        if self.target == self.SNAPSHOT:
+            store = snapshot_store(self.name) if known else ""
+            if not store:
+                fd = os.memfd_create(MEMORY_FILE.rpartition(":")[2], os.MFD_CLOEXEC)
+                try:
+                    # It takes no room before it is written to.
+                    os.ftruncate(fd, 1 << 62)
+                    loop, number = attach_loop(fd, read_only=False, limit=self.store)
+                finally:
+                    os.close(fd)
+                opened.append(loop)
+                store = f"7:{number}"
+            operands.append(store)
+        if operands[0] != source:
+            try:
+                self.load_table(sectors, operands)
+                return
+            except OSError as e:
+                # In use, so that it cannot be claimed, or write-protected, so that sd(4) refuses to open it.
+                if e.errno not in (errno.EBUSY, errno.EROFS, errno.EACCES):
+                    raise
+        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            loop, number = attach_loop(fd, read_only=True)
+        finally:
+            os.close(fd)
+        opened.append(loop)
+        self.load_table(sectors, [f"7:{number}", *operands[1:]])
+
+    def load_table(self, sectors: int, operands: Sequence[str]) -> None:
+        parameters = self.PARAMETERS[self.target].format(*operands)
+        dm_call(DM_TABLE_LOAD, self.name, table=dm_table(sectors, self.target, parameters))
+
+    def unmake(self, root: str) -> None:
+        deadline = time.monotonic() + DM_BUSY_SEC
+        while self.state() is not None:
+            try:
+                dm_call(DM_DEV_REMOVE, self.name)
+            except OSError as e:
+                # udev or a disk monitor may be looking at it.
+                if e.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(LOCK_POLL_SEC[0])
+
+    def is_live(self, root: str) -> bool:
+        try:
+            state = self.state()
+        except OSError:
+            return False
+        if state is None or not state.flags & DM_ACTIVE_PRESENT_FLAG or state.flags & DM_SUSPEND_FLAG:
+            return False
+        size = read_attribute(f"{SYS}dev/block/{device_numbers(state.dev)}/size")
+        return size == str(self.source()[1])
+
+    def described(self, root: str) -> dict[str, str]:
+        source, sectors = self.source()
+        table = f"0 {sectors} {self.target} " + self.PARAMETERS[self.target].format(source, "MEMORY")
+        command = f"dmsetup create {self.name} --table {quoted(table)}"
+        return {"step": "map", "path": DEV + "mapper/" + self.name, "value": table, "command": command}
+
+    def undescribed(self, root: str) -> dict[str, str]:
+        path = DEV + "mapper/" + self.name
+        return {"step": "unmap", "path": path, "command": f"dmsetup remove {self.name}"}
+
+
+class MappedNode(Attribute):
+    """An attribute that takes the node of `mapping`."""
+
+    __slots__ = ("mapping",)
+
+    def __init__(self, path: str, mapping: Mapping) -> None:
+        super().__init__(path, mapping.path)
+        self.mapping = mapping
+
+    def node(self) -> str:
+        if not self.mapping.device and (state := self.mapping.state()):
+            self.mapping.device = state.dev
+        return f"{DEV}dm-{os.minor(self.mapping.device)}" if self.mapping.device else ""
+
+    def make(self, root: str) -> None:
+        write_attribute(root + self.path, self.node())
+
+    def is_live(self, root: str) -> bool:
+        try:
+            return read_attribute(root + self.path) == (self.node() or "?")
+        except OSError:
+            return False
+
+    def described(self, root: str) -> dict[str, str]:
+        return Attribute(self.path, f"{DEV}mapper/{self.value.rpartition('/')[2]}").described(root)
+
+
+def lacking_modules(access: str) -> list[str]:
+    """The kernel's modules that a kind of access needs and that are neither there nor can be loaded."""
+    if access == READ_WRITE:
+        return []
+    target = Mapping.READ_ONLY if access == READ_ONLY else Mapping.SNAPSHOT
+    lacking = []
+    if not os.path.exists(SYS + "class/misc/device-mapper"):
+        run_program("modprobe", "-q", "dm-mod")
+    if not os.path.exists(DEV + "mapper/control"):
+        lacking.append("dm-mod")
+    elif not has_target(target) and (
+        run_program("modprobe", "-q", f"dm-{target}") or not has_target(target)
+    ):
+        lacking.append(f"dm-{target}")
+    if not os.path.exists(SYS + "class/misc/loop-control"):
+        run_program("modprobe", "-q", "loop")
+    if access == SNAPSHOT and not os.path.exists(DEV + "loop-control"):
+        lacking.append("loop")
+    return lacking
+
+
+def has_target(target: str) -> bool:
+    """Whether device-mapper has this kind of target now."""
+    try:
+        answer = bytes(dm_call(DM_LIST_VERSIONS, ""))
+    except OSError:
+        return False
+    return b"\0" + target.encode() + b"\0" in answer
+
+
+def why_not_mapped(problem: OSError, disk: Disk) -> str:
+    """Why a disk cannot be protected from its clients, and what to do instead."""
+    if not (lacking := lacking_modules(disk.access)):
+        reason = reason_of(problem)
+        name = str(problem.filename).rpartition("/")[2]
+        if problem.errno == errno.EBUSY:
+            return f"another program made the device-mapper device '{name}'; remove it with 'dmsetup remove'"
+        return f"it cannot be exported {disk.access}, since device-mapper says: {reason}"
+    working = SNAPSHOT if disk.access == READ_ONLY and not lacking_modules(SNAPSHOT) else READ_WRITE
+    if disk.access == SNAPSHOT and not lacking_modules(READ_ONLY):
+        working = READ_ONLY
+    missing = " and ".join(f"'{name}'" for name in lacking)
+    return (
+        f"{disk.access} access needs {missing}, which this kernel does not have; install it, or give "
+        f"--access={quoted(disk.node)}:{working}, which would work"
+    )
+
+
+class Memory:
+    """What all snapshots together may keep in memory, in bytes.
+
+    Each has a store of its own with a limit. The limits are moved as the stores fill, and add up to no more
+    than `size` at any time.
+    """
+
+    def __init__(self, size: int = 0) -> None:
+        self.asked = size
+        self.filled: dict[str, tuple[int, int, bool]] = {}  # used, limit and whether it is full, by name
+
+    @property
+    def size(self) -> int:
+        if not self.asked:
+            self.asked = max(STORE_MIN, available_memory() // 2)
+        return self.asked
+
+    @property
+    def used(self) -> int:
+        return sum(used for used, _, _ in self.filled.values())
+
+    def share(self, live: Iterable[Mapping], coming: Sequence[Mapping] = ()) -> None:
+        """Looks how full the stores are, and divides what is left among them and those that are coming."""
+        self.filled = {}
+        stores = {m.name: m for m in live}
+        for name in stores:
+            if state := snapshot_state(name):
+                self.filled[name] = state
+        sharers = len(self.filled) + len(coming)
+        if not sharers:
+            return
+        part = max(0, self.size - self.used) // sharers & ~0xFFF
+        # First comes what makes room. Small differences are not worth stopping anybody for.
+        for name, (used, limit, full) in self.filled.items():
+            if limit - used - part > part // 4 and not full:
+                self.move(name, used + part, part, shrinks=True)
+        room = self.size - sum(limit for _, limit, _ in self.filled.values())
+        for mapping in coming:
+            mapping.store = max(min(part, room) & ~0xFFF, STORE_MIN // 8)
+            room -= mapping.store
+        for name, (used, limit, full) in self.filled.items():
+            more = min(used + part - limit, room)
+            if more > part // 4 and not full:
+                self.move(name, limit + more, part, shrinks=False)
+                room -= self.filled[name][1] - limit
+
+    def move(self, name: str, limit: int, slack: int, *, shrinks: bool) -> None:
+        try:
+            limit = set_snapshot_limit(name, limit, slack, shrinks)
+            self.filled[name] = self.filled[name][0], limit, False
+        except OSError as e:
+            debug(f"Failed to change the limit of '{name}', ignoring: {reason_of(e)}")
+
+
+def available_memory() -> int:
+    """MemAvailable of proc(5), in bytes; 0 if it is not known."""
+    try:
+        for line in read_bytes(PROC + "meminfo").split(b"\n"):
+            fields = line.split()
+            if len(fields) > 1 and fields[0] == b"MemAvailable:" and fields[1].isdigit():
+                return int(fields[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def snapshot_state(name: str) -> tuple[int, int, bool] | None:
+    """Used bytes of a snapshot's store, its limit in bytes, and whether it ran full; None if it is none."""
+    try:
+        text = dm_target_text(bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_NOFLUSH_FLAG)))
+    except OSError:
+        return None
+    sectors, _, total = text.partition(" ")[0].partition("/")
+    if sectors.isdigit() and total.isdigit():
+        return int(sectors) * 512, int(total) * 512, False
+    if text not in ("Overflow", "Invalid"):
+        return None
+    size = read_attribute(f"{SYS}dev/block/{snapshot_store(name)}/size")
+    size_bytes = int(size) * 512 if size.isdigit() else 0
+    return size_bytes, size_bytes, True
+
+
+def set_snapshot_limit(name: str, limit: int, slack: int, shrinks: bool) -> int:
+    """Sets the size of a snapshot's store; the new one, in bytes. Raises OSError.
+
+    What is in the store must stay inside. So that it does not grow meanwhile, the snapshot is stopped while
+    the store shrinks.
+    """
+    number = snapshot_store(name).rpartition(":")[2]
+    fd = os.open(f"{DEV}loop{number}", os.O_RDWR | os.O_CLOEXEC)
+    if shrinks:
+        dm_call(DM_DEV_SUSPEND, name, flags=DM_SUSPEND_FLAG | DM_SKIP_LOCKFS_FLAG)
+    try:
+        if shrinks and (state := snapshot_state(name)):
+            limit = max(limit, state[0] + slack // 2)
+        info = bytearray(ctypes.sizeof(loop_info64))
+        fcntl.ioctl(fd, LOOP_GET_STATUS64, info)
+        loop_info64.from_buffer(info).lo_sizelimit = limit & ~0xFFF
+        fcntl.ioctl(fd, LOOP_SET_STATUS64, bytes(info))
+    finally:
+        if shrinks:
+            dm_call(DM_DEV_SUSPEND, name, flags=DM_SKIP_LOCKFS_FLAG)
+        os.close(fd)
+    return limit & ~0xFFF
+
+
+def device_numbers(dev: int) -> str:
+    """MAJOR:MINOR of a number as device-mapper gives it (huge_encode_dev() in the kernel)."""
+    return f"{os.major(dev)}:{os.minor(dev)}"
+
+
+def snapshot_store(name: str) -> str:
+    """MAJOR:MINOR of the device that a snapshot keeps its changes on; empty if there is no such snapshot."""
+    try:
+        answer = bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_STATUS_TABLE_FLAG))
+    except OSError:
+        return ""
+    fields = dm_target_text(answer).split(" ")
+    return fields[1] if len(fields) > 3 else ""
 
 
 class Branch:
@@ -1676,9 +2327,10 @@ class Branch:
     earlier run: its directories and links are known, its attributes have to be read.
     """
 
-    __slots__ = ("adopted", "entries", "root", "tag")
+    __slots__ = ("adopted", "entries", "kinds", "root", "tag")
 
     def __init__(self, tag: str, entries: list[Entry], *, adopted: bool = False) -> None:
+        self.kinds: set[type[Entry]] = set(map(type, entries))
         self.root = entries[0].path
         self.tag = tag
         self.entries = entries
@@ -1706,13 +2358,14 @@ class Ledger:
     count.
     """
 
-    KINDS: ClassVar[dict[str, type[Entry]]] = {"d": Directory, "l": Link}
+    KINDS: ClassVar[dict[str, type[Entry]]] = {"d": Directory, "l": Link, "m": Mapping, "g": Links}
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.fd = -1
         self.lock_fd = -1
         self.records = 0
+        self.mutex = _thread.allocate_lock()
 
     def lock(self) -> None:
         """Opens the file and makes sure that no other instance uses it. Raises UserError."""
@@ -1770,16 +2423,21 @@ class Ledger:
         """The branches of an earlier run that are still there and still ours. Raises OSError."""
         found = {}
         for name, (branch, inode) in self.parse(read_bytes(self.path)).items():
+            mappings = [e for e in branch.entries if isinstance(e, Mapping)]
             try:
                 live = os.stat(root + name).st_ino
             except OSError:
-                continue
+                live = -1
             # Died between mkdir and the note of its inode: then nothing else can have been made in it.
             begun = any(e.is_live(root) for e in branch.entries[1:] if isinstance(e, Directory))
-            if live == inode or (inode is None and not begun):
+            if live >= 0 and (live == inode or (inode is None and not begun)):
                 found[name] = branch
-            else:
+                continue
+            if live >= 0:
                 debug(f"'{root}{name}' has the name of an entry of ours, but is another's")
+            for mapping in mappings:
+                if mapping.state():
+                    found[mapping.path] = Branch(branch.tag, [mapping], adopted=True)
         return found
 
     def add(self, branch: Branch, inode: int | None = None) -> None:
@@ -1798,11 +2456,12 @@ class Ledger:
 
     def append(self, *fields: str) -> None:
         record = os.fsencode("\0".join(fields)) + b"\0\n"
-        written = os.write(self.fd, record)
-        if written < len(record):
-            os.ftruncate(self.fd, os.fstat(self.fd).st_size - written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.records += 1
+        with self.mutex:
+            written = os.write(self.fd, record)
+            if written < len(record):
+                os.ftruncate(self.fd, os.fstat(self.fd).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.records += 1
 
     def shorten(self, branches: Iterable[Branch], root: str) -> None:
         """Drops what no longer counts, once there is much of it. Raises OSError."""
@@ -1843,6 +2502,11 @@ class Tree:
         self.finished: list[tuple[Branch, OSError | None]] = []
         self.wake: Callable[[], None] = lambda: None
 
+    def mappings(self, target: str) -> list[Mapping]:
+        """The live device-mapper devices of a kind."""
+        branches = [b for b in self.live.values() if Mapping in b.kinds]
+        return [e for b in branches for e in b.entries if isinstance(e, Mapping) and e.target == target]
+
     def adopt(self) -> None:
         """Takes over what an earlier run left. Raises OSError."""
         self.live = self.ledger.read(self.root)
@@ -1882,23 +2546,42 @@ class Tree:
         for want, stale, _ in patches:
             self.unmake_all(stale, want.root, failures)
         self.remove(removals, patience, failures)
-        for want in creations:
-            if want.root not in self.live:
+        creations = [b for b in creations if b.root not in self.live]
+
+        def create(want: Branch) -> None:
+            if not (hopeless and any(hopeless(e) for e in list(failures.values()))):
                 self.create(want, failures)
-                if hopeless and want.root in failures and hopeless(failures[want.root]):
-                    return failures
+
+        slow: list[Branch] = []
+        for want in creations:
+            if self.report is None and any(kind.slow for kind in want.kinds):
+                slow.append(want)
+            else:
+                create(want)
+        self.in_threads(slow, create, None)
         for want, _, missing in patches:
             if want.root not in failures:
                 self.patch(want, missing, failures)
         return failures
 
+    def lacks(self, wanted: Sequence[Branch], kind: type[Entry]) -> bool:
+        """Whether an entry of this kind is going to be made."""
+        for want in wanted:
+            have = self.live.get(want.root)
+            if kind in want.kinds and not (have and (have is want or have.same_as(want))):
+                return True
+        return False
+
     def patch_for(self, have: Branch, want: Branch) -> tuple[list[Entry], list[Entry]] | None:
         """Links to take away and entries to add for `want`; None if it has to be made anew."""
         stale = [e for e in have.kept(Link) if e.path not in {w.path for w in want.entries}]
-        if have.tag != want.tag or any(e not in want.entries for e in have.kept(Directory)):
+        paths = {e.path for e in want.entries}
+        if have.tag != want.tag or any(
+            e.path not in paths for e in have.kept(Directory) + have.kept(Mapping)
+        ):
             return None
         missing = [e for e in want.entries if not e.is_live(self.root)]
-        if all(isinstance(e, (Link, Trigger)) for e in missing):
+        if all(e.amendable for e in missing):
             return stale + [
                 e for e in missing if isinstance(e, Link) and os.path.lexists(self.root + e.path)
             ], missing
@@ -1907,8 +2590,8 @@ class Tree:
     def make(self, entry: Entry) -> None:
         if self.report is None:
             entry.make(self.root)
-        else:
-            self.report(entry.described(self.root))
+        elif description := entry.described(self.root):
+            self.report(description)
 
     def unmake(self, entry: Entry) -> None:
         if self.report is None:
@@ -1971,7 +2654,7 @@ class Tree:
         failures: dict[str, OSError],
         made: Sequence[Entry] | None = None,
     ) -> None:
-        """Removes branches: all links, then all directories, those of many branches at a time.
+        """Removes branches: first what holds others, then all directories, those of many at a time.
 
         Taking away a namespace waits for a grace period of RCU in the kernel, some 20 ms each, unless many
         do it at once; and for the I/O of a disk that is gone, for which nobody else should wait.
@@ -1979,40 +2662,51 @@ class Tree:
         ready: list[tuple[Branch, list[Entry]]] = []
         for branch in branches:
             entries = branch.entries if made is None else made
-            if self.unmake_all([e for e in reversed(entries) if isinstance(e, Link)], branch.root, failures):
-                ready.append((branch, [e for e in reversed(entries) if isinstance(e, Directory)]))
+            if self.unmake_all([e for e in reversed(entries) if e.holds], branch.root, failures):
+                kept = [e for e in reversed(entries) if isinstance(e, (Directory, Mapping))]
+                ready.append((branch, [e for e in kept if not e.holds]))
         if not ready:
             return
+
+        def unmake(what: tuple[Branch, list[Entry]]) -> None:
+            branch, directories = what
+            problems: dict[str, OSError] = {}
+            self.unmake_all(directories, branch.root, problems)
+            self.finished.append((branch, problems.get(branch.root)))
+
         if self.report is not None or (patience is None and len(ready) <= 4):
-            for branch, directories in ready:
-                problems: dict[str, OSError] = {}
-                self.unmake_all(directories, branch.root, problems)
-                self.finished.append((branch, problems.get(branch.root)))
+            for what in ready:
+                unmake(what)
         else:
-            self.remove_in_threads(ready, patience)
+            self.leaving.update(b.root for b, _ in ready)
+            self.in_threads(ready, unmake, patience)
         failures.update(self.collect())
 
-    def remove_in_threads(self, ready: list[tuple[Branch, list[Entry]]], patience: float | None) -> None:
-        pending, unfinished = list(reversed(ready)), list(ready)
-        self.leaving.update(b.root for b, _ in ready)
+    def in_threads(self, items: Sequence[Any], work: Callable[[Any], None], patience: float | None) -> None:
+        """Does `work` for each item, for many at a time. What takes over `patience` seconds goes on."""
+        if not items or (patience is None and len(items) == 1):
+            for item in items:
+                work(item)
+            return
+        pending, unfinished = list(reversed(items)), list(items)
         all_done = _thread.allocate_lock()
         all_done.acquire()
 
-        def work() -> None:
+        def run() -> None:
             while True:
                 try:
-                    branch, directories = pending.pop()
+                    item = pending.pop()
                 except IndexError:
                     return
-                problems: dict[str, OSError] = {}
-                self.unmake_all(directories, branch.root, problems)
-                self.finished.append((branch, problems.get(branch.root)))
-                if unfinished.pop() is ready[0]:
-                    all_done.release()
-                self.wake()
+                try:
+                    work(item)
+                finally:
+                    if unfinished.pop() is items[0]:
+                        all_done.release()
+                    self.wake()
 
-        for _ in range(min(REMOVAL_THREADS, len(ready))):
-            _thread.start_new_thread(work, ())
+        for _ in range(min(THREADS, len(items))):
+            _thread.start_new_thread(run, ())
         all_done.acquire(True, -1 if patience is None else patience)
 
     def collect(self) -> dict[str, OSError]:
@@ -2044,6 +2738,181 @@ def located(e: OSError, branch: Branch, index: int) -> OSError:
 # Transports
 
 
+def random_port() -> int:
+    return 1024 + int.from_bytes(os.urandom(4), "little") % (65535 - 1024)
+
+
+class NvmeHost:
+    """The few commands that a target of our own needs from a host: an admin queue over NVMe/TCP.
+
+    NVMe base specification 2.0, NVMe over Fabrics 1.1, NVMe/TCP transport specification 1.0. All methods
+    raise OSError, for an answer that makes no sense (EPROTO) or that is late (ETIMEDOUT), too.
+    """
+
+    TIMEOUT_SEC = 5
+    ICREQ, ICRESP, COMMAND, RESPONSE, DATA = 0, 1, 4, 5, 7  # types of PDU
+    FABRICS = 0x7F
+    PROPERTY_SET, CONNECT, PROPERTY_GET = 0, 1, 4
+    SET_FEATURES, GET_FEATURES = 0x09, 0x0A
+    WRITE_PROTECT = 0x84
+    CC, CSTS = 0x14, 0x1C  # properties: controller configuration and status
+    ENABLE = 0x460001  # entries of 64 and 16 bytes, enabled
+    ANSWER_MAX = 8192  # longest PDU to take, in bytes
+    CAPSULES: ClassVar[dict[tuple[int, ...], bytes]] = {}  # sent before: they are the same for each disk
+
+    def __init__(self, address: tuple[str, int], nqn: str, host_id: str) -> None:
+        self.number = 0  # of the last command
+        self.buffer = b""  # what has arrived and is not yet looked at
+        self.socket = socket.socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC)
+        try:
+            self.socket.settimeout(self.TIMEOUT_SEC)
+            self.socket.connect(address)
+            self.initialize()
+            self.connect(nqn, host_id)
+            self.enable()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def initialize(self) -> None:
+        """The PDUs with which a connection begins: neither alignment nor digests."""
+        self.socket.sendall(bytes(nvme_tcp_hdr(self.ICREQ, 0, 128, 0, 128)).ljust(128, b"\0"))
+        kind, body = self.receive()
+        if kind != self.ICRESP or len(body) != 120 or body[:2] != b"\0\0" or body[3] & 3:
+            raise malformed(f"answer {kind} to the first PDU")
+
+    def connect(self, nqn: str, host_id: str) -> None:
+        """The Fabrics command Connect, for the admin queue, without keep-alive."""
+        data = bytes.fromhex(host_id) + b"\xff\xff" + bytes(238)
+        data += os.fsencode(nqn).ljust(256, b"\0")
+        data += f"nqn.2014-08.org.nvmexpress:uuid:{dashed(host_id)}".encode().ljust(256, b"\0")
+        queue_size = 31
+        self.send(self.FABRICS, self.CONNECT, 0, queue_size, 0, data.ljust(1024, b"\0"))
+        self.wait()
+
+    def enable(self) -> None:
+        """Switches the controller on and waits until it is ready."""
+        deadline = time.monotonic() + self.TIMEOUT_SEC
+        self.send(self.FABRICS, self.PROPERTY_SET, 0, self.CC, self.ENABLE)
+        while True:
+            self.send(self.FABRICS, self.PROPERTY_GET, 0, self.CSTS)
+            if self.number == 3:
+                self.wait(2)
+            if self.wait() & 1:
+                return
+            if time.monotonic() > deadline:
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            time.sleep(0.01)
+
+    def set_write_protect(self, namespace: int) -> None:
+        """Namespace Write Protect, until the namespace goes or a host takes it back."""
+        self.send(self.SET_FEATURES, namespace, self.WRITE_PROTECT, 1)
+        self.wait()
+
+    def send(
+        self, opcode: int, nsid: int, cdw10: int, cdw11: int, cdw12: int = 0, data: bytes = b""
+    ) -> None:
+        """Sends one command, with `data` inside."""
+        self.number += 1
+        words = (self.number, opcode, nsid, cdw10, cdw11, cdw12, len(data))
+        if words not in self.CAPSULES:
+            command = nvme_command(opcode, command_id=self.number, nsid=nsid)
+            command.cdw10, command.cdw11, command.cdw12 = cdw10, cdw11, cdw12
+            command.flags = 0x40  # what describes the data is an SGL
+            command.sgl_length = len(data)
+            # Data at an offset in the capsule, or else what stands for none (a transport's own descriptor).
+            command.sgl_type = 0x01 if data else 0x5A
+            head = nvme_tcp_hdr(self.COMMAND, 0, 72, 72 if data else 0, 72 + len(data))
+            self.CAPSULES[words] = bytes(head) + bytes(command)
+        self.socket.sendall(self.CAPSULES[words] + data)
+
+    def wait(self, number: int = 0) -> int:
+        """Waits for the end of the last command, or of `number`; the first 4 bytes of its result."""
+        kind, body = self.receive()
+        if kind != self.RESPONSE or len(body) != 16:
+            raise malformed(f"answer {kind} to a command")
+        if int.from_bytes(body[12:14], "little") != (number or self.number):
+            raise malformed("answer to another command")
+        if status := int.from_bytes(body[14:16], "little") >> 1:
+            debug(f"The target refused command {number or self.number} with status {status:#x}")
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return int.from_bytes(body[:4], "little")
+
+    def receive(self) -> tuple[int, bytes]:
+        """Type and body of the next PDU."""
+        self.fill(8)
+        head = nvme_tcp_hdr.from_buffer_copy(self.buffer)
+        if not (8 <= head.hlen <= head.plen <= self.ANSWER_MAX) or head.flags & 3:
+            raise malformed(f"PDU {head.type} of {head.plen} bytes")
+        self.fill(head.plen)
+        body, self.buffer = self.buffer[8 : head.plen], self.buffer[head.plen :]
+        return head.type, body
+
+    def fill(self, length: int) -> None:
+        while len(self.buffer) < length:
+            part = self.socket.recv(self.ANSWER_MAX)
+            if not part:
+                raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            self.buffer += part
+
+
+def raise_loopback() -> None:
+    """Switches the loopback interface on, which gives it its address. Raises OSError."""
+    s = socket.socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC)
+    try:
+        request = b"lo".ljust(16, b"\0") + (IFF_UP | IFF_LOOPBACK).to_bytes(2, sys.byteorder)
+        fcntl.ioctl(s.fileno(), SIOCSIFFLAGS, request.ljust(40, b"\0"))
+    finally:
+        s.close()
+
+
+def malformed(what: str) -> OSError:
+    debug(f"The target's answer is malformed: {what}")
+    return OSError(errno.EPROTO, os.strerror(errno.EPROTO))
+
+
+class WriteProtection(Entry):
+    """Namespace Write Protect for the only namespace of a subsystem.
+
+    Hosts may take it back, so it is courtesy to them, and says nothing about what is live. It can only be
+    asked for by a host, that is us, over the passage that the transport has open.
+    """
+
+    amendable = slow = holds = True
+
+    def __init__(self, path: str, transport: NvmeTcp) -> None:
+        super().__init__(path)
+        self.transport = transport
+
+    def unmake(self, root: str) -> None:
+        try:
+            os.unlink(self.transport.passage_link(root, self.path.partition("/namespaces/")[0]))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+
+    def make(self, root: str) -> None:
+        subsystem, _, namespace = self.path.partition("/namespaces/")
+        nqn = subsystem.rpartition("/")[2]
+        address = self.transport.open_passage(root, subsystem)
+        host = NvmeHost(address, nqn, self.transport.host_id)
+        try:
+            host.set_write_protect(int(namespace.partition("/")[0]))
+        finally:
+            host.close()
+
+    def is_live(self, root: str) -> bool:
+        return False
+
+    def described(self, root: str) -> dict[str, str]:
+        path = root + self.path
+        nqn = path.split("/")[-4]
+        command = f"# as a host of {nqn}: nvme set-feature -n 1 -f 0x84 -v 1"
+        return {"step": "write-protect", "path": path, "command": command}
+
+
 class NvmeTcp:
     """NVMe/TCP through the kernel's nvmet: a subsystem for each disk, a port for each address family.
 
@@ -2068,6 +2937,9 @@ class NvmeTcp:
         }
         self.ports: dict[int, int] = {}  # number by address family
         self.attempts = 0
+        self.passage = 0  # number of the port that is only there for ourselves
+        self.passage_port = 0  # its TCP port, once something is linked there
+        self.host_id = ""  # as which we come in there
 
     # Names
 
@@ -2095,9 +2967,9 @@ class NvmeTcp:
 
     # Ports
 
-    def choose_ports(self, live: Iterable[str]) -> None:
+    def choose_ports(self, live: dict[str, Branch]) -> None:
         """Takes the ports of an earlier run, or those that follow from the NQN unless they are taken."""
-        ours = [int(r.rpartition("/")[2]) for r in live if r.startswith("nvmet/ports/")]
+        ours = [int(r.rpartition("/")[2]) for r, b in live.items() if b.tag == "port"]
         for family in self.FAMILIES:
             if family == AF_INET6 and not os.path.exists(PROC + "net/if_inet6"):
                 debug("IPv6 is off, exporting over IPv4 only")
@@ -2114,8 +2986,7 @@ class NvmeTcp:
         """Goes on to a random port of the same parity; False if that was done often enough."""
         self.attempts += 1
         taken = self.ports[family]
-        random = 1024 + int.from_bytes(os.urandom(4), "little") % (65535 - 1024)
-        self.ports[family] = random & 0xFFFE | (family == AF_INET6)
+        self.ports[family] = random_port() & 0xFFFE | (family == AF_INET6)
         # A warning: clients may have been told the port; and --dry-run has nothing but steps in its output.
         warning(f"Port {taken} is taken, using {self.ports[family]} for {self.FAMILIES[family][2]}")
         return self.attempts <= self.ATTEMPTS
@@ -2140,6 +3011,59 @@ class NvmeTcp:
             return True
         return False
 
+    # The passage: a port on the loopback interface, there only while namespaces are write-protected
+
+    def passage_root(self) -> str:
+        return f"nvmet/ports/{self.passage}"
+
+    def choose_passage(self, live: dict[str, Branch]) -> None:
+        """Finds a number. `live` is what is ours, among it perhaps the passage of a run that was killed."""
+        ours = {r.rpartition("/")[2] for r, b in live.items() if b.tag == "passage"}
+        taken = set(list_directory(CONFIGFS + "nvmet/ports")) - ours | {str(n) for n in self.ports.values()}
+        self.passage = self.passage or self.port_number(0)
+        while str(self.passage) in taken:
+            self.passage, self.passage_port = random_port(), 0
+        self.host_id = self.host_id or self.machine.app_specific(self.NQN_APPLICATION)
+
+    def passage_branch(self, *, opened: bool) -> Branch:
+        """The passage. Where it is not `opened`, nothing is linked there, and nothing listens."""
+        path = self.passage_root()
+        entries = [
+            Directory(path),
+            Attribute(path + "/addr_adrfam", "ipv4"),
+            Attribute(path + "/addr_trtype", "tcp"),
+            Attribute(path + "/addr_trsvcid", str(self.passage_port or self.passage)),
+            Attribute(path + "/addr_traddr", "127.0.0.1"),
+        ]
+        return Branch("passage", [*entries, Links(path + "/subsystems")] if opened else entries)
+
+    def passage_link(self, root: str, subsystem: str) -> str:
+        return f"{root}{self.passage_root()}/subsystems/{os.path.basename(subsystem)}"
+
+    def open_passage(self, root: str, subsystem: str) -> tuple[str, int]:
+        """Lets ourselves in to a subsystem; address and TCP port. Raises OSError."""
+        port = root + self.passage_root()
+        for attempt in range(self.ATTEMPTS):
+            try:
+                os.symlink(root + subsystem, self.passage_link(root, subsystem))
+                break
+            except FileExistsError:
+                break
+            except OSError as e:
+                if e.errno == errno.EADDRNOTAVAIL and attempt == 0:
+                    raise_loopback()
+                    continue
+                # Nothing listens before the first link is there, so the number may still be changed.
+                if e.errno != errno.EADDRINUSE or attempt == self.ATTEMPTS - 1:
+                    raise
+                try:
+                    write_attribute(port + "/addr_trsvcid", str(random_port()))
+                except PermissionError:
+                    pass  # another thread has found a free one meanwhile
+                self.passage_port = 0
+        self.passage_port = self.passage_port or int(read_attribute(port + "/addr_trsvcid"))
+        return "127.0.0.1", self.passage_port
+
     # The wanted tree
 
     def port_branches(self) -> list[Branch]:
@@ -2163,7 +3087,8 @@ class NvmeTcp:
 
     def disk_branch(self, disk: Disk) -> Branch:
         """What has to be in configfs to export `disk`; the same object as long as nothing changes."""
-        basis = (disk.tag, disk.size, disk.model, disk.serial, disk.id_serial, tuple(self.ports.values()))
+        identity = disk.model, disk.serial, disk.id_serial
+        basis = (disk.tag, disk.size, identity, disk.access, tuple(self.ports.values()))
         if disk.wanted is None or disk.wanted[0] != basis:
             disk.wanted = basis, self.make_disk_branch(disk)
         return disk.wanted[1]
@@ -2172,6 +3097,15 @@ class NvmeTcp:
         subsystem = self.root(disk)
         namespace = subsystem + "/namespaces/1"
         links = [f"nvmet/ports/{n}/subsystems/{self.nqn(disk)}" for n in self.ports.values()]
+        node: list[Entry] = [Attribute(namespace + "/device_path", disk.node)]
+        protection: list[Entry] = []
+        if disk.access != READ_WRITE:
+            target = Mapping.READ_ONLY if disk.access == READ_ONLY else Mapping.SNAPSHOT
+            path = Mapping.path_for(disk.name, self.prefix, disk.tag, disk.node, target)
+            mapping = Mapping(path, target, disk.node, disk.size)
+            node = [mapping, MappedNode(namespace + "/device_path", mapping)]
+        if disk.access == READ_ONLY:
+            protection = [WriteProtection(namespace + "/write_protect", self)]
         entries: list[Entry] = [
             Directory(subsystem),
             Attribute(subsystem + "/attr_allow_any_host", "1"),
@@ -2184,13 +3118,19 @@ class NvmeTcp:
                 )
                 if value
             ),
+            *node[:-1],
             Directory(namespace),
-            Attribute(namespace + "/device_path", disk.node),
+            node[-1],
             OptionalAttribute(namespace + "/device_uuid", self.uuid(disk)),
-            *([Attribute(namespace + "/buffered_io", "1")] if disk.buffered else []),
+            *(
+                [Attribute(namespace + "/buffered_io", "1")]
+                if disk.buffered and disk.access == READ_WRITE
+                else []
+            ),
             Attribute(namespace + "/enable", "1"),
             # Linux 5.8; before, clients see a new size when they attach anew.
             Trigger(namespace + "/revalidate_size", str(disk.size)),
+            *protection,
             *(Link(link, subsystem) for link in links),
         ]
         return Branch(disk.tag, entries)
@@ -2257,8 +3197,16 @@ class Report:
     """What there is to show, taken at one moment."""
 
     def __init__(
-        self, machine: Machine, transport: NvmeTcp, addresses: Sequence[Address], disks: Iterable[Disk]
+        self,
+        machine: Machine,
+        transport: NvmeTcp,
+        addresses: Sequence[Address],
+        disks: Iterable[Disk],
+        memory: Memory | None = None,
+        refused: str = "",
     ) -> None:
+        self.memory = memory or Memory()
+        self.refused = refused
         self.title = f"Storage target mode: {machine.name} ({machine.os_name})"
         self.transport = transport
         self.addresses = transport.reachable(addresses)
@@ -2274,7 +3222,29 @@ class Report:
         more = (f", {waiting} waiting" if waiting else "") + (f", {failed} failed" if failed else "")
         addresses = f"{len(self.addresses)} address{'es' if len(self.addresses) != 1 else ''}"
         where = addresses if self.addresses else "no address (the network is down)"
-        return f"Exporting {disks} at {where}{more}."
+        if writable := sum(1 for d in self.exported if d.access == READ_WRITE):
+            disks += f" ({writable} read-write)"
+        if self.refused:
+            return f"Exporting nothing: {self.refused}."
+        return f"Exporting {disks} at {where}{more}{self.fill_text('; ')}."
+
+    def fill_text(self, before: str) -> str:
+        """How full the memory for snapshots is; empty if there are none."""
+        if not self.memory.filled:
+            return ""
+        used, size = self.memory.used, self.memory.size
+        full = any(full for _, _, full in self.memory.filled.values())
+        text = f"snapshots use {size_text(used)} of {size_text(size)} of memory ({100 * used // size} %)"
+        return before + text + (", which is full: writes fail" if full else "")
+
+    def access_text(self, disk: Disk) -> str:
+        """A disk's access as the screen has it."""
+        if disk.access == SNAPSHOT and disk.branch:
+            for mapping in disk.branch.kept(Mapping) if Mapping in disk.branch.kinds else ():
+                used, limit, full = self.memory.filled.get(os.path.basename(mapping.path), (0, 0, False))
+                if full or limit:
+                    return SNAPSHOT_FULL if full else f"snapshot {100 * used // limit:2} %"
+        return disk.access.upper() if disk.access == READ_WRITE else disk.access
 
     def for_plymouth(self) -> str:
         lines = [self.transport.connect(a, "connect-all") for a in self.addresses]
@@ -2291,12 +3261,19 @@ class Report:
             found["network"] = "The network is down: no address yet at which disks could be attached"
         for disk in self.exported:
             described = ", ".join(
-                filter(None, (size_text(disk.size), disk.model, self.transport.serial(disk)))
+                filter(None, (size_text(disk.size), disk.model, self.transport.serial(disk), disk.access))
             )
             found[f"disk {disk.key} {disk.tag}"] = (
                 f"Exporting '{disk.node}' ({described}) as {self.transport.nqn(disk)}"
             )
             found[f"size {disk.key} {disk.tag}"] = f"'{disk.node}' has {disk.size} bytes"
+        if self.refused:
+            return {}
+        for disk in self.exported:
+            if self.access_text(disk) == SNAPSHOT_FULL:
+                found[f"full {disk.key}"] = (
+                    f"The memory for changes of '{disk.node}' is full: writes to it fail, reads go on"
+                )
         for disk, why in self.others:
             found[f"other {disk.key}"] = f"Not exporting '{disk.node}': {why}"
         return found
@@ -2305,6 +3282,8 @@ class Report:
         """The screen's body: groups of lines to keep together, each line with its style."""
         blocks: list[list[tuple[str, str]]] = []
         count = len(self.exported)
+        if self.refused:
+            return [[("alert", "No disk is exported:"), ("", ""), ("alert", self.refused)]]
         if not self.addresses:
             blocks.append(
                 [("alert", "The network is down: plug in a cable, or wait for an address."), ("", "")]
@@ -2327,9 +3306,10 @@ class Report:
         elif self.addresses:
             blocks.append([("", "To attach one disk:"), ("", "")])
         for disk in self.exported:
-            about = f"{disk.node:<13} {size_text(disk.size):>9}  {disk.model.replace('_', ' ')}"
-            about = f"{about:<50}  {self.transport.serial(disk)}"
-            lines = [("disk", about[: width - 1])]
+            access = self.access_text(disk)
+            about = f"{disk.node:<12} {size_text(disk.size):>8}  {access:<13} {disk.model.replace('_', ' ')}"
+            about = f"{about[:57]:<57}  {self.transport.serial(disk)}"
+            lines = [(disk.access, about[: width - 1])]
             if self.addresses:
                 command = self.transport.connect(self.addresses[0], "connect")
                 lines += [
@@ -2337,6 +3317,9 @@ class Report:
                     for line in folded(command, width, f"-n {quoted(self.transport.nqn(disk))}")
                 ]
             blocks.append([*lines, ("", "")])
+        if fill := self.fill_text(""):
+            full = any(full for _, _, full in self.memory.filled.values())
+            blocks.append([("alert" if full else "", fill[0].upper() + fill[1:] + "."), ("", "")])
         if self.others:
             blocks.append([("", "Not exported:")])
             blocks += [[("dim", f"{d.node:<13} {why}"[: width - 1])] for d, why in self.others]
@@ -2388,7 +3371,9 @@ class Screen:
     STYLES: ClassVar[dict[str, str]] = {
         "title": "\x1b[7m",
         "command": "\x1b[1m",
-        "disk": "\x1b[36m",
+        READ_ONLY: "\x1b[32m",
+        SNAPSHOT: "\x1b[36m",
+        READ_WRITE: "\x1b[1;33m",
         "alert": "\x1b[1;31m",
         "dim": "\x1b[2m",
     }
@@ -2562,10 +3547,20 @@ def paginated(blocks: Iterable[list[tuple[str, str]]], width: int, room: int) ->
 class Service:
     """Exports disks until it is told to stop."""
 
-    def __init__(self, machine: Machine, transport: NvmeTcp, inventory: Inventory) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        transport: NvmeTcp,
+        inventory: Inventory,
+        memory: Memory | None = None,
+        refused: str = "",
+    ) -> None:
         self.machine = machine
         self.transport = transport
         self.inventory = inventory
+        self.memory = memory or Memory()
+        self.refused = refused  # why nothing is exported, if it is not to be
+        self.shared = 0.0  # when the memory was last divided, in seconds of the monotonic clock
         self.ledger = Ledger(f"{RUN}{transport.prefix}.entries")
         self.tree = Tree(CONFIGFS, self.ledger)
         self.addresses: list[Address] = []
@@ -2581,7 +3576,9 @@ class Service:
 
     def run(self) -> int:
         """Returns the exit code. Raises UserError for what prevents the start."""
-        if not self.inventory.all:
+        if self.refused:
+            error(self.refused)
+        elif not self.inventory.all:
             self.inventory.check_named()
             self.check_names()
         prepare_kernel()
@@ -2610,6 +3607,17 @@ class Service:
                 error(message)
         return 0 if clean else 1
 
+    @staticmethod
+    def set_urgent(urgent: bool) -> None:
+        """Comes before all others, or no longer.
+
+        Not by a nice value, which counts only inside a session (sched(7), "The autogroup feature").
+        """
+        try:
+            os.sched_setscheduler(0, os.SCHED_RR if urgent else os.SCHED_OTHER, os.sched_param(int(urgent)))
+        except OSError as e:
+            debug(f"Failed to change the priority, ignoring: {reason_of(e)}")
+
     def check_names(self) -> None:
         """Raises UsageError if the NQN is too long for one of the disks."""
         for disk in self.inventory.candidates():
@@ -2630,24 +3638,12 @@ class Service:
         for disk in disks:
             if disk.fd < 0 and not disk.failed:
                 self.claim(disk, now, strict=strict)
-        while True:
-            branches = self.transport.port_branches()
-            owners = {}
-            for disk in disks:
-                if (branch := self.wanted_branch(disk)) is not None:
-                    branches.append(branch)
-                    owners[branch.root] = disk
-            patience = LOCK_WAIT_SEC if strict else REMOVAL_WAIT_SEC
-            failures = self.tree.reconcile(branches, patience, self.transport.concerns_port)
-            if not any(self.transport.adapt(root, e) for root, e in failures.items()):
-                break
-        for disk in self.inventory.disks.values():
-            root = self.transport.root(disk)
-            disk.branch = None if root in self.tree.leaving else self.tree.live.get(root)
-        for root, problem in failures.items():
-            self.fail(owners.get(root), root, problem, strict=strict)
-        if any(root in self.tree.live for root in failures):
-            self.tree.reconcile([b for b in branches if b.root not in failures], REMOVAL_WAIT_SEC)
+        # udev looks at each device that is made on the way: that can wait.
+        self.set_urgent(True)
+        try:
+            self.apply(disks, strict=strict)
+        finally:
+            self.set_urgent(False)
         try:
             self.ledger.shorten(self.tree.live.values(), CONFIGFS)
         except OSError as e:
@@ -2656,6 +3652,75 @@ class Service:
             self.ready = True
             notify("READY=1")
         self.dirty = True
+
+    def apply(self, disks: Sequence[Disk], *, strict: bool) -> None:
+        """Makes what these disks ask for, and takes away all else."""
+        while True:
+            branches = self.transport.port_branches()
+            owners = {}
+            for disk in disks:
+                if (branch := self.wanted_branch(disk)) is not None:
+                    branches.append(branch)
+                    owners[branch.root] = disk
+            patience = LOCK_WAIT_SEC if strict else REMOVAL_WAIT_SEC
+            self.share_memory(branches)
+            passage, branches = self.with_passage(branches)
+            failures = self.tree.reconcile(passage + branches, patience, self.transport.concerns_port)
+            if not any(self.transport.adapt(root, e) for root, e in failures.items()):
+                break
+        if self.memory.filled or self.tree.mappings(Mapping.SNAPSHOT):
+            self.share_memory()
+        for disk in self.inventory.disks.values():
+            root = self.transport.root(disk)
+            disk.branch = None if root in self.tree.leaving else self.tree.live.get(root)
+        for root, problem in failures.items():
+            self.fail(owners.get(root), root, problem, strict=strict)
+        if passage or any(root in self.tree.live for root in failures):
+            rest = self.kept_passage() + [b for b in branches if b.root not in failures]
+            for root, problem in self.take_away(rest, patience).items():
+                self.fail(None, root, problem, strict=False)
+
+    def with_passage(self, branches: list[Branch]) -> tuple[list[Branch], list[Branch]]:
+        """The passage, if one is needed, and what can be made with it."""
+        if not self.tree.lacks(branches, WriteProtection):
+            return self.kept_passage(), branches
+        if self.transport.passage_root() not in self.tree.leaving:
+            self.transport.choose_passage(self.tree.live)
+            return [self.transport.passage_branch(opened=True)], branches
+        # It is going, and the kernel still waits for some disk. What needs it comes after that.
+        now = [self.tree.live.get(b.root) if self.tree.lacks([b], WriteProtection) else b for b in branches]
+        return [], [b for b in now if b]
+
+    def kept_passage(self) -> list[Branch]:
+        """The passage, closed, where it must stay: the kernel removes no port while it waits for a disk."""
+        kept = self.tree.leaving and self.transport.passage_root() in self.tree.live
+        return [self.transport.passage_branch(opened=False)] if kept else []
+
+    def take_away(self, wanted: Sequence[Branch], patience: float | None) -> dict[str, OSError]:
+        """Leaves only what is wanted, with a few tries; returns what still failed, by root."""
+        failures: dict[str, OSError] = {}
+        for _ in range(3):
+            failures = self.tree.reconcile(wanted, patience)
+            if not failures:
+                break
+        return failures
+
+    def share_memory(self, wanted: Sequence[Branch] = ()) -> None:
+        """Divides the memory for snapshots among those that are live and those that are going to be."""
+        self.shared = time.monotonic()
+        live = {m.path: m for m in self.tree.mappings(Mapping.SNAPSHOT)}
+        coming = [
+            m
+            for b in wanted
+            if Mapping in b.kinds
+            for m in b.kept(Mapping)
+            if isinstance(m, Mapping) and m.target == Mapping.SNAPSHOT and m.path not in live
+        ]
+        before = self.memory.filled
+        if live or coming or before:
+            self.memory.share(live.values(), coming)
+        if self.memory.filled != before:
+            self.dirty = True
 
     def claim(self, disk: Disk, now: float, *, strict: bool) -> None:
         """Takes a disk's lock, if udev is done with it and nobody holds it; says when that takes long."""
@@ -2701,6 +3766,8 @@ class Service:
             return
         if problem.errno == errno.EEXIST:
             reason = f"another program made '{self.transport.nqn(disk)}'; stop it, or give another --nqn"
+        elif str(problem.filename).startswith("dm/"):
+            reason = why_not_mapped(problem, disk)
         elif problem.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             reason += "; it may be write-protected"
         elif problem.errno in (errno.ENOMEDIUM, errno.ENXIO):
@@ -2772,6 +3839,10 @@ class Service:
                 deadlines.append(self.shown + REDRAW_SEC)
             if self.pending():
                 deadlines.append(now + self.pause)
+            if self.memory.filled:
+                if now - self.shared >= STORE_POLL_SEC:
+                    self.share_memory()
+                deadlines.append(self.shared + STORE_POLL_SEC)
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
             ready = {fd for fd, _ in poll.poll(timeout)}
             keys = self.view.keys
@@ -2811,7 +3882,8 @@ class Service:
     def show(self, now: float) -> None:
         self.dirty = False
         self.shown = now
-        report = Report(self.machine, self.transport, self.addresses, self.inventory.disks.values())
+        disks = self.inventory.disks.values()
+        report = Report(self.machine, self.transport, self.addresses, disks, self.memory, self.refused)
         self.view.show(report)
         if (status := report.status()) != self.status:
             self.status = status
@@ -2824,15 +3896,10 @@ class Service:
         """Takes all exports down again; False if some would not go."""
         self.stopping = True
         notify("STOPPING=1")
-        failures: dict[str, OSError] = {}
         while self.tree.leaving:  # a second signal ends this, too
             time.sleep(LOCK_POLL_SEC[0])
             self.tree.collect()
-        for _ in range(3):
-            failures = self.tree.reconcile([])
-            if not self.tree.live:
-                break
-        for root, problem in failures.items():
+        for root, problem in self.take_away([], None).items():
             error(f"Failed to remove '{CONFIGFS}{root}': {reason_of(problem)}; remove what is below it")
         for disk in self.inventory.disks.values():
             disk.close()
@@ -2865,6 +3932,11 @@ class Options:
         self.dry_run = False
         self.json = False
         self.force = False
+        self.mode = ""  # one of ACCESS; empty if none was asked for
+        self.store = 0  # for the changes of snapshots, in bytes; 0 for half of what is available
+        self.rules: list[tuple[str, str]] = []  # glob and kind of access
+        self.kernel_command_line = False
+        self.refused = ""  # why nothing is exported although the service runs
         self.help = False
         self.version = False
 
@@ -2877,11 +3949,26 @@ OPTIONS = (
         "",
         "Export all local disks, now and as they come and go;\ntwice: also those in use by this system",
     ),
-    ("", "nqn", "NQN", "Use this NVMe Qualified Name before the disks' names"),
+    ("", "nqn", "=NQN", "Use this NVMe Qualified Name before the disks' names"),
+    ("", "read-only", "", "Let nobody write to the disks (default)"),
+    (
+        "",
+        "snapshot",
+        "[=SIZE]",
+        "Keep what is written in memory, at most SIZE bytes\n(or K, M, G, T), and forget it at the end",
+    ),
+    ("", "read-write", "", "Let whoever attaches the disks change them"),
+    (
+        "",
+        "access",
+        "=GLOB:MODE",
+        "Use this mode for disks whose node, link, serial\nnumber or model matches; the first one counts",
+    ),
     ("", "force", "", "Export the named devices even if they are in use"),
     ("", "list-devices", "", "Show what --all would export, what not, and why"),
-    ("", "dry-run", "", "Show each step in configfs and do none; needs no root"),
+    ("", "dry-run", "", "Show each step and do none; needs no root"),
     ("", "json", "", "With --list-devices or --dry-run: as JSON"),
+    ("", "kernel-command-line", "", "Take rd.storagetm.OPTION there for --OPTION, too"),
     ("h", "help", "", "Show this help"),
     ("", "version", "", "Show the version"),
 )
@@ -2897,10 +3984,10 @@ def help_text() -> str:
         "",
     ]
     for short, name, value, text in OPTIONS:
-        left = (f"-{short} " if short else "   ") + f"--{name}" + (f"={value}" if value else "")
+        left = (f"-{short} " if short else "   ") + f"--{name}{value}"
         first, *rest = text.split("\n")
-        lines.append(f"  {left:<22}{first}")
-        lines += [" " * 24 + line for line in rest]
+        lines.append(f"  {left:<25}{first}")
+        lines += [" " * 27 + line for line in rest]
     return "\n".join([*lines, "", "See storagetm(8) for the details."])
 
 
@@ -2918,12 +4005,14 @@ def parse_arguments(argv: Sequence[str]) -> Options:
             matches = [o for o in OPTIONS if o[1] == name] or [o for o in OPTIONS if o[1].startswith(name)]
             if len(matches) != 1:
                 raise UsageError(f"{'Ambiguous' if matches else 'Unknown'} option '--{name}'; see --help")
-            if matches[0][2] and not equals:
+            if matches[0][2].startswith("=") and not equals:
                 if not rest:
                     raise UsageError(f"Option '--{matches[0][1]}' needs a value")
                 value = rest.pop(0)
             elif equals and not matches[0][2]:
                 raise UsageError(f"Option '--{matches[0][1]}' takes no value")
+            elif equals and not value and matches[0][2].startswith("["):
+                raise UsageError(f"--{matches[0][1]}= is empty")
             set_option(options, matches[0][1], value)
         elif argument.startswith("-") and argument != "-":
             for letter in argument[1:]:
@@ -2933,7 +4022,21 @@ def parse_arguments(argv: Sequence[str]) -> Options:
                 set_option(options, known[0][1], "")
         else:
             options.devices.append(argument)
-    if not (options.help or options.version):
+    if options.kernel_command_line:
+        words = []
+        try:
+            words = split_command_line(read_bytes(PROC + "cmdline"))
+        except OSError as e:
+            warning(f"Failed to read the kernel command line: {reason_of(e)}")
+        try:
+            add_options(options, options_from_kernel(words, os.path.exists(ETC + "initrd-release")))
+            if not (options.help or options.version):
+                check_arguments(options)
+        except UsageError as e:
+            # The service's unit cannot be edited where this is used, and its failure would boot the machine
+            # before anyone has read why.
+            options.refused = str(e)
+    elif not (options.help or options.version):
         check_arguments(options)
     return options
 
@@ -2944,8 +4047,98 @@ def set_option(options: Options, name: str, value: str) -> None:
         options.nqn = value
     elif name == "all":
         options.all += 1
+    elif name in ACCESS:
+        if options.mode not in ("", name):
+            raise UsageError(f"--{name} and --{options.mode} do not go together; see --access=")
+        options.mode = name
+        options.store = parse_size(value) if value else options.store
+    elif name == "access":
+        options.rules.append(parse_rule(value))
     else:
         setattr(options, name.replace("-", "_"), True)
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from a number that K, M, G or T (powers of 1024) may follow. Raises UsageError."""
+    digits = text[:-1] if text[-1:].upper() in "KMGT" else text
+    shift = 10 * (1 + "KMGT".index(text[-1].upper())) if digits != text else 0
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 16):
+        raise UsageError(f"--snapshot={text} is no size; give bytes, or a number with K, M, G or T")
+    size = int(digits) << shift
+    if not STORE_MIN <= size < 1 << 62:
+        raise UsageError(f"--snapshot={text} is too {'small' if size < STORE_MIN else 'large'}")
+    return size
+
+
+def parse_rule(text: str) -> tuple[str, str]:
+    """Glob and kind of access. The last colon is between them: by-path links have others.
+
+    Raises UsageError.
+    """
+    glob, _, mode = text.rpartition(":")
+    if not glob or mode not in ACCESS:
+        raise UsageError(f"--access={text} is not GLOB:MODE with one of the modes {', '.join(ACCESS)}")
+    return glob, mode
+
+
+def split_command_line(raw: bytes) -> list[str]:
+    """The words of the kernel command line, as systemd has them. Takes any bytes.
+
+    Quotes of both kinds may be anywhere in a word and are taken away, a backslash is a backslash, and what
+    is not closed ends with the line.
+    """
+    words: list[str] = []
+    word, quote, begun = "", "", False
+    for c in raw.strip(b"\0\n").decode("utf-8", "replace") + " ":
+        if quote:
+            word, quote = (word, "") if c == quote else (word + c, quote)
+        elif c in "\"'":
+            quote, begun = c, True
+        elif c.isspace():
+            words += [word] if begun else []
+            word, begun = "", False
+        else:
+            word, begun = word + c, True
+    words += [word[:-1]] if quote else []
+    return [printable(w.encode()) for w in words]
+
+
+def options_from_kernel(words: Iterable[str], initrd: bool) -> Options:
+    """The options in `storagetm.NAME[=VALUE]`. With `rd.` in front they only count in an initrd, as all do.
+
+    Raises UsageError for bad values.
+    """
+    found = Options()
+    for word in words:
+        key, equals, value = word.partition("=")
+        prefix, dot, name = key.removeprefix("rd.").partition(".") if initrd else key.partition(".")
+        if prefix != "storagetm" or not dot:
+            continue
+        option = [o for o in OPTIONS if o[1] == name.replace("_", "-") and o[1] != "kernel-command-line"]
+        if not option:
+            warning(f"Unknown option '{key}' on the kernel command line, ignoring it")
+            continue
+        try:
+            if equals and not option[0][2]:
+                raise UsageError(f"'{key}' takes no value")
+            if (not equals and option[0][2].startswith("=")) or (equals and not value):
+                raise UsageError(f"'{key}' needs a value")
+            set_option(found, option[0][1], value)
+        except UsageError as e:
+            raise UsageError(f"Kernel command line: {str(e).replace('--', 'storagetm.')}; correct it") from e
+    return found
+
+
+def add_options(options: Options, more: Options) -> None:
+    """Adds options that count less than those that are there."""
+    if not options.mode:
+        options.rules += more.rules
+        options.mode = more.mode
+    options.store = options.store or more.store
+    options.nqn = options.nqn or more.nqn
+    options.all = max(options.all, more.all) if not options.devices else options.all
+    for name in ("list_devices", "dry_run", "json", "force", "help", "version"):
+        setattr(options, name, getattr(options, name) or getattr(more, name))
 
 
 def check_nqn(nqn: str) -> None:
@@ -2997,7 +4190,7 @@ def write_json(value: object) -> None:
 
 def list_devices(options: Options) -> int:
     """Says what --all would export, what not, and why."""
-    inventory = Inventory((), True, options.all > 1)
+    inventory = Inventory((), True, options.all > 1, Access(options.rules, options.mode))
     inventory.rescan()
     disks = sorted(inventory.disks.values(), key=lambda d: natural_order(d.name))
     if options.json:
@@ -3009,6 +4202,7 @@ def list_devices(options: Options) -> int:
                     "model": d.model or None,
                     "serial": d.serial or None,
                     "export": not d.left_out,
+                    "access": None if d.left_out else d.access,
                     "reason": d.left_out or None,
                 }
                 for d in disks
@@ -3018,7 +4212,7 @@ def list_devices(options: Options) -> int:
     rows = [("NODE", "SIZE", "MODEL", "SERIAL", "EXPORT")]
     for d in disks:
         rows.append(
-            (d.node, size_text(d.size), d.model, d.serial, f"no: {d.left_out}" if d.left_out else "yes")
+            (d.node, size_text(d.size), d.model, d.serial, f"no: {d.left_out}" if d.left_out else d.access)
         )
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
@@ -3046,6 +4240,9 @@ def dry_run(options: Options, transport: NvmeTcp, inventory: Inventory) -> int:
         if why := transport.why_name(disk):
             raise UsageError(f"--nqn= is too long for '{disk.node}': {why}")
         branches.append(transport.disk_branch(disk))
+    if tree.lacks(branches, WriteProtection):
+        transport.choose_passage(tree.live)
+        branches.insert(0, transport.passage_branch(opened=True))
     for root, problem in tree.reconcile(branches).items():
         error(f"Would fail at '{CONFIGFS}{root}': {reason_of(problem)}")
         code = 1
@@ -3074,10 +4271,14 @@ def start(argv: Sequence[str]) -> int:
         raise UserError("Only root can export disks; run it as root, or see what it would do with --dry-run")
     machine = Machine()
     transport = NvmeTcp(machine, options.nqn)
-    inventory = Inventory(options.devices, bool(options.all), options.force or options.all > 1)
+    if options.refused:
+        options.devices, options.all = [], 0
+    access = Access(options.rules, options.mode)
+    force = options.force or options.all > 1
+    inventory = Inventory(options.devices, bool(options.all), force, access)
     if options.dry_run:
         return dry_run(options, transport, inventory)
-    return Service(machine, transport, inventory).run()
+    return Service(machine, transport, inventory, Memory(options.store), options.refused).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

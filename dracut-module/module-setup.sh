@@ -61,7 +61,7 @@ installkernel() {
 }
 
 install() {
-    local files program unit_dir unit
+    local files program rules unit_dir unit
 
     unit_dir=$(storagetm_unit_dir)
     program=$(storagetm_program)
@@ -108,6 +108,13 @@ install() {
     inst_rules 60-block.rules 60-cdrom_id.rules 60-persistent-storage.rules 75-net-description.rules \
         80-net-setup-link.rules 99-systemd.rules
     inst_multiple -o "$udevdir"/ata_id "$udevdir"/cdrom_id "$udevdir"/scsi_id
+    # dracut does not look in /usr/local.
+    for rules in /usr/local/lib/udev "$udevdir"; do
+        if [[ -e $rules/rules.d/54-storagetm.rules ]]; then
+            inst_simple "$rules"/rules.d/54-storagetm.rules "$udevdir"/rules.d/54-storagetm.rules
+            break
+        fi
+    done
 
     # The names under which disks are exported are made from the machine ID. dracut's systemd module puts it into an
     # image for this host; in a generic one systemd makes it up at each boot, except on virtual machines whose firmware

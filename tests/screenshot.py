@@ -26,6 +26,9 @@ OPTIONS = (
     "console=tty0",
     "video=640x480",
     "quiet",
+    # One of each kind.
+    "rd.storagetm.access=ST4000*:read-write",
+    "rd.storagetm.access=/dev/nvme*:snapshot",
 )
 MACHINE_ID = "5f1d43c6c6d34c0c8a5c32c1f7a0e0d1"
 PRODUCT = "Workstation W30"
@@ -62,7 +65,7 @@ def main() -> None:
         ) as machine:
             machine.start()
             machine.agent.request({"op": "hello"}, 300)
-            status = f"Exporting {len(DISKS)} disks at 2 addresses."
+            status = f"Exporting {len(DISKS)} disks (1 read-write) at 2 addresses"
             machine.wait_run(
                 f"systemctl show --property=StatusText storagetm.service | grep '{status}'", 180
             )

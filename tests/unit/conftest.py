@@ -27,6 +27,12 @@ settings.register_profile("unit", database=None, deadline=None, max_examples=30)
 settings.load_profile("unit")
 
 
+@pytest.fixture(autouse=True)
+def read_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands between disk and export otherwise is the kernel's, and tested in emulated machines."""
+    monkeypatch.setattr(storagetm, "DEFAULT_ACCESS", storagetm.READ_WRITE)
+
+
 class CapturedMachine:
     """A captured machine below `root`, where its files can be changed.
 

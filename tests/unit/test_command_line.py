@@ -237,7 +237,7 @@ def test_help() -> None:
     assert result.stderr == b""
     text = result.stdout.decode()
     for short, name, value, what in storagetm.OPTIONS:
-        option = (f"-{short} " if short else "") + f"--{name}" + (f"={value}" if value else "")
+        option = (f"-{short} " if short else "") + f"--{name}{value}"
         first = what.partition("\n")[0]
         assert re.search(rf"^ +{re.escape(option)} +{re.escape(first)}$", text, re.MULTILINE), option
     assert max(map(len, text.split("\n"))) < 80

@@ -322,7 +322,7 @@ V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
 @pytest.mark.usefixtures("nvmet")
 def test_choose_ports() -> None:
     transport = storagetm.NvmeTcp(storagetm.Machine())
-    transport.choose_ports([])
+    transport.choose_ports({})
     assert transport.ports == {V4: 59936, V6: 36681}
 
 
@@ -330,7 +330,7 @@ def test_choose_ports() -> None:
 def test_choose_ports_without_ipv6(places: Path) -> None:
     (places / "proc/net/if_inet6").unlink()
     transport = storagetm.NvmeTcp(storagetm.Machine())
-    transport.choose_ports([])
+    transport.choose_ports({})
     assert transport.ports == {V4: 59936}
 
 
@@ -339,7 +339,9 @@ def test_choose_ports_of_an_earlier_run(nvmet: Path) -> None:
     (nvmet / "1234").mkdir()
     (nvmet / "59936").mkdir()
     transport = storagetm.NvmeTcp(storagetm.Machine())
-    transport.choose_ports(["nvmet/subsystems/x", "nvmet/ports/1234", "nvmet/ports/4321"])
+    live = {"nvmet/subsystems/x": "254:0 1", "nvmet/ports/1234": "port", "nvmet/ports/4321": "port"}
+    live["nvmet/ports/2468"] = "passage"
+    transport.choose_ports({r: storagetm.Branch(t, [storagetm.Directory(r)]) for r, t in live.items()})
     assert transport.ports == {V4: 1234, V6: 4321}
 
 
@@ -347,7 +349,7 @@ def test_choose_other_ports(nvmet: Path, capfd: pytest.CaptureFixture[str]) -> N
     (nvmet / "59936").mkdir()
     (nvmet / "36681").mkdir()
     transport = storagetm.NvmeTcp(storagetm.Machine())
-    transport.choose_ports([])
+    transport.choose_ports({})
     assert transport.ports[V4] != 59936
     assert transport.ports[V6] != 36681
     assert [n & 1 for n in transport.ports.values()] == [0, 1]
@@ -367,7 +369,7 @@ def test_no_port_is_free(nvmet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "urandom", urandom)
     with pytest.raises(storagetm.UserError, match="free port for IPv4"):
-        storagetm.NvmeTcp(storagetm.Machine()).choose_ports([])
+        storagetm.NvmeTcp(storagetm.Machine()).choose_ports({})
     assert len(numbers) == 17  # the last is not tried any more
 
 
@@ -375,7 +377,7 @@ def test_no_port_is_free(nvmet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def busy(nvmet: Path) -> storagetm.NvmeTcp:
     """A transport that has chosen its ports."""
     transport = storagetm.NvmeTcp(storagetm.Machine())
-    transport.choose_ports([])
+    transport.choose_ports({})
     assert nvmet.exists()
     return transport
 

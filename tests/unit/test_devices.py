@@ -21,7 +21,7 @@ from tests.unit.conftest import CapturedMachine
 
 Unpack = Callable[[str], CapturedMachine]
 
-READ_ONLY = "it is read-only, and the kernel's NVMe target only takes what it may write to"
+READ_ONLY = "it is read-only, and was asked for read-write; see --read-only and --snapshot"
 NO_MEDIUM = "No medium found; insert one and it will be exported"
 ROOT = "it is in use: '/dev/vda' is mounted on '/'"
 VOLUME = "it is in use: '/dev/dm-1' (group-volume) is mounted on '/mnt/on the stack'"
@@ -101,6 +101,30 @@ def named(*paths: str, force: bool = False) -> storagetm.Inventory:
 
 
 # What --all takes
+
+
+def test_what_is_in_between(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """Loop devices of nothing and what is ours between a disk and its export are not told of."""
+    machine = unpack("trixie-assembled")
+    loop = machine.path("/sys/class/block/loop0")
+    (loop / "loop").mkdir(exist_ok=True)
+    (loop / "holders").mkdir(exist_ok=True)
+
+    def seen() -> set[str]:
+        inventory.rescan()
+        return {n for n in inventory.disks if n in ("loop0", "dm-1")}
+
+    (loop / "loop/backing_file").unlink(missing_ok=True)
+    assert seen() == {"dm-1"}
+    machine.attribute("loop0", "loop/backing_file", "/image")
+    assert seen() == {"loop0", "dm-1"}
+    (loop / "holders/dm-1").touch()
+    assert seen() == {"loop0", "dm-1"}
+    machine.attribute("dm-1", "dm/uuid", "storagetm-image-0123456789abcdef")
+    assert seen() == set()
+    (loop / "holders/dm-1").unlink()
+    machine.attribute("loop0", "loop/backing_file", "/memfd:storagetm (deleted)")
+    assert seen() == set()
 
 
 @pytest.mark.parametrize("name", REASONS)
@@ -805,7 +829,7 @@ def test_list_devices(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None
     column = lines[0].index("EXPORT")
     shown = {line.split()[0]: line[column:] for line in lines[1:] if line}
     for name, why in USED.items():
-        assert shown[f"/dev/{name}"] == (f"no: {why}" if why else "yes")
+        assert shown[f"/dev/{name}"] == (f"no: {why}" if why else "read-write")
 
 
 def test_list_devices_as_json(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
@@ -818,6 +842,7 @@ def test_list_devices_as_json(unpack: Unpack, capfd: pytest.CaptureFixture[str])
         "model": "QEMU_HARDDISK",
         "serial": "DISK-SCSI",
         "export": True,
+        "access": "read-write",
         "reason": None,
     }
     assert listed["/dev/vdc"]["export"] is False

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -51,13 +52,28 @@ def test_source_date_epoch(packed: Path, tmp_path: Path) -> None:
     assert build(tmp_path / "z.pyz", SOURCE_DATE_EPOCH="0") == packed.read_bytes()
 
 
+def statements(source: bytes) -> list[tuple[int, str]]:
+    """Line and meaning of each statement; docstrings are all the same."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            found.append((node.lineno, "docstring"))
+        elif isinstance(node, ast.stmt) and not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.append((node.lineno, ast.dump(node) if not hasattr(node, "body") else type(node).__name__))
+    return found
+
+
 def test_executable_and_small(packed: Path) -> None:
     assert packed.stat().st_mode & 0o777 == 0o755
     assert packed.stat().st_size < 40 * 1024
     assert packed.read_bytes().startswith(b"#!/usr/bin/python3 -IS\n")
     with zipfile.ZipFile(packed) as archive:
         assert archive.testzip() is None
-        assert archive.read("storagetm.py") == (PROJECT / "storagetm.py").read_bytes()
+        packed_source, source = archive.read("storagetm.py"), (PROJECT / "storagetm.py").read_bytes()
+    # The same program, each statement in its line, but for what only people read.
+    assert statements(packed_source) == statements(source)
+    assert len(packed_source) < 0.9 * len(source)
+    assert packed_source.split(b"\n")[1] == b"# SPDX-License-Identifier: LGPL-2.1-or-later"
     assert list(packed.parent.iterdir()) == [packed]
 
 

@@ -455,10 +455,13 @@ def test_status_is_told_when_it_changes(start: Start, manager: Manager) -> None:
     run.service.synchronise(strict=True)
     run.service.show(0.0)
     run.service.show(1.0)
-    assert manager.told() == ["READY=1", "STATUS=Exporting 8 disks at no address (the network is down)."]
+    assert manager.told() == [
+        "READY=1",
+        "STATUS=Exporting 8 disks (8 read-write) at no address (the network is down).",
+    ]
     run.service.addresses = [storagetm.Address(storagetm.AF_INET, "192.0.2.1", "eth0", False)]
     run.service.show(2.0)
-    assert manager.told() == ["STATUS=Exporting 8 disks at 1 address."]
+    assert manager.told() == ["STATUS=Exporting 8 disks (8 read-write) at 1 address."]
 
 
 def test_first_signal_stops_and_the_second_ends(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

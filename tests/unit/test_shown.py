@@ -116,7 +116,7 @@ def test_one_disk(screen: storagetm.Screen) -> None:
         "",
         "To attach one disk:",
         "",
-        "/dev/vda         1.0 GB  QEMU HARDDISK              SERIAL-1",
+        "/dev/vda       1.0 GB  READ-WRITE    QEMU HARDDISK         SERIAL-1",
         "  nvme connect -t tcp -a 192.0.2.1 -s 59936 \\",
         f"    -n {PREFIX}.vda",
         *[""] * 13,
@@ -368,7 +368,7 @@ def test_plain_terminal(capfd: pytest.CaptureFixture[str]) -> None:
 
 FACTS = [
     "Attach all disks with: nvme connect-all -t tcp -a 192.0.2.1 -s 59936",
-    f"Exporting '/dev/vda' (1.0 GB, QEMU_HARDDISK, SERIAL-1) as {PREFIX}.vda",
+    f"Exporting '/dev/vda' (1.0 GB, QEMU_HARDDISK, SERIAL-1, read-write) as {PREFIX}.vda",
     "Not exporting '/dev/vdb': it has size 0",
 ]
 
@@ -399,7 +399,7 @@ def test_journal_has_what_changes(lines: Any) -> None:
     assert lines() == ["Attach all disks with: nvme connect-all -t tcp -a 2001:db8::1 -s 36681"]
     view.show(report([first, second], addresses(1)))
     assert lines() == [
-        f"Exporting '/dev/vdb' (2.0 GB, QEMU_HARDDISK, SERIAL-2) as {PREFIX}.vdb",
+        f"Exporting '/dev/vdb' (2.0 GB, QEMU_HARDDISK, SERIAL-2, read-write) as {PREFIX}.vdb",
         "No longer: Attach all disks with: nvme connect-all -t tcp -a 2001:db8::1 -s 36681",
     ]
     view.show(report([second], []))
@@ -446,12 +446,15 @@ def test_status() -> None:
     for made in (waiting, failed, left_out):
         made.branch = None
     waiting.waiting, failed.failed, left_out.left_out = "a", "b", "c"
-    assert report([disk("vda")]).status() == "Exporting 1 disk at 1 address."
-    assert report([disk("vda"), disk("vde")], addresses(2)).status() == "Exporting 2 disks at 2 addresses."
+    assert report([disk("vda")]).status() == "Exporting 1 disk (1 read-write) at 1 address."
+    assert (
+        report([disk("vda"), disk("vde")], addresses(2)).status()
+        == "Exporting 2 disks (2 read-write) at 2 addresses."
+    )
     assert report([], []).status() == "Exporting 0 disks at no address (the network is down)."
     assert (
         report([disk("vda"), waiting, failed, left_out]).status()
-        == "Exporting 1 disk at 1 address, 1 waiting, 1 failed."
+        == "Exporting 1 disk (1 read-write) at 1 address, 1 waiting, 1 failed."
     )
 
 

@@ -37,6 +37,7 @@ def transport(ports: dict[int, int]) -> storagetm.NvmeTcp:
 def disk(name: str, tag: str = "254:0 1", model: str = "Model", size: int = 512) -> storagetm.Disk:
     made = storagetm.Disk(name, f"/dev/{name}", name)
     made.tag, made.model, made.size, made.serial = tag, model, size, f"serial {name}"
+    made.access = storagetm.READ_WRITE
     return made
 
 

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Kinds of access: which disk gets which, the kernel command line, and the memory of snapshots."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import storagetm
+from storagetm import READ_ONLY, READ_WRITE, SNAPSHOT
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A /proc and an /etc of the test's own."""
+    for name in ("ETC", "PROC"):
+        monkeypatch.setattr(storagetm, name, f"{tmp_path}/")
+
+
+# Which disk
+
+
+def disk(node: str, *links: str, serial: str = "", model: str = "") -> storagetm.Disk:
+    made = storagetm.Disk(node.rpartition("/")[2], node, node.rpartition("/")[2])
+    made.serial, made.model = serial, model
+    made.udev_entry = b"".join(b"S:%s\n" % link.removeprefix("/dev/").encode() for link in links)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("glob", "matches"),
+    [
+        ("/dev/sda", True),
+        ("/dev/sd*", True),
+        ("/dev/sd?", True),
+        ("/dev/sd[b-z]", False),
+        ("sda", False),
+        ("/dev/disk/by-path/pci-0000:00:1f.2-ata-1", True),
+        ("*ata-1", True),
+        ("WD-123*", True),
+        ("wd-123*", False),
+        ("WDC_WD40*", True),
+        ("WDC WD40*", True),
+        ("", False),
+    ],
+)
+def test_what_a_rule_matches(glob: str, matches: bool) -> None:
+    found = disk(
+        "/dev/sda", "/dev/disk/by-path/pci-0000:00:1f.2-ata-1", serial="WD-1234", model="WDC_WD40EFRX"
+    )
+    access = storagetm.Access([(glob, READ_WRITE)], SNAPSHOT)
+    assert access.of(found) == (READ_WRITE if matches else SNAPSHOT)
+
+
+def test_first_rule_counts() -> None:
+    access = storagetm.Access([("/dev/sda", SNAPSHOT), ("/dev/sd*", READ_WRITE), ("*", READ_ONLY)])
+    assert [access.of(disk(n)) for n in ("/dev/sda", "/dev/sdb", "/dev/vda")] == [
+        SNAPSHOT,
+        READ_WRITE,
+        READ_ONLY,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("/dev/sda:read-write", ("/dev/sda", READ_WRITE)),
+        ("/dev/disk/by-path/pci-0000:00:1f.2*:snapshot", ("/dev/disk/by-path/pci-0000:00:1f.2*", SNAPSHOT)),
+    ],
+)
+def test_rule(text: str, rule: tuple[str, str]) -> None:
+    assert storagetm.parse_rule(text) == rule
+
+
+@pytest.mark.parametrize("text", ["", "/dev/sda", "/dev/sda:", ":read-write", "/dev/sda:rw", "read-only"])
+def test_bad_rule(text: str) -> None:
+    with pytest.raises(storagetm.UsageError, match="--access="):
+        storagetm.parse_rule(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1048576", 1 << 20), ("1024K", 1 << 20), ("1m", 1 << 20), ("3G", 3 << 30), ("2T", 2 << 40)],
+)
+def test_size(text: str, size: int) -> None:
+    assert storagetm.parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "G", "lots", "-1G", "1.5G", "1GB", "1023K", "0", "9" * 30, "99999999999T", "½G", "٣G"]
+)
+def test_bad_size(text: str) -> None:
+    with pytest.raises(storagetm.UsageError, match="--snapshot="):
+        storagetm.parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--read-only", "--read-write"], "--read-write and --read-only do not go together"),
+        (["--snapshot", "--read-only"], "--read-only and --snapshot do not go together"),
+        (["--snapshot="], "--snapshot= is empty"),
+        (["--access=x"], "is not GLOB:MODE"),
+        (["--access"], "needs a value"),
+        (["--read-write=yes"], "takes no value"),
+    ],
+)
+def test_usage(arguments: list[str], message: str) -> None:
+    with pytest.raises(storagetm.UsageError, match=message):
+        storagetm.parse_arguments(["/dev/sda"][: message != "needs a value"] + arguments)
+
+
+def test_snapshot_takes_no_device_for_its_size() -> None:
+    options = storagetm.parse_arguments(["--snapshot", "/dev/sda"])
+    assert (options.mode, options.store, options.devices) == (SNAPSHOT, 0, ["/dev/sda"])
+    assert storagetm.parse_arguments(["--snapshot=2M", "/dev/sda"]).store == 2 << 20
+
+
+# The kernel command line
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"quiet  root=/dev/sda1\tro\n", ["quiet", "root=/dev/sda1", "ro"]),
+        (b'a="b c" d', ["a=b c", "d"]),
+        (b'"a=b c" d', ["a=b c", "d"]),
+        (b"a='b \"c' d", ['a=b "c', "d"]),
+        (b'a=b"c d"e', ["a=bc de"]),
+        (b'a\\ b "" c\\"d', ["a\\", "b", "", "c\\d"]),
+        (b'a "b c', ["a", "b c"]),
+        (b"", []),
+    ],
+)
+def test_words(raw: bytes, words: list[str]) -> None:
+    assert storagetm.split_command_line(raw) == words
+
+
+@given(st.binary(max_size=200))
+@example(b'storagetm.access="')
+@example(b"rd.storagetm.=\xff rd.storagetm.snapshot=9M storagetm. rd.=x =")
+def test_any_bytes_as_command_line(raw: bytes) -> None:
+    for text in (raw, b"rd.storagetm." + raw, b"storagetm.access=" + raw):
+        try:
+            found = storagetm.options_from_kernel(storagetm.split_command_line(text), True)
+        except storagetm.UsageError:
+            continue
+        assert found.mode in ("", *storagetm.ACCESS)
+
+
+def options(*words: str, initrd: bool = True) -> storagetm.Options:
+    return storagetm.options_from_kernel(words, initrd)
+
+
+def test_options_from_kernel(capfd: pytest.CaptureFixture[str]) -> None:
+    found = options(
+        "rd.storagetm.snapshot=2M",
+        "storagetm.access=/dev/sda:read-write",
+        "rd.storagetm.nqn=quux",
+        "rd.storagetm.kernel_command_line",
+        "rd.storagetm.colour=red",
+        "rd.systemd.unit=x",
+    )
+    assert (found.mode, found.store, found.nqn) == (SNAPSHOT, 2 << 20, "quux")
+    assert found.rules == [("/dev/sda", READ_WRITE)]
+    error = capfd.readouterr().err
+    assert "Unknown option 'rd.storagetm.colour' on the kernel command line, ignoring it" in error
+    assert "rd.storagetm.kernel_command_line" in error
+    # Underscores and dashes are the same, as everywhere on the kernel command line.
+    assert options("rd.storagetm.read_write").mode == READ_WRITE
+
+
+def test_initrd_options_count_there_only() -> None:
+    assert options("rd.storagetm.read-write", initrd=False).mode == ""
+    assert options("storagetm.read-write", initrd=False).mode == READ_WRITE
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["snapshot=lots", "snapshot=", "access=/dev/sda", "access", "read-write=1", "nqn=a/b", "nqn="],
+)
+def test_bad_options_from_kernel(word: str) -> None:
+    with pytest.raises(storagetm.UsageError, match=r"^Kernel command line: .*; correct it$"):
+        options(f"rd.storagetm.{word}")
+
+
+def test_own_options_come_first() -> None:
+    own = storagetm.parse_arguments(["--all", "--read-only", "--access=a:snapshot"])
+    storagetm.add_options(own, options("rd.storagetm.read-write", "rd.storagetm.access=b:read-write"))
+    assert (own.mode, own.rules) == (READ_ONLY, [("a", SNAPSHOT)])
+    own = storagetm.parse_arguments(["--all", "--access=a:snapshot"])
+    storagetm.add_options(own, options("rd.storagetm.read-write", "rd.storagetm.access=b:read-only"))
+    assert (own.mode, own.rules) == (READ_WRITE, [("a", SNAPSHOT), ("b", READ_ONLY)])
+
+
+@pytest.mark.parametrize(
+    ("line", "mode", "refused"),
+    [
+        (b"quiet storagetm.read-write", READ_WRITE, ""),
+        (b"quiet storagetm.snapshot=x", "", "Kernel command line: storagetm.snapshot=x is no size"),
+        (b"storagetm.json", "", "--json goes with --list-devices"),
+    ],
+)
+@pytest.mark.usefixtures("places")
+def test_only_where_asked_for(line: bytes, mode: str, refused: str) -> None:
+    with open(storagetm.PROC + "cmdline", "wb") as file:
+        file.write(line)
+    found = storagetm.parse_arguments(["--all", "--kernel-command-line"])
+    assert found.mode == mode
+    assert found.refused.startswith(refused)
+    assert bool(found.refused) == bool(refused)
+    assert storagetm.parse_arguments(["--all"]).mode == ""
+
+
+# The host that asks for write protection
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[storagetm.NvmeHost, socket.socket]]:
+    """A host that is connected to somebody who is not a target."""
+    ours, theirs = socket.socketpair()
+    host = storagetm.NvmeHost.__new__(storagetm.NvmeHost)
+    host.number = 0
+    host.buffer = b""
+    host.socket = ours
+    ours.settimeout(1)
+    with ours, theirs:
+        yield host, theirs
+
+
+def response(number: int, status: int = 0, result: int = 0) -> bytes:
+    body = struct.pack("<QHHHH", result, 0, 0, number, status << 1)
+    return struct.pack("<BBBBI", 5, 0, 24, 0, 24) + body
+
+
+def test_write_protect_on_the_wire(ends: tuple[storagetm.NvmeHost, socket.socket]) -> None:
+    host, target = ends
+    target.sendall(response(1))
+    host.set_write_protect(1)
+    sent = target.recv(4096)
+    assert len(sent) == 72
+    assert struct.unpack("<BBBBI", sent[:8]) == (4, 0, 72, 0, 72)
+    opcode, flags, number, namespace = struct.unpack("<BBHI", sent[8:16])
+    assert (opcode, flags, number, namespace) == (0x09, 0x40, 1, 1)
+    assert struct.unpack("<II", sent[48:56]) == (0x84, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        (response(1, status=0x2002), errno.EIO),
+        (response(2), errno.EPROTO),
+        (struct.pack("<BBBBI", 5, 0, 24, 0, 20) + bytes(12), errno.EPROTO),
+        (struct.pack("<BBBBI", 5, 0, 24, 0, 1 << 31), errno.EPROTO),
+        (struct.pack("<BBBBI", 3, 0, 24, 0, 24) + bytes(16), errno.EPROTO),
+        (struct.pack("<BBBBI", 5, 1, 24, 0, 24) + bytes(16), errno.EPROTO),
+        (b"", errno.ECONNRESET),
+        (response(1)[:10], errno.ECONNRESET),
+    ],
+)
+def test_malformed_answer(
+    ends: tuple[storagetm.NvmeHost, socket.socket], answer: bytes, number: int
+) -> None:
+    host, target = ends
+    target.sendall(answer)
+    target.shutdown(socket.SHUT_WR)
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        host.set_write_protect(1)
+    assert caught.value.errno == number
+
+
+def test_late_answer(ends: tuple[storagetm.NvmeHost, socket.socket]) -> None:
+    host, _ = ends
+    host.socket.settimeout(0.05)
+    with pytest.raises(OSError, match="timed out"):
+        host.set_write_protect(1)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_from_a_target(raw: bytes) -> None:
+    """A whole session, from the first PDU on, with somebody who says this."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        # It may have hung up already: no longer connected, or reset.
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(raw)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(65536):
+                pass
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        with pytest.raises(OSError):  # noqa: PT011
+            storagetm.NvmeHost(listener.getsockname(), "nqn.test", "0" * 32)
+    finally:
+        thread.join()
+        listener.close()
+
+
+# The memory of snapshots
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(1 << 22, 1 << 34),
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=6),
+    st.integers(0, 4),
+)
+def test_limits_never_exceed_the_memory(size: int, stores: list[tuple[float, float]], coming: int) -> None:
+    """Not even while they are being moved, as long as they did not before."""
+    part = size // max(1, len(stores))
+    limits = {f"s{i}": int(part * limit) & ~0xFFF for i, (limit, _) in enumerate(stores)}
+    used = {f"s{i}": int(limits[f"s{i}"] * fill) for i, (_, fill) in enumerate(stores)}
+
+    def state(name: str) -> tuple[int, int, bool]:
+        return used[name], limits[name], False
+
+    def set_limit(name: str, limit: int, _: int, shrinks: bool) -> int:
+        assert shrinks == (limit < limits[name])
+        limits[name] = limit & ~0xFFF
+        assert limits[name] + 0xFFF >= used[name]
+        assert sum(limits.values()) <= size
+        return limits[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storagetm, "snapshot_state", state)
+        patch.setattr(storagetm, "set_snapshot_limit", set_limit)
+        memory = storagetm.Memory(size)
+        new = [storagetm.Mapping(f"dm/new{i}", SNAPSHOT) for i in range(coming)]
+        memory.share([storagetm.Mapping(f"dm/{name}", SNAPSHOT) for name in limits], new)
+    assert memory.used == sum(used.values())
+    assert sum(limits.values()) + sum(m.store for m in new) <= size + len(new) * (storagetm.STORE_MIN // 8)
+
+
+@pytest.mark.usefixtures("places")
+def test_half_of_what_is_available() -> None:
+    with open(storagetm.PROC + "meminfo", "w") as file:
+        file.write("MemTotal:       16000000 kB\nMemAvailable:    8000000 kB\n")
+    assert storagetm.Memory().size == 4000000 * 1024
+    assert storagetm.Memory(5 << 20).size == 5 << 20
