@@ -184,8 +184,9 @@ class Qmp:
         return message
 
     def call(self, command: str, **arguments: Any) -> Any:
-        """Carry out a QMP command; underscores in arguments' names become dashes."""
-        arguments = {name.replace("_", "-"): value for name, value in arguments.items()}
+        """Carry out a QMP command; underscores in arguments' names become dashes, but not in properties."""
+        if command != "device_add":
+            arguments = {name.replace("_", "-"): value for name, value in arguments.items()}
         with self._lock:
             self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
             while True:

@@ -130,7 +130,8 @@ def exported(machine: Machine) -> set[str]:
 
 # Prints all of configfs below nvmet as JSON: the text of an attribute, the target of a link with "-> " in
 # front, nothing for a directory, and for what cannot be read, the error's number. What a device_path leads
-# to is in a line of its own behind it.
+# to is in a line of its own behind it; if that is a device-mapper device of the tool, what it is made of is
+# what counts, and the kind of access comes behind it.
 TREE_SCRIPT = """
 import json, os
 found = {}
@@ -148,7 +149,16 @@ for top in ("subsystems", "ports", "hosts"):
                 except OSError as e:
                     found[path] = f"errno {e.errno}"
                 if name == "device_path":
-                    found[path] += "-> " + os.path.realpath(found[path].rstrip("\\n"))
+                    node = os.path.realpath(found[path].rstrip("\\n"))
+                    base = "/sys/block/" + os.path.basename(node)
+                    if os.path.basename(node).startswith("dm-"):
+                        with open(base + "/dm/uuid") as file:
+                            uuid = file.read()
+                        if uuid.startswith("storagetm-"):
+                            below = sorted(os.listdir(base + "/slaves"), key=lambda n: n.startswith("loop"))
+                            node = "/dev/" + below[0]
+                            found[path] = node + "\\n"
+                    found[path] += "-> " + node
 print(json.dumps(found))
 """
 

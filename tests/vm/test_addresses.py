@@ -204,7 +204,7 @@ def test_link_local_line_debian_12(boot: BootMachine, tool: Path) -> None:
     target.run(f"head -c 1M /dev/urandom | tee {sources[0]} > {sources[1]}")
     client.run("modprobe nvme-tcp")
     link_local(target)
-    with on_console(target, *sources):
+    with on_console(target, "--read-write", *sources):
         attach(target, client, sources)
         path = "/sys/kernel/config/nvmet/subsystems/*.file/namespaces/1/buffered_io"
         assert target.run(f"cat {path}").stdout == "1\n"

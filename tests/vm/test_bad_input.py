@@ -34,7 +34,7 @@ BAD_DEVICES = {
     "read-only-disk": (
         "blockdev --setro /dev/disk/by-id/virtio-DISK-BETA",
         "/dev/disk/by-id/virtio-DISK-BETA",
-        "it is read-only, and the kernel's NVMe target only takes what it may write to",
+        "it is read-only, and was asked for read-write; see --read-only and --snapshot",
     ),
     "control-character": (
         "truncate -s 1M $'new\\nline'",
@@ -73,7 +73,8 @@ def test_bad_device(target: Machine, kind: str) -> None:
     """One bad device, behind one that could be exported, and isn't."""
     _, name, why = BAD_DEVICES[kind]
     written = {"not-utf-8": "$'\\xff'", "control-character": "$'new\\nline'"}.get(kind, shlex.quote(name))
-    refuse(target, f"cd /root/bad; {TOOL} {GOOD} {written}", f"Failed to export '{name}': {why}")
+    access = "--read-write" if kind == "read-only-disk" else "--read-only"
+    refuse(target, f"cd /root/bad; {TOOL} {access} {GOOD} {written}", f"Failed to export '{name}': {why}")
 
 
 def test_no_permission(target: Machine) -> None:
@@ -113,7 +114,7 @@ def test_files(target: Machine, client: Machine) -> None:
     digests = [target.run(f"sha256sum < {shlex.quote(file)}").stdout for file in files]
     client.run("modprobe nvme-tcp")
     try:
-        with exporting(target, "--nqn=quux", *files):
+        with exporting(target, "--nqn=quux", "--read-write", *files):
             client.run("nvme connect-all -t tcp -a 192.0.2.1 -s 16858")
             client.wait_run("test $(ls /dev/nvme*n1 | wc -l) = 2")
             found = client.run("for disk in /dev/nvme*n1; do sha256sum < $disk; done").stdout

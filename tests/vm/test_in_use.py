@@ -139,7 +139,7 @@ def listed(machine: Machine, *arguments: str) -> dict[str, str]:
     for entry, line in zip(entries, table):
         assert entry["export"] == (entry["reason"] is None)
         assert line.startswith(entry["node"] + " ")
-        assert line.endswith(f"no: {entry['reason']}" if entry["reason"] else " yes")
+        assert line.endswith(f"no: {entry['reason']}" if entry["reason"] else " read-only")
         found[entry["node"][5:]] = entry["reason"] or ""
     assert len(entries) == len(table)
     return found
@@ -281,7 +281,8 @@ def test_use_ends(machine: Machine, nodes: dict[str, str]) -> None:
     The last test, since this is not undone.
     """
     disk = nodes["MULTIPATH"]
-    with exporting(machine, "--all", "--nqn=quux"):
+    # Read-only, the system could not use it again, since device-mapper does.
+    with exporting(machine, "--all", "--nqn=quux", "--read-write"):
         assert disk not in exported(machine)
         machine.run("umount /mnt/multipath && dmsetup remove path")
         machine.wait_until(lambda: disk in exported(machine))

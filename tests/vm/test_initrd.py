@@ -29,6 +29,8 @@ from tests.vm.conftest import LOGS
 # Of dracut. The driver is the agent's.
 DRACUT_OPTIONS = ("--hostonly", "--add-drivers", "virtio_console")
 OPTIONS = ("rd.systemd.unit=storage-target-mode.target", "ip=link-local")
+# Disks that come later may be written to, what is written to one is forgotten, the rest is read-only.
+ACCESS = ("rd.storagetm.access=/dev/vd[bc]:read-write", '"rd.storagetm.access=QEMU HARDDISK:snapshot"')
 
 # What is exported under the machine ID that the initrd is made with.
 PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
@@ -128,7 +130,7 @@ def pair(
         images[release],
         initrd=initrd,
         machine_id="",
-        kernel_options=OPTIONS,
+        kernel_options=(*OPTIONS, *ACCESS),
         disks=[
             Disk("scsi", path=directory / "sda", serial="DISK-SCSI", bus="scsi"),
             Disk("virtio", path=directory / "vda"),
@@ -165,7 +167,7 @@ def test_units(pair: Pair) -> None:
         "inactive",
     ]
     status = target.run("systemctl status --no-pager storagetm.service").stdout
-    assert re.search(r'Status: "Exporting 2 disks at 2 addresses\."', status)
+    assert re.search(r'Status: "Exporting 2 disks at 2 addresses; snapshots use .*\(0 %\)\."', status)
 
 
 def test_identity(pair: Pair) -> None:
@@ -198,6 +200,49 @@ def test_attach_one(pair: Pair) -> None:
         assert {name: pair.read(node) for name, node in disks.items()} == {"vda": pair.checksums["vda"]}
     finally:
         pair.client.run("nvme disconnect-all")
+
+
+def test_access(pair: Pair) -> None:
+    """The kernel command line says which disk may be written to, and the screen says so."""
+    pair.screen(r"^/dev/sda .* snapshot  0 % ", r"^/dev/vda .* read-only ")
+    (command,) = (c for c in pair.commands() if "connect-all" in c and "169.254." in c)
+    try:
+        disks = pair.attach(command)
+        write = "echo written from the client | dd of={} conv=fsync status=none"
+        assert "Operation not permitted" in pair.client.run(write.format(disks["vda"]), check=False).stderr
+        pair.client.run(write.format(disks["sda"]))
+        assert pair.read(disks["sda"]) != pair.checksums["sda"]
+    finally:
+        pair.client.run("nvme disconnect-all")
+    for disk, name in (("scsi", "sda"), ("virtio", "vda")):
+        assert hashlib.sha256(pair.target.disk_path(disk).read_bytes()).hexdigest() == pair.checksums[name]
+
+
+def test_bad_option(release: str, images: dict[str, Image], tmp_path: Path) -> None:
+    """An option that makes no sense is on the screen, and nothing is exported."""
+    initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
+    machine = Machine(
+        f"bad-option-{release}",
+        images[release],
+        initrd=with_agent(images[release], initrd, tmp_path / "initrd.img"),
+        machine_id="",
+        kernel_options=(*OPTIONS, "rd.storagetm.snapshot=lots", "rd.storagetm.colour=red"),
+        disks=[Disk("virtio")],
+        nics=[Nic(Wire(), 0)],
+        cpus=1,
+        log_directory=LOGS,
+    )
+    with machine:
+        machine.start()
+        machine.wait_screen(
+            r"^No disk is exported:\n\nKernel command line: storagetm.snapshot=lots is no size; ", redraw="x"
+        )
+        machine.agent.request({"op": "hello"}, 300)
+        assert machine.run("ls /sys/kernel/config/nvmet/subsystems").stdout == ""
+        messages = machine.run(
+            "journalctl -b --no-pager --output=cat _COMM=storagetm; systemctl status storagetm"
+        ).stdout
+        assert "Exporting nothing" in messages
 
 
 def test_hot_plug(pair: Pair) -> None:

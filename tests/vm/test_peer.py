@@ -83,9 +83,13 @@ def as_machine(machine_id: str) -> list[str]:
 
 
 def both(
-    machine: Machine, machine_id: str, *arguments: str, environment: dict[str, str] | None = None
+    machine: Machine,
+    machine_id: str,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    access: str = "--read-write",
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The trees that the peer and the project make, in this order.
+    """The trees that the peer and the project make, in this order. The peer has only one kind of access.
 
     The peer leaves those disks behind that it could not switch on: an empty drive.
     """
@@ -93,6 +97,7 @@ def both(
     for program in (PEER, TOOL):
         with exporting(
             machine,
+            *([access] if program == TOOL else []),
             *arguments,
             environment=environment,
             properties=["WorkingDirectory=/var/tmp", *as_machine(machine_id)],
@@ -205,6 +210,27 @@ def test_all(machine: Machine, machine_id: str) -> None:
             "6cae16a3-f3e1-4b3b-9b53-091692726f45\n"
         )
         assert peer[f"subsystems/{prefix}.nullb0/attr_serial"] == "0e06ea54baca4c67a335\n"
+
+
+def test_read_only(machine: Machine) -> None:
+    """Exported read-only, there is something between the disk and its export, and that is all."""
+    arguments = ["--nqn=quux", "/dev/nvme0n1", "/dev/disk/by-id/virtio-DISK-A", DISK_IMAGE]
+    peer, project = both(machine, VECTOR_ID, *arguments, access="--read-only")
+    for name, node in (("nvme0n1", "/dev/nvme0n1"), ("virtio-DISK-A", f"/dev/{node_of(machine, 'DISK-A')}")):
+        path = f"subsystems/quux.{name}/namespaces/1/device_path"
+        # What tree() shows is what is below.
+        assert project.pop(path).endswith(f"-> {node}")
+        assert peer.pop(path).endswith(f"-> {node}")
+    path = "subsystems/quux.disk.img/namespaces/1/device_path"
+    assert project.pop(path).startswith("/dev/loop")
+    assert peer.pop(path).endswith(f"-> {DISK_IMAGE}")
+    changed = {
+        p: (peer.get(p), project.get(p))
+        for p in peer.keys() | project.keys()
+        if peer.get(p) != project.get(p)
+    }
+    # Ours has a serial number of its own for each disk without, as it does read-write.
+    assert {p.partition("/namespaces/")[2] or p.rpartition("/")[2] for p in changed} <= {"attr_serial"}
 
 
 def ports(found: dict[str, str]) -> set[int]:

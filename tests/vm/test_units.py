@@ -79,6 +79,12 @@ def check_storage_target_mode(machine: Machine, getty: str) -> None:
         & active
     )
     assert machine.run("systemctl list-units --failed --plain --no-legend").stdout == ""
+    # udev and systemd leave alone what is between a disk and its export.
+    mapped = "for d in /sys/block/dm-*; do udevadm info -q property $d; done"
+    assert machine.run(f"{mapped} | grep -c ^DM_UDEV_DISABLE_OTHER_RULES_FLAG=1").stdout == "2\n"
+    assert "COOKIE=" not in machine.run(mapped).stdout
+    assert machine.run("find /dev/disk /dev/mapper -lname '*/dm-*'").stdout == ""
+    assert "block-dm" not in units
     status = machine.run("systemctl status --no-pager storagetm.service").stdout
     assert re.search(r'Status: "Exporting 2 disks at 2 addresses\."', status)
     assert machine.run("findmnt --noheadings --output=TARGET /dev/sda").stdout == "/mnt\n"

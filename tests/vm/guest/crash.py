@@ -5,15 +5,16 @@
     crash.py TOOL ARGUMENT...
 
 First comes an undisturbed run under strace(1), from the start over READY=1 to the end after SIGTERM. Each
-call in it that changes configfs or the tool's own directory is a step: the n-th call of its kind for its
-path. (Numbers for calls of all paths would not do, since directories are removed in several threads.) Then
-strace makes each step go wrong once, in a run of its own:
+call in it that changes configfs, device-mapper or the tool's own directory is a step: the n-th call of its
+kind for its path. (Numbers for calls of all paths would not do, since directories are removed in several
+threads.) What is sent on a socket is one, too, to be killed at. Then strace makes each step go wrong once,
+in a run of its own:
 
 - SIGKILL comes instead of the step. The next run has to find or make again all that is in configfs in the
   undisturbed run, attribute by attribute, without making anew what was complete, and to leave configfs as it
   was before.
-- The step fails with an error, EIO or one that is likely there. The tool has to say so, and when it has
-  ended configfs is as it was before.
+- The step fails with an error, EIO or one that is likely there. The tool has to say so, or to have all as in
+  the undisturbed run nevertheless, and when it has ended configfs is as it was before.
 - A removal fails each time it is tried ("stuck"). Then something has to be left, but the next run can cope.
 
 What other programs have in configfs belongs to both states. Prints a line for each step, and in the end one
@@ -37,7 +38,9 @@ import time
 
 NVMET = "/sys/kernel/config/nvmet"
 OURS = "/run/storagetm"
-CALLS = "mkdir,symlink,write,rmdir,unlink,rename,ftruncate"
+# What device-mapper is asked for, and where the device made read-only has its settings.
+MAPPER = ("/dev/mapper/control", "/sys/devices/virtual/block/dm-")
+CALLS = "mkdir,symlink,write,rmdir,unlink,rename,ftruncate,ioctl"
 TIMEOUT = 120  # seconds
 
 # Beside EIO, which all get.
@@ -50,9 +53,10 @@ class Wrong(Exception):
 
 def tree() -> dict[str, str]:
     """All that is in configfs below nvmet: the text of an attribute, where a link leads, nothing for a
-    directory.
+    directory. And the tables of what is in device-mapper.
     """
-    found = {}
+    mapped = subprocess.run(["dmsetup", "table"], stdout=subprocess.PIPE, check=True).stdout
+    found = {"/device-mapper": mapped.decode()}
     for directory, directories, files in os.walk(NVMET):
         found[directory + "/"] = ""
         for name in directories + files:
@@ -117,7 +121,9 @@ class Run:
                     return True
             elif ended:
                 return False
-        raise Wrong(f"neither ready nor ended within {TIMEOUT} s")
+        # It must not stand in the way of the next run.
+        self.process.kill()
+        raise Wrong(f"neither ready nor ended within {TIMEOUT} s, it says: {self.text()}")
 
     def end(self) -> int:
         """Asks it to end, if it has not yet. Returns its exit code, or minus a signal's number."""
@@ -125,6 +131,9 @@ class Run:
             self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise Wrong(f"does not end within {TIMEOUT} s, it says: {self.text()}") from None
         finally:
             self.socket.close()
 
@@ -150,33 +159,42 @@ class Step:
         inject = f"inject={self.call}:{action}:when={self.number}{more}"
         # Only what is traced stops, which takes much less time. But a signal gets lost there.
         quick = [] if action.startswith("signal") else ["--seccomp-bpf"]
-        return [*quick, "-o", log, "-P", self.path, "-e", f"trace={self.call}", "-e", inject]
+        path = ["-P", self.path] if self.path else []
+        return [*quick, "-o", log, *path, "-e", f"trace={self.call}", "-e", inject]
 
 
 def steps_in(log: str) -> list[Step]:
-    """The steps in what strace has written."""
-    found = []
-    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    """The steps in what strace has written. Calls are counted for each thread, as strace does."""
+    found: dict[tuple[str, str, int], Step] = {}
+    counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
     phase = "start"
     for line in log.splitlines():
-        if "READY=1" in line:
-            phase = "stop"
-        called = re.match(r"\d+ +(\w+)\((.*)", line)
+        called = re.match(r"(\d+) +(\w+)\((.*)", line)
         if not called:
             continue
+        thread, call, operands = called.groups()
         # The last path is the one that is made; what is written comes after the descriptor's.
-        paths = re.findall(r'(?:^\d+<|")(/[^">]+)', called[2].partition(", 0")[0])
-        call, path = called[1], paths[-1] if paths else ""
-        if call == "write":
-            path = paths[0] if called[2][0].isdigit() and paths else ""
-        if path.startswith((NVMET, OURS)) and call in CALLS.split(","):
-            counts[call, path] += 1
-            found.append(Step(phase, call, path, counts[call, path]))
-    return found
+        paths = re.findall(r'(?:^\d+<|")(/[^">]+)', operands.partition(", 0")[0])
+        path = paths[-1] if paths else ""
+        if call in ("write", "ioctl"):
+            path = paths[0] if operands[0].isdigit() and paths else ""
+        if call == "sendto" and phase == "start":
+            path = ""  # what is sent later depends on the time
+        elif not path.startswith((NVMET, OURS, *MAPPER)):
+            continue
+        if call in (*CALLS.split(","), "sendto"):
+            counts[thread, call, path] += 1
+            key = call, path, counts[thread, call, path]
+            found.setdefault(key, Step(phase, *key))
+        if "READY=1" in line:
+            phase = "stop"
+    return list(found.values())
 
 
 def kinds_of(step: Step) -> list[str]:
     """The ways in which a step goes wrong."""
+    if step.call == "sendto":
+        return ["SIGKILL"]
     kinds = ["SIGKILL", "EIO"]
     if step.call in MORE_ERRORS:
         kinds.append(MORE_ERRORS[step.call])
@@ -248,13 +266,13 @@ class Trial:
     def error(self, step: Step, name: str) -> None:
         self.reset()
         run = Run(self.command, step.strace(f"error={name}", self.log))
-        run.wait_ready()
+        as_wanted = run.wait_ready() and not difference(tree(), self.wanted)
         self.check_end(run, 0, 1)
         if "INJECTED" not in self.read_log("INJECTED"):
             raise Wrong("nothing went wrong")
-        # At the end it may just try again; and a port that is taken is no error, but is told of, too.
+        # A port that is taken is no error, but is told of, too.
         message = "is taken" if name == "EADDRINUSE" else os.strerror(getattr(errno, name))
-        if step.phase == "start" and message not in run.text():
+        if step.phase == "start" and not as_wanted and message not in run.text():
             raise Wrong(f"it says nothing of that, but: {run.text()}")
 
     def stuck(self, step: Step) -> None:
@@ -288,7 +306,7 @@ def main() -> None:
                     trial.stuck(step)
                 else:
                     trial.error(step, kind)
-            except (Wrong, OSError, subprocess.TimeoutExpired) as e:
+            except (Wrong, OSError) as e:
                 wrong.append(f"{kind} at {step}: {e}")
                 print(f"WRONG: {wrong[-1]}", flush=True)
             counts[f"{step.call} {kind}"] += 1
