@@ -23,10 +23,16 @@ from tests.harness.machine import Machine, boot_all
 
 PEER = "/usr/lib/systemd/systemd-storagetm"
 MEASURE = "/root/measure.py"
+READS = "/root/reads.py"
 COMMANDS = {
     "peer": PEER,
-    "installed": "/usr/local/bin/storagetm",
-    "one file": "/usr/local/bin/storagetm.pyz",
+    "installed": "/usr/local/bin/storagetm --read-write",
+    "one file": "/usr/local/bin/storagetm.pyz --read-write",
+    "read-only": "/usr/local/bin/storagetm --read-only",
+}
+ACCESS = {
+    "peer": PEER,
+    **{mode: f"/usr/local/bin/storagetm --{mode}" for mode in ("read-write", "read-only", "snapshot")},
 }
 
 
@@ -37,7 +43,10 @@ def install(machine: Machine) -> None:
     for name in ("storagetm.py", "Makefile"):
         machine.put(f"/root/{name}", PROJECT / name)
     machine.run("make -C /root install-program")
-    machine.put(MEASURE, PROJECT / "tests/harness/guest/measure.py")
+    machine.put("/usr/local/lib/udev/rules.d/54-storagetm.rules", PROJECT / "units/54-storagetm.rules")
+    machine.run("udevadm control --reload")
+    for path in (MEASURE, READS):
+        machine.put(path, PROJECT / "tests/harness/guest" / path.rpartition("/")[2])
 
 
 def measure(
@@ -85,6 +94,26 @@ def table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
     return lines
 
 
+def reads(machine: Machine, runs: int) -> list[str]:
+    """Lines of a Markdown table: how fast one disk is read, by kind of access."""
+    arguments = [f"{name}={command}" for name, command in ACCESS.items()]
+    output = machine.run(["python3", READS, str(runs), *arguments], timeout=3000).stdout
+    results = [json.loads(line) for line in output.splitlines()]
+    lines = [f"| | {' | '.join(ACCESS)} | {' | '.join(f'{n} / peer' for n in list(ACCESS)[1:])} |"]
+    lines.append("| --- |" + " --: |" * (2 * len(ACCESS) - 1))
+    for quantity, what, unit in (
+        ("sequential", "reads of 128 KiB in turn", "MB/s"),
+        ("random", "reads of 4 KiB at random", "1/s"),
+    ):
+        medians = [
+            statistics.median(float(r[quantity]) for r in results if r["name"] == name) for name in ACCESS
+        ]
+        cells = [f"{m:.0f} {unit}" for m in medians]
+        ratios = [f"{m / medians[0]:.3f}" for m in medians[1:]]
+        lines.append(f"| {what} | {' | '.join(cells)} | {' | '.join(ratios)} |")
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="of each case (default: %(default)s)")
@@ -112,14 +141,18 @@ def main() -> int:
                         "  "
                         + ", ".join(f"{r['name']} {r['ready']:.2f} s" for r in results[-len(COMMANDS) :])
                     )
+        say("reads through each kind of access")
+        access = reads(machine, args.runs)
         kernel = machine.run("uname -r").stdout.strip()
         version = machine.run([PEER, "--version"]).stdout.split("\n")[0]
     size = (PROJECT / "storagetm.pyz").stat().st_size
     print(
         f"\nLinux {kernel}, {version}, emulated processor (2 ns an instruction). "
-        f"Medians of {args.runs} runs (lowest-highest).\n"
+        f"All read-write but the last; medians of {args.runs} runs (lowest-highest).\n"
     )
     print("\n".join(table(results, list(COMMANDS))))
+    print("\nOne disk, read over the loopback interface, one read at a time.\n")
+    print("\n".join(access))
     print(f"\nstoragetm.pyz: {size} bytes ({size / 1024:.1f} KiB)")
     return 0
 

@@ -59,6 +59,7 @@ def measure(command: list[str]) -> dict[str, object]:
         ready = time.monotonic() - begin
         exported = len(os.listdir(SUBSYSTEMS))
         ports = len(os.listdir(SUBSYSTEMS + "/../ports"))
+        subprocess.run(["udevadm", "settle"], check=True)
         time.sleep(2)  # what is put off, as redrawing is, has been done by then
         before = status(process.pid, "voluntary_ctxt_switches")
         time.sleep(IDLE)
