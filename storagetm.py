@@ -3337,6 +3337,8 @@ class JournalView:
     """For all that is no terminal: lines, each fact once."""
 
     keys = -1
+    terminal = 1
+    unsent = b""
     beside_plymouth = True
 
     def __init__(self) -> None:
@@ -3389,8 +3391,17 @@ class Screen:
         self.saved: list[Any] | None = None
         self.level: ConsoleLevel | None = None
         self.gone = False
+        self.terminal = 1  # descriptor to write to
+        self.unsent = b""  # what the terminal would not take yet
+        self.outdated = False  # whether there is a newer report than the one that is on its way
         self.beside_plymouth = True
         self.changed: Callable[[], None] = lambda: None
+        try:
+            # Opened anew, so that only this writing never blocks: after Ctrl-S a terminal takes no more.
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            self.terminal = os.open(os.ttyname(1), flags)
+        except OSError as e:
+            debug(f"Failed to open the terminal, using what is there: {reason_of(e)}")
         try:
             # A pseudo terminal never gets kernel messages; the console, serial lines and virtual terminals
             # may.
@@ -3446,7 +3457,8 @@ class Screen:
 
     def show(self, report: Report) -> None:
         self.report = report
-        if self.gone:
+        self.outdated = bool(self.unsent)
+        if self.gone or self.unsent:
             return
         width, height = self.size()
         self.write(self.drawn(report, width, height))
@@ -3493,13 +3505,21 @@ class Screen:
         return f"{code}{text}\x1b[0m" if code and text and (self.colour or style == "title") else text
 
     def write(self, text: str) -> None:
-        data = text.encode("utf-8", "replace")
+        self.unsent += text.encode("utf-8", "replace")
+        self.send()
+
+    def send(self) -> None:
+        """Writes what the terminal takes now. Once it has all, what has changed meanwhile is shown."""
         try:
-            while data:
-                data = data[os.write(1, data) :]
+            while self.unsent:
+                self.unsent = self.unsent[os.write(self.terminal, self.unsent) :]
+        except BlockingIOError:
+            return
         except OSError as e:
-            self.gone = True
+            self.gone, self.unsent = True, b""
             debug(f"The terminal is gone, going on without: {reason_of(e)}")
+        if self.outdated:
+            self.changed()
 
     def close(self) -> None:
         self.write("\x1b[?25h\x1b[?1049l\x1b[0m")
@@ -3844,7 +3864,13 @@ class Service:
                     self.share_memory()
                 deadlines.append(self.shared + STORE_POLL_SEC)
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
+            if self.view.unsent:
+                poll.register(self.view.terminal, select.POLLOUT)
             ready = {fd for fd, _ in poll.poll(timeout)}
+            if self.view.unsent and isinstance(self.view, Screen):
+                poll.unregister(self.view.terminal)
+                if self.view.terminal in ready:
+                    self.view.send()
             keys = self.view.keys
             if keys >= 0 and keys in ready and isinstance(self.view, Screen):
                 self.view.read_keys()

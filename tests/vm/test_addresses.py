@@ -350,14 +350,24 @@ def test_terminal_stopped(target: Machine) -> None:
     process.wait_output(r"\x1b\[H")
     before = exported(target)
     process.kill(signal.SIGSTOP)
-    # Each change is shown, until the terminal takes no more.
-    for _ in range(3):
-        target.add_disk(Disk("late", serial="DISK-LATE"))
-        target.wait_until(lambda: len(exported(target)) == len(before) + 1)
-        target.remove_disk("late")
-        target.wait_until(lambda: exported(target) == before)
+    # All is shown anew each time, until the terminal takes no more: a pseudo terminal 8 KiB.
+    target.run("for i in $(seq 15); do pkill -WINCH -f nqn=quux; sleep 0.8; done")
+    target.add_disk(Disk("late", serial="DISK-LATE"))
+    target.wait_until(lambda: len(exported(target)) == len(before) + 1)
+    target.remove_disk("late")
+    target.wait_until(lambda: exported(target) == before)
+    target.run("ip address add 198.51.100.9/24 dev eth0")
+    try:
+        process.kill(signal.SIGCONT)
+        # What has changed meanwhile is shown as it is now.
+        process.wait_output(r"-a 198\.51\.100\.9 ")
+    finally:
+        target.run("ip address delete 198.51.100.9/24 dev eth0")
+    process.kill(signal.SIGSTOP)
+    target.run("for i in $(seq 15); do pkill -WINCH -f nqn=quux; sleep 0.8; done")
+    target.run("pkill -TERM -f '[-]IS .*nqn=quux'")
+    target.wait_until(lambda: not names(target))
     process.kill(signal.SIGCONT)
-    process.kill()
     assert process.wait() == 0
     assert not names(target)
 
