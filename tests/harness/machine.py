@@ -782,16 +782,20 @@ class Machine:
 
     def insert_medium(self, drive_id: str, path: Path) -> None:
         """Put a CD, the contents of a file here, into a drive."""
-        self.qmp.call("blockdev-change-medium", id=f"{drive_id}-device", filename=str(path), format="raw")
+        # Also an empty drive may be locked: by udev's rules for a CD that was taken out while they ran.
+        self._press_button("blockdev-change-medium", drive_id, filename=str(path), format="raw")
 
     def eject_medium(self, drive_id: str, *, force: bool = False) -> None:
         """Press a CD drive's eject button, or with `force` pull the CD out although the machine has locked
         the drive.
         """
+        self._press_button("eject", drive_id, force=force)
+
+    def _press_button(self, command: str, drive_id: str, **arguments: Any) -> None:
         deadline = time.monotonic() + 60
         while True:
             try:
-                self.qmp.call("eject", id=f"{drive_id}-device", force=force)
+                self.qmp.call(command, id=f"{drive_id}-device", **arguments)
                 return
             except MachineError as e:
                 # The machine was told of the button, and its udev rules unlock and open the drive.
