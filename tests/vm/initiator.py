@@ -111,7 +111,8 @@ def attached(machine: Machine, nqn: str, port: int, address: str = TARGET_ADDRES
     """An export that is attached until the end of the block."""
     marker = f"test: attachment {next(_markers)}"
     script = f"modprobe nvme-tcp; echo '{marker}' >/dev/kmsg; NQN={nqn}; "
-    script += f"nvme connect -t tcp -a {address} -s {port} -n $NQN >&2; {FIND_SCRIPT}"
+    # On a busy host, either machine may be late for the usual 5 s.
+    script += f"nvme connect --keep-alive-tmo=20 -t tcp -a {address} -s {port} -n $NQN >&2; {FIND_SCRIPT}"
     try:
         controller, number, disk = machine.run(script).stdout.split()
         yield Attachment(machine, nqn, controller, int(number), f"/dev/{disk}", marker)
