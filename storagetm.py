@@ -41,7 +41,7 @@ except ImportError:
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
     from typing import Any, ClassVar
 
 __version__ = "1"
@@ -128,16 +128,23 @@ LOCK_POLL_SEC = (0.02, 0.5)  # first and longest pause between two tries for a l
 UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as sysfs describes it
 MEDIUM_POLL_MSEC = 2000  # between two looks of the kernel into a drive, where udev has not seen to that
 PLYMOUTH_WAIT_SEC = 3  # for Plymouth to let go of the console
-REDRAW_SEC = 0.7  # between two redraws; what changes meanwhile is shown together
+REDRAW_SEC = 0.75  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
 THREADS = 16  # for what is mostly waiting for the kernel
+FILES_SURE = 500  # disks, each with a file open; systemd and shells allow 1024 unless told otherwise
 
 READ_ONLY = "read-only"  # kinds of access
 SNAPSHOT = "snapshot"
 READ_WRITE = "read-write"
 SNAPSHOT_FULL = "snapshot FULL"
 ACCESS = (READ_ONLY, SNAPSHOT, READ_WRITE)
+PER_DISK = "per-disk"  # which subsystem a disk is in
+SHARED = "shared"
 DEFAULT_ACCESS = READ_ONLY
+# By what the kernel's names begin with.
+NETWORK_DISKS = {"nbd": "NBD", "rbd": "Ceph", "rnbd": "RNBD", "etherd!": "ATA over Ethernet"}
+NO_DISKS = {"loop": "a loop device", "zram": "a compressed RAM disk", "ram": "a RAM disk"}
+ENCODING = sys.getfilesystemencoding()
 MEMORY_FILE = "/memfd:storagetm"  # as the kernel calls it
 STORE_MIN = 1 << 20  # bytes for the changes of snapshots
 
@@ -317,7 +324,7 @@ def read_bytes(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         chunks = []
-        while chunk := os.read(fd, 65536):
+        while chunk := os.read(fd, 16384):
             chunks.append(chunk)
         return b"".join(chunks)
     finally:
@@ -343,7 +350,8 @@ def write_attribute(path: str, value: str) -> None:
     """Writes `value` in one write(2) to an existing file, as sysfs and configfs ask. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.write(fd, os.fsencode(value))
+        # As os.fsencode() has it, which takes as long as the kernel does.
+        os.write(fd, value.encode(ENCODING, "surrogateescape"))
     finally:
         os.close(fd)
 
@@ -358,7 +366,11 @@ def list_directory(path: str) -> list[str]:
 
 def printable(raw: bytes) -> str:
     """`raw` as text that is safe to show: whatever is not UTF-8 or would move a cursor becomes `?`."""
-    text = raw.decode("utf-8", "replace")
+    return shown(raw.decode("utf-8", "replace"))
+
+
+def shown(text: str) -> str:
+    """The same for text."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
@@ -373,7 +385,19 @@ def quoted(text: str) -> str:
 
 def reason_of(error: OSError) -> str:
     """What went wrong, without the traces of Python's own formatting."""
+    if error.errno == errno.EMFILE:
+        return f"{os.strerror(error.errno)}; raise the limit that 'ulimit -Hn' shows"
     return os.strerror(error.errno) if error.errno else str(error)
+
+
+def allow_files(disks: int) -> None:
+    """Raises the limit of open files to what the system allows, once so many disks come near it."""
+    if disks <= FILES_SURE:
+        return
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def run_program(name: str, *arguments: str) -> int:
@@ -734,11 +758,14 @@ def is_id128(text: str) -> bool:
 def parse_assignments(raw: bytes) -> dict[str, str]:
     """KEY=VALUE lines, as in os-release(5) and sysfs's uevent files; other lines are ignored."""
     found = {}
-    for line in raw.split(b"\n"):
-        key, equals, value = printable(line.strip()).partition("=")
-        if not equals or not key or key.startswith("#"):
+    text = raw.decode("utf-8", "replace")
+    if not text.replace("\n", "").isprintable():
+        text = shown(text)
+    for line in text.split("\n"):
+        key, equals, value = line.strip().partition("=")
+        if not equals or not key or key[0] == "#":
             continue
-        if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
+        if value[:1] in ("'", '"') and len(value) >= 2 and value[0] == value[-1]:
             value = value[1:-1]
         found[key] = value
     return found
@@ -832,6 +859,7 @@ class Disk:
         "model",
         "name",
         "node",
+        "number",
         "read_only",
         "removable",
         "reported",
@@ -869,6 +897,7 @@ class Disk:
         self.fd = -1
         self.branch: Branch | None = None  # what of it is live
         self.wanted: tuple[object, Branch] | None = None  # the last one computed, and from what
+        self.number = 0  # of its namespace, where all are in one subsystem
         self.buffered = False  # a file on a file system without direct I/O
 
     @property
@@ -974,9 +1003,7 @@ def udev_runs() -> bool:
 def parse_udev_database(raw: bytes) -> dict[str, str]:
     """The properties of an entry of udev's database (systemd's device-private.c). Takes any bytes."""
     # All others begin with links and tags, of which there may be many.
-    return parse_assignments(
-        b"\n".join([line[2:] for line in raw.split(b"\n") if line.startswith(b"E:ID_")])
-    )
+    return parse_assignments(b"\n".join([line[2:] for line in raw.split(b"\n") if line[:5] == b"E:ID_"]))
 
 
 def is_of_former_disk(entry: bytes, diskseq: str) -> bool:
@@ -986,6 +1013,8 @@ def is_of_former_disk(entry: bytes, diskseq: str) -> bool:
     Its links tell since systemd 250. Takes any bytes.
     """
     stem = b"S:disk/by-diskseq/"
+    if stem + diskseq.encode() + b"\n" in entry:
+        return False
     links = [line[len(stem) :] for line in entry.split(b"\n") if line.startswith(stem)]
     return bool(diskseq and links) and diskseq.encode() not in [x.partition(b"-")[0] for x in links]
 
@@ -1093,20 +1122,15 @@ def why_network(sysname: str, depth: int = 0) -> str:
 
     Exporting such a disk, then attaching the export on this machine, makes a new disk to export, and so on.
     """
-    for prefix, what in (
-        ("nbd", "NBD"),
-        ("rbd", "Ceph"),
-        ("rnbd", "RNBD"),
-        ("etherd!", "ATA over Ethernet"),
-    ):
+    for prefix in NETWORK_DISKS:
         if sysname.startswith(prefix):
-            return f"comes over the network ({what})"
+            return f"comes over the network ({NETWORK_DISKS[prefix]})"
     try:
         # Its place in the device tree, "../../devices/pci0000:00/...": realpath() would ask at each part.
         path = os.readlink(sys_block(sysname))
     except OSError:
         return "may come over the network (it is not in sysfs)"
-    for part in path.split("/"):
+    for part in path.split("/") if "/session" in path or "/rport-" in path else ():
         if part.startswith("session") and part[7:].isdigit():
             return "comes over the network (iSCSI)"
         if part.startswith("rport-"):
@@ -1365,13 +1389,8 @@ def why_unfit(disk: Disk) -> str:
 
 def why_not_all(disk: Disk) -> str:
     """Why --all leaves a disk out whoever uses it: it is no disk of its own, stacked upon, or not local."""
-    for prefix, what in (
-        ("loop", "a loop device"),
-        ("zram", "a compressed RAM disk"),
-        ("ram", "a RAM disk"),
-    ):
-        if disk.sysname.startswith(prefix) and disk.sysname[len(prefix) :].isdigit():
-            return f"it is {what}"
+    if what := NO_DISKS.get(disk.sysname.rstrip("0123456789")):
+        return f"it is {what}"
     if is_stacked(disk.sysname):
         holders = [n for n in list_directory(sys_block(disk.sysname) + "/holders") if not is_mapping(n)]
         if holders:
@@ -1432,7 +1451,9 @@ class Access:
             return self.mode
         from fnmatch import fnmatchcase
 
-        names = [disk.node, *disk.links, disk.serial, disk.model, disk.model.replace("_", " ")]
+        # virtio disks have the serial number in ID_SERIAL alone.
+        serials = disk.serial, disk.id_serial
+        names = [disk.node, *disk.links, *serials, disk.model, disk.model.replace("_", " ")]
         for glob, mode in self.rules:
             if any(fnmatchcase(name, glob) for name in names if name):
                 return mode
@@ -1893,12 +1914,25 @@ class Attribute(Entry):
         return {"step": "write", "path": path, "value": self.value, "command": command}
 
 
+class Switch(Attribute):
+    """An attribute that says whether its directory is in use; switched off before that goes.
+
+    What that waits for it does alone, while those who take away directories next to each other wait in line.
+    """
+
+    def unmake(self, root: str) -> None:
+        try:
+            write_attribute(root + self.path, "0")
+        except FileNotFoundError:
+            pass
+
+
 class OptionalAttribute(Attribute):
     """An attribute that older kernels lack, and that is skipped there."""
 
     def make(self, root: str) -> None:
         try:
-            super().make(root)
+            write_attribute(root + self.path, self.value)
         except FileNotFoundError:
             pass
 
@@ -2322,7 +2356,7 @@ def snapshot_store(name: str) -> str:
 class Branch:
     """A part of the tree that stands or falls as a whole.
 
-    The first of its `entries` is the directory at its root; all are in the order in which they are made.
+    The first directory of its `entries` is its root; all are in the order in which they are made.
     `tag` tells what it was made for: under another tag it is another branch. An `adopted` one was made by an
     earlier run: its directories and links are known, its attributes have to be read.
     """
@@ -2331,7 +2365,10 @@ class Branch:
 
     def __init__(self, tag: str, entries: list[Entry], *, adopted: bool = False) -> None:
         self.kinds: set[type[Entry]] = set(map(type, entries))
-        self.root = entries[0].path
+        first = entries[0]
+        if not isinstance(first, Directory):
+            first = next((e for e in entries if isinstance(e, Directory)), first)
+        self.root = first.path
         self.tag = tag
         self.entries = entries
         self.adopted = adopted
@@ -2347,6 +2384,14 @@ class Branch:
     def kept(self, kind: type[Entry]) -> list[Entry]:
         return [e for e in self.entries if isinstance(e, kind)]
 
+    def is_inside(self, roots: Container[str]) -> bool:
+        """Whether its root is below one of these."""
+        path = self.root
+        while path := path.rpartition("/")[0]:
+            if path in roots:
+                return True
+        return False
+
 
 class Ledger:
     """Which branches are ours: a file of intentions, so that a crash at any moment leaves none unknown.
@@ -2358,7 +2403,14 @@ class Ledger:
     count.
     """
 
-    KINDS: ClassVar[dict[str, type[Entry]]] = {"d": Directory, "l": Link, "m": Mapping, "g": Links}
+    KINDS: ClassVar[dict[str, type[Entry]]] = {
+        "d": Directory,
+        "l": Link,
+        "m": Mapping,
+        "g": Links,
+        "s": Switch,
+    }
+    LETTERS: ClassVar[dict[type[Entry], str]] = {kind: letter for letter, kind in KINDS.items()}
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -2408,9 +2460,10 @@ class Ledger:
             if kind == "+" and len(fields) >= 3:
                 entries = [cls.KINDS[f[0]](f[1:]) for f in fields[2:] if f[:1] in cls.KINDS and len(f) > 1]
                 leads_away = any(".." in e.path.split("/") for e in entries)
-                if entries and entries[0].path == fields[0] and not leads_away:
+                branch = Branch(fields[1], entries, adopted=True) if entries else None
+                if branch and branch.root == fields[0] and not leads_away:
                     inode = found[fields[0]][1] if fields[0] in found else None
-                    found[fields[0]] = Branch(fields[1], entries, adopted=True), inode
+                    found[fields[0]] = branch, inode
             elif kind == "=" and len(fields) == 2 and fields[0] in found:
                 # An inode number has 64 bits; int() refuses texts of thousands of digits.
                 if fields[1].isdecimal() and len(fields[1]) <= 20:
@@ -2429,7 +2482,7 @@ class Ledger:
             except OSError:
                 live = -1
             # Died between mkdir and the note of its inode: then nothing else can have been made in it.
-            begun = any(e.is_live(root) for e in branch.entries[1:] if isinstance(e, Directory))
+            begun = any(e.is_live(root) for e in branch.kept(Directory)[1:])
             if live >= 0 and (live == inode or (inode is None and not begun)):
                 found[name] = branch
                 continue
@@ -2442,8 +2495,8 @@ class Ledger:
 
     def add(self, branch: Branch, inode: int | None = None) -> None:
         """Notes what is about to be made. Raises OSError."""
-        letters = {kind: letter for letter, kind in self.KINDS.items()}
-        fields = [letters[type(e)] + e.path for e in branch.entries if type(e) in letters]
+        letter = self.LETTERS.get
+        fields = [kind + e.path for e in branch.entries if (kind := letter(type(e)))]
         self.append("+", branch.root, branch.tag, *fields)
         if inode is not None:
             self.append("=", branch.root, str(inode))
@@ -2455,7 +2508,7 @@ class Ledger:
         self.append("-", branch.root)
 
     def append(self, *fields: str) -> None:
-        record = os.fsencode("\0".join(fields)) + b"\0\n"
+        record = "\0".join((*fields, "\n")).encode(ENCODING, "surrogateescape")
         with self.mutex:
             written = os.write(self.fd, record)
             if written < len(record):
@@ -2527,18 +2580,24 @@ class Tree:
         self.collect()
         roots = {b.root for b in wanted}
         removals = [b for r, b in self.live.items() if r not in roots and r not in self.leaving]
+        stale_roots = {b.root for b in removals}
         creations: list[Branch] = []
         patches: list[tuple[Branch, list[Entry], list[Entry]]] = []
         for want in wanted:
             have = self.live.get(want.root)
-            if want.root in self.leaving or (have is not None and (have is want or have.same_as(want))):
+            if want.root in self.leaving:
                 continue
-            patch = self.patch_for(have, want) if have else None
+            # What it is in goes, and it has to go first.
+            uprooted = want.is_inside(stale_roots)
+            if have is not None and not uprooted and (have is want or have.same_as(want)):
+                continue
+            patch = self.patch_for(have, want) if have and not uprooted else None
             if patch:
                 patches.append((want, *patch))
                 continue
             if have:
                 removals.append(have)
+                stale_roots.add(have.root)
             creations.append(want)
         failures: dict[str, OSError] = {}
         # What holds others comes first: links before directories, and removals before creations of the same
@@ -2549,7 +2608,9 @@ class Tree:
         creations = [b for b in creations if b.root not in self.live]
 
         def create(want: Branch) -> None:
-            if not (hopeless and any(hopeless(e) for e in list(failures.values()))):
+            if want.is_inside(failures):
+                failures[want.root] = next(e for r, e in failures.items() if want.is_inside((r,)))
+            elif not (hopeless and any(hopeless(e) for e in list(failures.values()))):
                 self.create(want, failures)
 
         slow: list[Branch] = []
@@ -2601,26 +2662,27 @@ class Tree:
             self.report(description)
 
     def create(self, branch: Branch, failures: dict[str, OSError]) -> None:
-        made: list[Entry] = []
+        made = 0
         noted = False
         dry = self.report is not None
+        entries, root = branch.entries, self.root
         try:
-            if os.path.lexists(self.root + branch.root) and branch.root not in self.gone:
+            if os.path.lexists(root + branch.root) and branch.root not in self.gone:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             if not dry:
                 noted = True
                 self.ledger.add(branch)
-            for entry in branch.entries:
-                if not isinstance(entry, Trigger):  # what is new has nothing to catch up with
-                    self.make(entry)
-                made.append(entry)
-                if entry is branch.entries[0] and not dry:
-                    self.ledger.confirm(branch, self.root)
+            for entry in entries:
+                if type(entry) is not Trigger:  # what is new has nothing to catch up with
+                    self.make(entry) if dry else entry.make(root)
+                made += 1
+                if noted and entry.path == branch.root:
+                    self.ledger.confirm(branch, root)
         except OSError as e:
-            failures[branch.root] = located(e, branch, len(made))
+            failures[branch.root] = located(e, branch, made)
             if made or noted:
-                self.live[branch.root] = Branch(branch.tag, branch.entries, adopted=True)
-                self.remove([self.live[branch.root]], None, {}, made)
+                self.live[branch.root] = Branch(branch.tag, entries, adopted=True)
+                self.remove([self.live[branch.root]], None, {}, entries[:made])
             return
         self.live[branch.root] = branch
 
@@ -2663,11 +2725,19 @@ class Tree:
         for branch in branches:
             entries = branch.entries if made is None else made
             if self.unmake_all([e for e in reversed(entries) if e.holds], branch.root, failures):
-                kept = [e for e in reversed(entries) if isinstance(e, (Directory, Mapping))]
+                kept = [e for e in reversed(entries) if isinstance(e, (Directory, Mapping, Switch))]
                 ready.append((branch, [e for e in kept if not e.holds]))
         if not ready:
             return
+        roots = {b.root for b, _ in ready}
+        inner = [(b, entries) for b, entries in ready if b.is_inside(roots)]
+        if inner:
+            self.remove_directories(inner, patience)
+            ready = [(b, entries) for b, entries in ready if not b.is_inside(roots)]
+        self.remove_directories(ready, patience)
+        failures.update(self.collect())
 
+    def remove_directories(self, ready: list[tuple[Branch, list[Entry]]], patience: float | None) -> None:
         def unmake(what: tuple[Branch, list[Entry]]) -> None:
             branch, directories = what
             problems: dict[str, OSError] = {}
@@ -2680,7 +2750,6 @@ class Tree:
         else:
             self.leaving.update(b.root for b, _ in ready)
             self.in_threads(ready, unmake, patience)
-        failures.update(self.collect())
 
     def in_threads(self, items: Sequence[Any], work: Callable[[Any], None], patience: float | None) -> None:
         """Does `work` for each item, for many at a time. What takes over `patience` seconds goes on."""
@@ -2888,6 +2957,8 @@ class WriteProtection(Entry):
         self.transport = transport
 
     def unmake(self, root: str) -> None:
+        if self.transport.shared:
+            return  # the others need it, and it does not hold a namespace
         try:
             os.unlink(self.transport.passage_link(root, self.path.partition("/namespaces/")[0]))
         except (FileNotFoundError, NotADirectoryError):
@@ -2908,15 +2979,73 @@ class WriteProtection(Entry):
 
     def described(self, root: str) -> dict[str, str]:
         path = root + self.path
-        nqn = path.split("/")[-4]
-        command = f"# as a host of {nqn}: nvme set-feature -n 1 -f 0x84 -v 1"
+        _, nqn, _, namespace, _ = path.rsplit("/", 4)
+        command = f"# as a host of {nqn}: nvme set-feature -n {namespace} -f 0x84 -v 1"
         return {"step": "write-protect", "path": path, "command": command}
+
+
+class Numbers:
+    """Which namespace each disk is, from 1 on: kept in a file, a line with number and disk for each.
+
+    A number is never given to another disk, so that no client takes one for the other.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.known: dict[str, int] = {}
+        self.holders: dict[int, Disk] = {}
+        self.read_yet = False
+        self.kept = False  # whether what is new goes into the file
+
+    def parse(self, raw: bytes) -> dict[str, int]:
+        """Numbers by disk. Takes any bytes."""
+        found: dict[str, int] = {}
+        for line in raw.split(b"\n")[:-1]:
+            number, _, disk = line.partition(b" ")
+            if number.isdigit() and len(number) < 10 and int(number) and int(number) not in found.values():
+                found[os.fsdecode(disk)] = int(number)
+        return found
+
+    def take(self, disk: Disk) -> int:
+        """The number of a disk, which is then held by it."""
+        if not self.read_yet:
+            self.read_yet = True
+            try:
+                self.known = self.parse(read_bytes(self.path))
+            except OSError as e:
+                debug(f"No numbers of namespaces in '{self.path}': {reason_of(e)}")
+        name = sha256(os.fsencode(disk.id_serial or disk.stable())).hexdigest()[:32]
+        # Two disks may say that they are the same one.
+        for twin in range(len(self.known) + 1):
+            key = f"{name}-{twin}"
+            number = self.known.get(key, 0)
+            if not number:
+                number = self.known[key] = max(self.known.values(), default=0) + 1
+                self.note(f"{number} {key}\n")
+            holder = self.holders.get(number)
+            if holder is None or holder is disk or holder.fd < 0:
+                break
+        self.holders[number] = disk
+        return number
+
+    def note(self, line: str) -> None:
+        if not self.kept:
+            return
+        try:
+            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, line.encode())
+            finally:
+                os.close(fd)
+        except OSError as e:
+            warning(f"Failed to note the number of a namespace in '{self.path}': {reason_of(e)}")
 
 
 class NvmeTcp:
     """NVMe/TCP through the kernel's nvmet: a subsystem for each disk, a port for each address family.
 
-    Names, ports and identities are those of systemd-storagetm.
+    Names, ports and identities are those of systemd-storagetm. Or else there is one `shared` subsystem, of
+    which each disk is a namespace.
     """
 
     NQN_STEM = "nqn.2023-10.io.systemd:storagetm."
@@ -2928,13 +3057,15 @@ class NvmeTcp:
     }
     ATTEMPTS = 16
 
-    def __init__(self, machine: Machine, nqn: str = "") -> None:
+    def __init__(self, machine: Machine, nqn: str = "", *, shared: bool = False) -> None:
         self.machine = machine
+        self.shared = shared
         self.prefix = nqn or self.NQN_STEM + machine.app_specific(self.NQN_APPLICATION)
         self.overrides = {
             name: os.environ.get(f"SYSTEMD_NVME_{name}", "")
             for name in ("MODEL", "FIRMWARE", "SERIAL", "UUID")
         }
+        self.numbers = Numbers(f"{RUN}{self.prefix}.namespaces")
         self.ports: dict[int, int] = {}  # number by address family
         self.attempts = 0
         self.passage = 0  # number of the port that is only there for ourselves
@@ -2944,11 +3075,12 @@ class NvmeTcp:
     # Names
 
     def nqn(self, disk: Disk) -> str:
-        return f"{self.prefix}.{disk.name}"
+        return self.prefix if self.shared else f"{self.prefix}.{disk.name}"
 
     def root(self, disk: Disk) -> str:
         """The root of the disk's branch of the tree."""
-        return f"nvmet/subsystems/{self.nqn(disk)}"
+        subsystem = f"nvmet/subsystems/{self.nqn(disk)}"
+        return f"{subsystem}/namespaces/{disk.number}" if self.shared else subsystem
 
     def why_name(self, disk: Disk) -> str:
         """Why a disk cannot have an NQN; empty if it can."""
@@ -3066,7 +3198,8 @@ class NvmeTcp:
 
     # The wanted tree
 
-    def port_branches(self) -> list[Branch]:
+    def common_branches(self) -> list[Branch]:
+        """What there is however many disks there are: ports, and the subsystem if it is a shared one."""
         branches = []
         for family, number in self.ports.items():
             adrfam, traddr, _ = self.FAMILIES[family]
@@ -3083,7 +3216,23 @@ class NvmeTcp:
                     ],
                 )
             )
+        if self.shared:
+            path = f"nvmet/subsystems/{self.prefix}"
+            identity = self.subsystem_entries(path, self.model(None), self.serial(None))
+            branches.append(Branch("subsystem", [*identity, *self.links(path)]))
         return branches
+
+    def subsystem_entries(self, path: str, model: str, serial: str) -> list[Entry]:
+        entries: list[Entry] = [Directory(path), Attribute(path + "/attr_allow_any_host", "1")]
+        for name, value in (("model", model), ("firmware", self.firmware()), ("serial", serial)):
+            if value:
+                entries.append(OptionalAttribute(f"{path}/attr_{name}", value))
+        return entries
+
+    def links(self, subsystem: str) -> list[Entry]:
+        """What lets clients in, and so comes last."""
+        nqn = subsystem.rpartition("/")[2]
+        return [Link(f"nvmet/ports/{n}/subsystems/{nqn}", subsystem) for n in self.ports.values()]
 
     def disk_branch(self, disk: Disk) -> Branch:
         """What has to be in configfs to export `disk`; the same object as long as nothing changes."""
@@ -3094,75 +3243,79 @@ class NvmeTcp:
         return disk.wanted[1]
 
     def make_disk_branch(self, disk: Disk) -> Branch:
-        subsystem = self.root(disk)
-        namespace = subsystem + "/namespaces/1"
-        links = [f"nvmet/ports/{n}/subsystems/{self.nqn(disk)}" for n in self.ports.values()]
-        node: list[Entry] = [Attribute(namespace + "/device_path", disk.node)]
+        if self.shared:
+            disk.number = self.numbers.take(disk)
+        root = self.root(disk)
+        namespace = root if self.shared else root + "/namespaces/1"
+        between: list[Entry] = []
+        device: Entry = Attribute(namespace + "/device_path", disk.node)
         protection: list[Entry] = []
         if disk.access != READ_WRITE:
             target = Mapping.READ_ONLY if disk.access == READ_ONLY else Mapping.SNAPSHOT
             path = Mapping.path_for(disk.name, self.prefix, disk.tag, disk.node, target)
             mapping = Mapping(path, target, disk.node, disk.size)
-            node = [mapping, MappedNode(namespace + "/device_path", mapping)]
+            between, device = [mapping], MappedNode(namespace + "/device_path", mapping)
         if disk.access == READ_ONLY:
             protection = [WriteProtection(namespace + "/write_protect", self)]
         entries: list[Entry] = [
-            Directory(subsystem),
-            Attribute(subsystem + "/attr_allow_any_host", "1"),
-            *(
-                OptionalAttribute(f"{subsystem}/attr_{name}", value)
-                for name, value in (
-                    ("model", self.model(disk)),
-                    ("firmware", self.firmware()),
-                    ("serial", self.serial(disk)),
-                )
-                if value
-            ),
-            *node[:-1],
+            *between,
             Directory(namespace),
-            node[-1],
+            device,
             OptionalAttribute(namespace + "/device_uuid", self.uuid(disk)),
+            *([OptionalAttribute(namespace + "/device_nguid", self.nguid(disk))] if self.shared else []),
             *(
                 [Attribute(namespace + "/buffered_io", "1")]
                 if disk.buffered and disk.access == READ_WRITE
                 else []
             ),
-            Attribute(namespace + "/enable", "1"),
+            (Switch if self.shared else Attribute)(namespace + "/enable", "1"),
             # Linux 5.8; before, clients see a new size when they attach anew.
             Trigger(namespace + "/revalidate_size", str(disk.size)),
             *protection,
-            *(Link(link, subsystem) for link in links),
         ]
+        if not self.shared:
+            identity = self.subsystem_entries(root, self.model(disk), self.serial(disk))
+            entries = [*identity, *entries, *self.links(root)]
         return Branch(disk.tag, entries)
 
-    def model(self, disk: Disk) -> str:
+    def model(self, disk: Disk | None) -> str:
+        """The model of a disk's subsystem, or of the one that is for all."""
         if override := self.overrides["MODEL"]:
             return nvme_string(override, MODEL_MAX)
-        system = self.machine.os
-        return nvme_string(
-            f"{disk.model} ({system})" if disk.model and system else disk.model or system, MODEL_MAX
-        )
+        # Not the host name, which may change while clients are attached.
+        model, system = disk.model if disk else "Storage target", self.machine.os
+        return nvme_string(f"{model} ({system})" if model and system else model or system, MODEL_MAX)
 
     def firmware(self) -> str:
         return nvme_string(self.overrides["FIRMWARE"] or self.machine.os_version, FIRMWARE_MAX)
 
-    def serial(self, disk: Disk) -> str:
-        """The disk's serial number, or one that is stable for the disk and unique on this machine."""
-        if text := nvme_string(self.overrides["SERIAL"] or disk.serial, SERIAL_MAX):
+    def serial(self, disk: Disk | None) -> str:
+        """The disk's serial number, or one that is stable for the disk and unique on this machine.
+
+        That of the machine for the subsystem that is for all disks.
+        """
+        given = self.overrides["SERIAL"] or (disk.serial if disk else "")
+        if given and (text := nvme_string(given, SERIAL_MAX)):
             return text
+        if disk is None:
+            return str(sha256(self.machine.id + b"machine").hexdigest()[:SERIAL_MAX])
         if disk.made_up[0] != disk.tag:  # computed once: at its end, half of a disk has left sysfs already
             digest = sha256(self.machine.id + b"serial" + os.fsencode(disk.id_serial or disk.stable()))
             disk.made_up = disk.tag, digest.hexdigest()[:SERIAL_MAX]
         return disk.made_up[1]
 
     def uuid(self, disk: Disk) -> str:
-        override = self.overrides["UUID"].replace("-", "").lower()
-        if is_id128(override):
-            return dashed(override)
-        if override:
+        if override := self.overrides["UUID"].replace("-", "").lower():
+            if is_id128(override):
+                return dashed(override)
             warning("$SYSTEMD_NVME_UUID is not a UUID, ignoring it")
         digest = sha256(self.machine.id + os.fsencode(disk.id_serial or disk.node)).digest()
         return dashed(uuid4_from(digest))
+
+    def nguid(self, disk: Disk) -> str:
+        """Made like the UUID, but different for disks without a serial number, and not to be overridden."""
+        digest = sha256(self.machine.id + b"nguid" + os.fsencode(disk.id_serial or disk.stable()))
+        return dashed(digest.hexdigest()[:32])
 
     # The client's side
 
@@ -3246,8 +3399,14 @@ class Report:
                     return SNAPSHOT_FULL if full else f"snapshot {100 * used // limit:2} %"
         return disk.access.upper() if disk.access == READ_WRITE else disk.access
 
+    def for_all(self, address: Address) -> tuple[str, str]:
+        """The command that attaches all disks, and what may be on a line of its own."""
+        if self.transport.shared:
+            return self.transport.connect(address, "connect"), f"-n {quoted(self.transport.prefix)}"
+        return self.transport.connect(address, "connect-all"), ""
+
     def for_plymouth(self) -> str:
-        lines = [self.transport.connect(a, "connect-all") for a in self.addresses]
+        lines = [" ".join(filter(None, self.for_all(a))) for a in self.addresses]
         return min(lines, key=len) if lines else "Storage target mode: the network is down"
 
     def facts(self) -> dict[str, str]:
@@ -3255,7 +3414,7 @@ class Report:
         found = {}
         for address in self.addresses:
             found[f"address {address.text} {address.interface}"] = (
-                f"Attach all disks with: {self.transport.connect(address, 'connect-all')}"
+                f"Attach all disks with: {' '.join(filter(None, self.for_all(address)))}"
             )
         if not self.addresses:
             found["network"] = "The network is down: no address yet at which disks could be attached"
@@ -3263,9 +3422,8 @@ class Report:
             described = ", ".join(
                 filter(None, (size_text(disk.size), disk.model, self.transport.serial(disk), disk.access))
             )
-            found[f"disk {disk.key} {disk.tag}"] = (
-                f"Exporting '{disk.node}' ({described}) as {self.transport.nqn(disk)}"
-            )
+            where = f"{self.transport.nqn(disk)}, namespace {disk.number}".removesuffix(", namespace 0")
+            found[f"disk {disk.key} {disk.tag}"] = f"Exporting '{disk.node}' ({described}) as {where}"
             found[f"size {disk.key} {disk.tag}"] = f"'{disk.node}' has {disk.size} bytes"
         if self.refused:
             return {}
@@ -3292,10 +3450,8 @@ class Report:
             all_of_them = "its disk" if count == 1 else f"all {count} disks"
             blocks.append([("", f"To attach {all_of_them}, type as root on the other machine:"), ("", "")])
             for address in self.addresses:
-                lines = [
-                    ("command", line)
-                    for line in folded(self.transport.connect(address, "connect-all"), width)
-                ]
+                command, more = self.for_all(address)
+                lines = [("command", line) for line in folded(command, width, more)]
                 if address.family == AF_INET6 and address.link_local:
                     lines.append(
                         ("dim", "    (INTERFACE: the other machine's interface to this one, see 'ip link')")
@@ -3303,13 +3459,19 @@ class Report:
                 blocks.append([*lines, ("", "")])
         if not count:
             blocks.append([("alert", "No disk is exported; plug one in, and it will be."), ("", "")])
+        elif self.transport.shared:
+            blocks.append([("", "Namespaces:"), ("", "")])
         elif self.addresses:
             blocks.append([("", "To attach one disk:"), ("", "")])
         for disk in self.exported:
             access = self.access_text(disk)
-            about = f"{disk.node:<12} {size_text(disk.size):>8}  {access:<13} {disk.model.replace('_', ' ')}"
-            about = f"{about[:57]:<57}  {self.transport.serial(disk)}"
+            number = f"{disk.number:>4}  " if self.transport.shared else ""
+            about = f"{number}{disk.node:<12} {size_text(disk.size):>8}  {access:<13} "
+            about = f"{(about + disk.model.replace('_', ' '))[:57]:<57}  {self.transport.serial(disk)}"
             lines = [(disk.access, about[: width - 1])]
+            if self.transport.shared:
+                blocks.append(lines)
+                continue
             if self.addresses:
                 command = self.transport.connect(self.addresses[0], "connect")
                 lines += [
@@ -3317,6 +3479,8 @@ class Report:
                     for line in folded(command, width, f"-n {quoted(self.transport.nqn(disk))}")
                 ]
             blocks.append([*lines, ("", "")])
+        if self.transport.shared and count:
+            blocks.append([("", "")])
         if fill := self.fill_text(""):
             full = any(full for _, _, full in self.memory.filled.values())
             blocks.append([("alert" if full else "", fill[0].upper() + fill[1:] + "."), ("", "")])
@@ -3605,6 +3769,7 @@ class Service:
         self.ledger.lock()
         self.tree.adopt()
         self.transport.choose_ports(self.tree.live)
+        self.transport.numbers.kept = True
         self.catch_signals()
         failed = True
         try:
@@ -3655,6 +3820,7 @@ class Service:
             if disk.removable:
                 watch_medium(disk)
         disks = self.inventory.candidates()
+        allow_files(len(disks))
         for disk in disks:
             if disk.fd < 0 and not disk.failed:
                 self.claim(disk, now, strict=strict)
@@ -3676,7 +3842,7 @@ class Service:
     def apply(self, disks: Sequence[Disk], *, strict: bool) -> None:
         """Makes what these disks ask for, and takes away all else."""
         while True:
-            branches = self.transport.port_branches()
+            branches = self.transport.common_branches()
             owners = {}
             for disk in disks:
                 if (branch := self.wanted_branch(disk)) is not None:
@@ -3777,6 +3943,9 @@ class Service:
     def fail(self, disk: Disk | None, root: str, problem: OSError, *, strict: bool) -> None:
         """Tells the user, once, what could not be done, and leaves the disk alone until it changes."""
         reason = reason_of(problem)
+        if problem.errno == errno.EEXIST:
+            name = self.transport.nqn(disk) if disk else os.path.basename(root)
+            reason = f"another program made '{name}'; stop it, or give another --nqn"
         if disk is None:
             left = root in self.tree.live
             message = f"Failed to {'remove' if left else 'make'} '{CONFIGFS}{root}': {reason}"
@@ -3785,7 +3954,7 @@ class Service:
             error(message)
             return
         if problem.errno == errno.EEXIST:
-            reason = f"another program made '{self.transport.nqn(disk)}'; stop it, or give another --nqn"
+            pass
         elif str(problem.filename).startswith("dm/"):
             reason = why_not_mapped(problem, disk)
         elif problem.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
@@ -3853,7 +4022,8 @@ class Service:
                 redraws.pop(0)
                 self.dirty = True
             if self.dirty and now - self.shown >= REDRAW_SEC:
-                self.show(now)
+                self.show()
+                now = self.shown
             deadlines = redraws[:1]
             if self.dirty:
                 deadlines.append(self.shown + REDRAW_SEC)
@@ -3905,15 +4075,16 @@ class Service:
             self.pause = min(self.pause * 1.5, LOCK_POLL_SEC[1])
             self.synchronise()
 
-    def show(self, now: float) -> None:
+    def show(self) -> None:
         self.dirty = False
-        self.shown = now
         disks = self.inventory.disks.values()
         report = Report(self.machine, self.transport, self.addresses, disks, self.memory, self.refused)
         self.view.show(report)
         if (status := report.status()) != self.status:
             self.status = status
             notify(f"STATUS={status}")
+        # Not when it began: with many disks that takes long, and other work has to get its turn.
+        self.shown = time.monotonic()
         if self.view.beside_plymouth and (splash := report.for_plymouth()) != self.splash:
             self.splash = splash
             plymouth(splash)
@@ -3961,6 +4132,7 @@ class Options:
         self.mode = ""  # one of ACCESS; empty if none was asked for
         self.store = 0  # for the changes of snapshots, in bytes; 0 for half of what is available
         self.rules: list[tuple[str, str]] = []  # glob and kind of access
+        self.subsystem = ""  # PER_DISK or SHARED; empty if none was asked for
         self.kernel_command_line = False
         self.refused = ""  # why nothing is exported although the service runs
         self.help = False
@@ -3989,6 +4161,12 @@ OPTIONS = (
         "access",
         "=GLOB:MODE",
         "Use this mode for disks whose node, link, serial\nnumber or model matches; the first one counts",
+    ),
+    (
+        "",
+        "subsystem",
+        "=KIND",
+        "One NVMe subsystem for each disk (per-disk, default)\nor one for all (shared)",
     ),
     ("", "force", "", "Export the named devices even if they are in use"),
     ("", "list-devices", "", "Show what --all would export, what not, and why"),
@@ -4078,6 +4256,10 @@ def set_option(options: Options, name: str, value: str) -> None:
             raise UsageError(f"--{name} and --{options.mode} do not go together; see --access=")
         options.mode = name
         options.store = parse_size(value) if value else options.store
+    elif name == "subsystem":
+        if value not in (PER_DISK, SHARED):
+            raise UsageError(f"--subsystem={value} is neither {PER_DISK} nor {SHARED}")
+        options.subsystem = value
     elif name == "access":
         options.rules.append(parse_rule(value))
     else:
@@ -4162,6 +4344,7 @@ def add_options(options: Options, more: Options) -> None:
         options.mode = more.mode
     options.store = options.store or more.store
     options.nqn = options.nqn or more.nqn
+    options.subsystem = options.subsystem or more.subsystem
     options.all = max(options.all, more.all) if not options.devices else options.all
     for name in ("list_devices", "dry_run", "json", "force", "help", "version"):
         setattr(options, name, getattr(options, name) or getattr(more, name))
@@ -4260,7 +4443,7 @@ def dry_run(options: Options, transport: NvmeTcp, inventory: Inventory) -> int:
     except OSError as e:
         debug(f"Nothing of ours is noted as exported: {reason_of(e)}")
     transport.choose_ports(tree.live)
-    branches = transport.port_branches()
+    branches = transport.common_branches()
     code = 0
     for disk in inventory.candidates():
         if why := transport.why_name(disk):
@@ -4296,7 +4479,7 @@ def start(argv: Sequence[str]) -> int:
     if not options.dry_run and os.geteuid() != 0:
         raise UserError("Only root can export disks; run it as root, or see what it would do with --dry-run")
     machine = Machine()
-    transport = NvmeTcp(machine, options.nqn)
+    transport = NvmeTcp(machine, options.nqn, shared=options.subsystem == SHARED)
     if options.refused:
         options.devices, options.all = [], 0
     access = Access(options.rules, options.mode)

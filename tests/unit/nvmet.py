@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 SUBSYSTEM = ("attr_allow_any_host", "attr_firmware", "attr_model", "attr_serial")
-NAMESPACE = ("buffered_io", "device_path", "device_uuid", "enable", "revalidate_size")
+NAMESPACE = ("buffered_io", "device_nguid", "device_path", "device_uuid", "enable", "revalidate_size")
 PORT = ("addr_adrfam", "addr_traddr", "addr_trsvcid", "addr_trtype")
 
 
@@ -131,11 +131,11 @@ class Nvmet:
         parent = os.path.dirname(self.path(relative))
         name = relative.rpartition("/")[2]
         enable = f"{parent}/enable"
-        if name in ("device_path", "device_uuid", "buffered_io"):
+        if name in ("device_path", "device_uuid", "device_nguid", "buffered_io"):
             with open(enable) as file:
                 if file.read() != "0\n":
                     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        if name == "enable":
+        if name == "enable" and data == b"1":
             with open(f"{parent}/device_path") as file:
                 if file.read() == "0\n":
                     raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

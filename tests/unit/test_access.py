@@ -50,6 +50,7 @@ def disk(node: str, *links: str, serial: str = "", model: str = "") -> storagetm
         ("wd-123*", False),
         ("WDC_WD40*", True),
         ("WDC WD40*", True),
+        ("WDC_WD40EFRX_WD-1234", True),
         ("", False),
     ],
 )
@@ -57,6 +58,7 @@ def test_what_a_rule_matches(glob: str, matches: bool) -> None:
     found = disk(
         "/dev/sda", "/dev/disk/by-path/pci-0000:00:1f.2-ata-1", serial="WD-1234", model="WDC_WD40EFRX"
     )
+    found.id_serial = "WDC_WD40EFRX_WD-1234"
     access = storagetm.Access([(glob, READ_WRITE)], SNAPSHOT)
     assert access.of(found) == (READ_WRITE if matches else SNAPSHOT)
 

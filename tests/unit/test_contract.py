@@ -494,7 +494,7 @@ def test_file_without_direct_io(busy: storagetm.NvmeTcp) -> None:
 def test_wanted_ports(busy: storagetm.NvmeTcp) -> None:
     assert [
         (b.root, [(type(e).__name__, e.path.rpartition("/")[2], e.value) for e in b.entries])
-        for b in busy.port_branches()
+        for b in busy.common_branches()
     ] == [
         (
             f"nvmet/ports/{number}",

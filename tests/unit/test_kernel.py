@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -255,3 +256,16 @@ def test_kernel_that_has_all(modprobe: Modprobe) -> None:
     os.makedirs(storagetm.SYS + "module/nvmet_tcp")
     storagetm.prepare_kernel()
     assert modprobe.asked == []
+
+
+def test_allow_files() -> None:
+    """With many disks as many files may be open as the system allows at all."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (900, before[1]))
+        storagetm.allow_files(400)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 900
+        storagetm.allow_files(900)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -453,14 +453,14 @@ def test_restart_without_a_disk_that_is_gone(start: Start, nvmet: Nvmet, machine
 def test_status_is_told_when_it_changes(start: Start, manager: Manager) -> None:
     run = start()
     run.service.synchronise(strict=True)
-    run.service.show(0.0)
-    run.service.show(1.0)
+    run.service.show()
+    run.service.show()
     assert manager.told() == [
         "READY=1",
         "STATUS=Exporting 8 disks (8 read-write) at no address (the network is down).",
     ]
     run.service.addresses = [storagetm.Address(storagetm.AF_INET, "192.0.2.1", "eth0", False)]
-    run.service.show(2.0)
+    run.service.show()
     assert manager.told() == ["STATUS=Exporting 8 disks (8 read-write) at 1 address."]
 
 

@@ -25,11 +25,11 @@ V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
 PORTS = {V4: 4420, V6: 4421}
 
 
-def transport(ports: dict[int, int]) -> storagetm.NvmeTcp:
+def transport(ports: dict[int, int], *, shared: bool = False) -> storagetm.NvmeTcp:
     """One that is called nqn.test, without asking this machine who it is."""
     machine = storagetm.Machine.__new__(storagetm.Machine)
     machine.id, machine.os, machine.os_version = bytes(range(16)), "debian", "13"
-    made = storagetm.NvmeTcp(machine, "nqn.test")
+    made = storagetm.NvmeTcp(machine, "nqn.test", shared=shared)
     made.ports = dict(ports)
     return made
 
@@ -41,9 +41,11 @@ def disk(name: str, tag: str = "254:0 1", model: str = "Model", size: int = 512)
     return made
 
 
-def wanted(disks: Iterable[storagetm.Disk], ports: dict[int, int] = PORTS) -> list[storagetm.Branch]:
-    made = transport(ports)
-    return [*made.port_branches(), *map(made.disk_branch, disks)]
+def wanted(
+    disks: Iterable[storagetm.Disk], ports: dict[int, int] = PORTS, *, shared: bool = False
+) -> list[storagetm.Branch]:
+    made = transport(ports, shared=shared)
+    return [*made.common_branches(), *map(made.disk_branch, disks)]
 
 
 ABC = wanted(disk(name) for name in "abc")
@@ -124,6 +126,7 @@ def test_create(nvmet: Nvmet, run: Run) -> None:
         f"{subsystem}/namespaces": "directory",
         f"{subsystem}/namespaces/1": "directory",
         f"{subsystem}/namespaces/1/buffered_io": "0",
+        f"{subsystem}/namespaces/1/device_nguid": "0",
         f"{subsystem}/namespaces/1/device_path": "/dev/a",
         f"{subsystem}/namespaces/1/device_uuid": transport(PORTS).uuid(disk("a")),
         f"{subsystem}/namespaces/1/enable": "1",
@@ -610,7 +613,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.foreign: dict[str, Callable[[], bool]] = {}
 
     WANTED = st.builds(
-        lambda some, ports: wanted(some, ports),
+        lambda some, ports, shared: wanted(some, ports, shared=shared),
         st.lists(
             st.builds(
                 disk,
@@ -623,7 +626,11 @@ class AnyOrder(RuleBasedStateMachine):
             max_size=4,
         ),
         st.sampled_from([{V4: 2}, {V4: 2, V6: 3}, {V6: 5}]),
+        st.booleans(),
     )
+
+    def is_foreign(self, path: str) -> bool:
+        return any(path == f or path.startswith(f"{f}/") for f in self.foreign)
 
     def open(self) -> Session:
         if self.session is None:
@@ -639,7 +646,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(branches=WANTED)
     def reconcile(self, branches: list[storagetm.Branch]) -> None:
         failures = self.open().tree.reconcile(branches)
-        assert set(failures) <= set(self.foreign)
+        assert all(map(self.is_foreign, failures))
         assert set(self.open().tree.live) == {b.root for b in branches} - set(failures)
         self.check(branches)
         assert changes(self.nvmet, lambda: self.open().tree.reconcile(branches)) == []
@@ -649,12 +656,10 @@ class AnyOrder(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
             fresh = Nvmet(Path(directory) / "config", patch)
             session = Session(fresh, Path(directory) / "x.entries")
-            session.tree.reconcile([b for b in branches if b.root not in self.foreign])
+            session.tree.reconcile([b for b in branches if not self.is_foreign(b.root)])
             session.close()
             expected = fresh.contents()
-        found = {
-            p: v for p, v in self.nvmet.contents().items() if not any(p.startswith(f) for f in self.foreign)
-        }
+        found = {p: v for p, v in self.nvmet.contents().items() if not self.is_foreign(p)}
         assert found == expected
 
     @rule(branches=WANTED, number=st.integers(0, 60))
@@ -670,9 +675,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.nvmet.succeed()
 
     @precondition(lambda self: len(self.foreign) < 2)
-    @rule(name=st.sampled_from("bx"))
+    @rule(name=st.sampled_from(["nqn.test.b", "nqn.test.x", "nqn.test"]))
     def others_make(self, name: str) -> None:
-        path = f"nvmet/subsystems/nqn.test.{name}"
+        path = f"nvmet/subsystems/{name}"
         if self.nvmet.path(path).exists():
             return
         # configfs gives no inode number twice; the file system of this directory may.
@@ -682,12 +687,13 @@ class AnyOrder(RuleBasedStateMachine):
         while True:
             decoy = self.nvmet.path(f"nvmet/subsystems/decoy{spare}")
             os.mkdir(decoy)
-            if decoy.stat().st_ino not in numbers:
+            os.mkdir(decoy / "namespaces/1")
+            if not {decoy.stat().st_ino, (decoy / "namespaces/1").stat().st_ino} & numbers:
                 break
             spare += 1
-        os.mkdir(decoy / "namespaces/1")
         os.rename(decoy, self.nvmet.path(path))
         for i in range(spare):
+            os.rmdir(self.nvmet.path(f"nvmet/subsystems/decoy{i}/namespaces/1"))
             os.rmdir(self.nvmet.path(f"nvmet/subsystems/decoy{i}"))
         identity = self.nvmet.path(path).stat().st_ino
         self.foreign[path] = lambda: (
@@ -705,7 +711,7 @@ class AnyOrder(RuleBasedStateMachine):
             # The entries that others have by our names now are no longer ours to find.
             assert self.open().tree.reconcile([]) == {}
             self.others_are_left_alone()
-            left = {p for p in self.nvmet.contents() if not any(p.startswith(f) for f in self.foreign)}
+            left = {p for p in self.nvmet.contents() if not self.is_foreign(p)}
             assert left == {"nvmet", "nvmet/ports", "nvmet/subsystems"}
             self.restart()
         finally:

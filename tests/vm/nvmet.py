@@ -181,5 +181,5 @@ def remove(machine: Machine, *roots: str) -> None:
 
 def left_over(machine: Machine) -> list[str]:
     """What is in the tool's directory but locks, which stay for whoever waits for them."""
-    names = machine.run("ls -A /run/storagetm 2>/dev/null", check=False).stdout.split()
+    names = machine.run("ls -A /run/storagetm 2>/dev/null", check=False).stdout.splitlines()
     return [name for name in names if not name.endswith(".lock")]

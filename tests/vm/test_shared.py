@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""All disks as namespaces of one subsystem: one attachment, in which disks come and go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.images import RELEASES
+from tests.harness.machine import MIB, Disk, Machine, Nic, Wire
+from tests.vm import nvmet
+from tests.vm.conftest import TOOL, BootMachine, prepare
+from tests.vm.disks import wait_name
+from tests.vm.initiator import TARGET_ADDRESS, Reader, attached, write_content
+from tests.vm.nvmet import NVMET, Service, exporting
+
+NQN = "quux"
+PORT = 16858  # that follows from it
+SHARED = ["--subsystem=shared", f"--nqn={NQN}"]
+
+# Prints number, UUID, NGUID, size in bytes and 1 for read-only of each namespace that is attached.
+NAMESPACES_SCRIPT = """
+for disk in /sys/block/nvme*; do
+    case "${disk##*/}" in *c*) continue;; esac  # one path to it
+    [ "$(cat "$disk/device/subsysnqn")" = quux ] || continue
+    echo "$(cat "$disk/nsid") $(cat "$disk/uuid") $(cat "$disk/nguid") $(($(cat "$disk/size") * 512))" \\
+        "$(cat "$disk/ro") /dev/${disk##*/}"
+done
+true
+"""
+
+
+@pytest.fixture(autouse=True)
+def forgotten(target: Machine) -> Iterator[None]:
+    """Nothing of the tool's is left but which number is whose, and that goes, too."""
+    yield
+    target.wait_run('! dmsetup ls 2>/dev/null | grep storagetm-; test -z "$(losetup -n -O NAME)"')
+    assert [n for n in nvmet.left_over(target) if n != f"{NQN}.namespaces"] == []
+    target.run(f"rm -f /run/storagetm/{NQN}.namespaces")
+
+
+def namespaces(client: Machine) -> dict[int, list[str]]:
+    """UUID, NGUID, size, read-only and node of the client's namespaces, by number."""
+    lines = client.run(NAMESPACES_SCRIPT).stdout.splitlines()
+    return {int(number): fields for number, *fields in map(str.split, lines)}
+
+
+def numbers(target: Machine) -> dict[str, int]:
+    """The numbers of the namespaces, by the disks' nodes."""
+    tree = nvmet.tree(target)
+    return {
+        value.split("\n")[0]: int(path.split("/")[3])
+        for path, value in tree.items()
+        if path.startswith(f"subsystems/{NQN}/namespaces/")
+        and path.endswith("/device_path")
+        and tree[path.replace("device_path", "enable")] == "1\n"
+    }
+
+
+def test_come_and_go(target: Machine, client: Machine, tmp_path: Path) -> None:
+    """An attached client sees it; numbers stay, and none is given to another disk."""
+    path = tmp_path / "guest.raw"
+    write_content(path, 1, 4 * MIB)
+    with exporting(target, *SHARED, "--all") as service:
+        before = numbers(target)
+        assert sorted(before.values()) == list(range(1, len(before) + 1))
+        with attached(client, NQN, PORT) as attachment:
+            assert namespaces(client).keys() == set(before.values())
+            target.add_disk(Disk("guest", path=path, serial="DISK-GUEST"))
+            node = f"/dev/{wait_name(target, 'DISK-GUEST')}"
+            number = len(before) + 1
+            client.wait_until(lambda: number in namespaces(client))
+            assert numbers(target) == {**before, node: number}
+            client.wait_until(lambda: namespaces(client)[number][3] == "1")
+            theirs = namespaces(client)[number][4]
+            read = client.run(f"dd if={theirs} bs=1M iflag=direct status=none | sha256sum").stdout
+            assert read == target.run(f"sha256sum <{node}").stdout
+
+            target.remove_disk("guest", timeout=120)
+            client.wait_until(lambda: number not in namespaces(client))
+            assert numbers(target) == before
+            # Another one does not get its number.
+            target.add_disk(Disk("other", serial="DISK-OTHER"))
+            other = f"/dev/{wait_name(target, 'DISK-OTHER')}"
+            client.wait_until(lambda: number + 1 in namespaces(client))
+            assert numbers(target) == {**before, other: number + 1}
+            target.add_disk(Disk("guest", path=path, serial="DISK-GUEST"))
+            client.wait_until(lambda: number in namespaces(client))
+            target.remove_disk("other", timeout=120)
+            client.wait_until(lambda: number + 1 not in namespaces(client))
+            after = numbers(target)
+            seen = namespaces(client)
+            attachment.check()
+        assert [line for priority, line in service.journal() if priority < 5] == []
+    try:
+        # And so it is after a stop, whoever comes first.
+        with exporting(target, *SHARED, "--all"):
+            assert numbers(target) == after
+            with attached(client, NQN, PORT):
+                again = namespaces(client)
+                assert {n: f[:3] for n, f in again.items()} == {n: f[:3] for n, f in seen.items()}
+    finally:
+        target.remove_disk("guest", timeout=120)
+    # Each disk is told apart.
+    assert len({fields[0] for fields in seen.values()}) == len(seen)
+    assert len({fields[1] for fields in seen.values()}) == len(seen)
+
+
+def test_killed_while_read(target: Machine, client: Machine, tmp_path: Path) -> None:
+    """Taken over after SIGKILL, with a client that reads all the time and notices nothing."""
+    path = tmp_path / "read.raw"
+    write_content(path, 3, 4 * MIB)
+    target.add_disk(Disk("read", path=path, serial="DISK-READ"))
+    node = f"/dev/{wait_name(target, 'DISK-READ')}"
+    service = Service(target, [*SHARED, "--all"])
+    service.start()
+    inodes = f"cd {NVMET} && ls -id subsystems/* subsystems/*/namespaces/* ports/*"
+    try:
+        live, before = target.run(inodes).stdout, numbers(target)
+        with attached(client, NQN, PORT) as attachment:
+            theirs = namespaces(client)[before[node]][4]
+            reader = Reader(client, theirs, 3, 4 * MIB)
+            for _ in range(3):
+                reader.wait_progress()
+                service.kill("KILL")
+                target.wait_run(f"systemctl is-failed --quiet {service.unit}")
+                target.run(f"systemctl reset-failed {service.unit}")
+                reader.wait_progress()
+                service = Service(target, [*SHARED, "--all"])
+                service.start()
+            assert (target.run(inodes).stdout, numbers(target)) == (live, before)
+            reader.wait_progress()
+            # A disk that goes while nobody looks.
+            service.kill("KILL")
+            target.wait_run(f"systemctl is-failed --quiet {service.unit}")
+            target.run(f"systemctl reset-failed {service.unit}")
+            print(reader.stop())
+            attachment.check()
+            target.remove_disk("read", timeout=120)
+            service = Service(target, [*SHARED, "--all"])
+            service.start()
+            del before[node]
+            assert numbers(target) == before
+            client.wait_until(lambda: namespaces(client).keys() == set(before.values()))
+    finally:
+        assert service.stop() == set()
+
+
+def test_access(target: Machine, client: Machine, tmp_path: Path) -> None:
+    """Each namespace has its own kind of access."""
+    contents = {}
+    for name in ("one", "two", "three"):
+        write_content(tmp_path / name, 4, 2 * MIB)
+        target.add_disk(Disk(name, path=tmp_path / name, serial=f"DISK-{name}"))
+    nodes = {name: f"/dev/{wait_name(target, f'DISK-{name}')}" for name in ("one", "two", "three")}
+    try:
+        rules = ["--access=DISK-two:snapshot", "--access=DISK-three:read-write"]
+        with exporting(target, *SHARED, *rules, *nodes.values()) as service:
+            assert "1 read-write" in service.show("StatusText")
+            with attached(client, NQN, PORT) as attachment:
+                found, order = namespaces(client), numbers(target)
+                for name, node in nodes.items():
+                    fields = found[order[node]]
+                    assert fields[3] == ("1" if name == "one" else "0")
+                    write = f"dd if=/dev/zero of={fields[4]} bs=64k count=1 oflag=direct conv=fsync"
+                    assert (client.run(write, check=False).returncode == 0) == (name != "one")
+                    contents[name] = client.run(
+                        f"dd if={fields[4]} bs=64k count=1 iflag=direct"
+                    ).stdout_bytes
+                attachment.check()
+        first = {name: (tmp_path / name).read_bytes()[: 64 << 10] for name in nodes}
+        assert first["one"] == first["two"] == contents["one"] != bytes(64 << 10)
+        assert first["three"] == contents["two"] == contents["three"] == bytes(64 << 10)
+    finally:
+        for name in nodes:
+            target.remove_disk(name, timeout=120)
+
+
+def test_other_kind(target: Machine) -> None:
+    """The other kind of subsystem, started after a SIGKILL, takes the place of the one that is there."""
+    for first, second in (("shared", "per-disk"), ("per-disk", "shared")):
+        services = [
+            Service(target, [f"--subsystem={kind}", f"--nqn={NQN}", "/dev/vdb", "/dev/vdc"])
+            for kind in (first, second)
+        ]
+        services[0].start()
+        services[0].kill("KILL")
+        target.wait_run(f"systemctl is-failed --quiet {services[0].unit}")
+        target.run(f"systemctl reset-failed {services[0].unit}")
+        services[1].start()
+        found = {n for n in nvmet.names(target) if n.startswith("subsystems/")}
+        if str(second) == "shared":
+            assert found == {f"subsystems/{NQN}"}
+            assert numbers(target).keys() == {"/dev/vdb", "/dev/vdc"}
+        else:
+            assert found == {f"subsystems/{NQN}.vdb", f"subsystems/{NQN}.vdc"}
+        assert services[1].stop() == set()
+
+
+def test_name_taken(target: Machine) -> None:
+    """Another program's subsystem of this name is left alone."""
+    target.run(f"modprobe nvmet-tcp; mkdir -p {NVMET}/subsystems/{NQN}/namespaces/7")
+    try:
+        before = nvmet.tree(target)
+        refused = target.run([TOOL, *SHARED, "/dev/vdb"], check=False)
+        assert refused.returncode == 1
+        assert refused.stderr.count("\n") == 1, refused.stderr
+        assert f"another program made '{NQN}'; stop it, or give another --nqn" in refused.stderr
+        assert nvmet.tree(target) == before
+    finally:
+        target.run(f"cd {NVMET}/subsystems && rmdir {NQN}/namespaces/7 {NQN}")
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_debian_releases(boot: BootMachine, tool: Path, release: str) -> None:
+    """On the kernels of both releases, with 20 disks that a client of the same one attaches at once."""
+    wire = Wire()
+    disks = [Disk(f"disk{i}", serial=f"DISK-{i}") for i in range(20)]
+    target = boot("target2", release, wait=False, disks=disks, nics=[Nic(wire, 0)])
+    client = boot("client2", release, wait=False, nics=[Nic(wire, 1)])
+    for number, machine in enumerate((target, client), 1):
+        machine.wait_boot()
+        prepare(machine, tool, number)
+    with exporting(target, *SHARED, "--all") as service:
+        ours = numbers(target)
+        assert len(ours) == 20
+        assert f"nvme connect -t tcp -a {TARGET_ADDRESS} -s {PORT} -n {NQN}" in service.output
+        client.run(f"modprobe nvme-tcp; nvme connect -t tcp -a {TARGET_ADDRESS} -s {PORT} -n {NQN}")
+        client.wait_until(lambda: len(namespaces(client)) == 20)
+        client.wait_until(lambda: all(f[3] == "1" for f in namespaces(client).values()))
+        # Discovery shows the one subsystem, and connect-all attaches it.
+        client.run(
+            f"nvme disconnect-all; nvme connect-all -t tcp -a {TARGET_ADDRESS} -s {PORT}", timeout=180
+        )
+        client.wait_until(lambda: namespaces(client).keys() == set(ours.values()))
+        listed = json.loads(target.run([TOOL, "--list-devices", "--json"]).stdout)
+        assert {d["node"] for d in listed if d["export"]} == ours.keys()
+        client.run("nvme disconnect-all")
