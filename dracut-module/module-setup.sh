@@ -73,7 +73,7 @@ install() {
     # dracut would go on without any of it, to an image that can't do the one thing it is for.
     inst_multiple /usr/bin/python3
     # shellcheck disable=SC2086  # These paths are Python's own and have no spaces.
-    if ! files=$(/usr/bin/python3 -IS "$moddir"/python-initrd "$program" "$initdir") \
+    if ! files=$(/usr/bin/python3 -IS -X no_debug_ranges "$moddir"/python-initrd "$program" "$initdir") \
         || ! inst_multiple $files; then
         dfatal "storagetm: could not install the program and the part of Python that it needs"
         exit 1
