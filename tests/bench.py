@@ -1,34 +1,47 @@
 """`make bench`: the project beside systemd-storagetm, on one kernel, in one run.
 
-One emulated machine of Debian 13 is booted, and both are started and stopped in it in turn, with 1 and with
-256 disks. What is printed are medians, the spread, and the ratio of the two. The machine's clock counts
-instructions, so that the figures do not depend on what else runs on the host; only what stands in one line
-may be compared.
+One emulated machine of Debian 13 is booted, and both are started and stopped in it in turn, with few disks
+and with many, and beside them the shortest program that does the same steps: that is the kernel's own share.
+docs/benchmarks.md gets medians, the spread, ratios and pictures. The machine's clock counts instructions, so
+that the figures do not depend on what else runs on the host; only what stands in one line may be compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from tests import bench_initrd
 from tests.harness import images
 from tests.harness.images import PROJECT
-from tests.harness.machine import Machine, boot_all
+from tests.harness.machine import Machine, Nic, Wire, boot_all
 
 PEER = "/usr/lib/systemd/systemd-storagetm"
 MEASURE = "/root/measure.py"
 READS = "/root/reads.py"
+ATTACH = "/root/attach.py"
+STRESS = "/root/stress.py"
+REPLAY = "/root/replay"
+MANY = 500  # disks, with more than which one run has to do: it takes half an hour
 COMMANDS = {
     "peer": PEER,
     "installed": "/usr/local/bin/storagetm --read-write",
     "one file": "/usr/local/bin/storagetm.pyz --read-write",
     "read-only": "/usr/local/bin/storagetm --read-only",
+}
+# What of it is not ours: the same steps by replay.c, and the interpreter's start.
+SHARES = {
+    "kernel": "replay /usr/local/bin/storagetm --read-write",
+    "kernel, read-only": "replay /usr/local/bin/storagetm --read-only",
+    "python": "python",
 }
 ACCESS = {
     "peer": PEER,
@@ -45,8 +58,16 @@ def install(machine: Machine) -> None:
     machine.run("make -C /root install-program")
     machine.put("/usr/local/lib/udev/rules.d/54-storagetm.rules", PROJECT / "units/54-storagetm.rules")
     machine.run("udevadm control --reload")
-    for path in (MEASURE, READS):
+    for path in (MEASURE, READS, ATTACH, STRESS):
         machine.put(path, PROJECT / "tests/harness/guest" / path.rpartition("/")[2])
+
+
+def install_replay(machine: Machine) -> None:
+    """Compiles replay.c, and puts it into a machine."""
+    source, binary = PROJECT / "tests/harness/guest/replay.c", PROJECT / "build/replay"
+    binary.parent.mkdir(exist_ok=True)
+    subprocess.run(["gcc", "-O2", "-static", "-pthread", "-o", binary, source], check=True)
+    machine.put(REPLAY, binary, mode=0o755)
 
 
 def measure(
@@ -58,7 +79,8 @@ def measure(
     timeout: float = 3000,
 ) -> list[dict[str, Any]]:
     """The results of measure.py: `ready` and `stop` in seconds, `memory` in KiB, `wakeups` in 3 s."""
-    arguments = [f"{name}={COMMANDS[name]}" for name in names]
+    commands = {**COMMANDS, **SHARES}
+    arguments = [f"{name}={commands[name]}" for name in names]
     output = machine.run(
         ["python3", MEASURE, str(runs), str(disks), state, *arguments], timeout=timeout
     ).stdout
@@ -69,11 +91,16 @@ def table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
     """Lines of a Markdown table: a row for each quantity, medians with the lowest and highest value."""
     lines = [f"| | {' | '.join(names)} | {' | '.join(f'{n} / peer' for n in names[1:])} |"]
     lines.append("| --- |" + " --: |" * (2 * len(names) - 1))
+    results = [r for r in results if r["name"] in names]
     cases = sorted({(r["disks"], r["state"]) for r in results}, key=lambda c: (c[0], c[1] != "rest"))
     for disks, state in cases:
         rows = [r for r in results if (r["disks"], r["state"]) == (disks, state)]
-        quantities = [("ready", "s"), ("stop", "s"), ("memory", "KiB"), ("wakeups", "")]
-        for quantity, unit in quantities if state == "rest" else quantities[:2]:
+        quantities = [("ready", "s"), ("exported", ""), ("stop", "s"), ("memory", "KiB"), ("wakeups", "")]
+        if state != "rest":
+            quantities = quantities[:3]
+        if all(r["exported"] == disks for r in rows):
+            quantities.remove(("exported", ""))
+        for quantity, unit in quantities:
             cells, medians = [], []
             for name in names:
                 values = [float(r[quantity]) for r in rows if r["name"] == name]
@@ -85,6 +112,7 @@ def table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
             ratios = [f"{m / medians[0]:.2f}" if medians[0] else "-" for m in medians[1:]]
             what = {
                 "ready": "READY=1",
+                "exported": "disks exported then",
                 "stop": "stop",
                 "memory": "resident memory",
                 "wakeups": "wake-ups in 3 s",
@@ -114,10 +142,135 @@ def reads(machine: Machine, runs: int) -> list[str]:
     return lines
 
 
+SHARED_RO = "kernel, read-only"
+SUBSYSTEMS = {
+    kind: f"/usr/local/bin/storagetm --read-write --subsystem={kind}" for kind in ("per-disk", "shared")
+}
+
+
+def attachments(machine: Machine, runs: int, disks: int) -> list[str]:
+    """Lines of a Markdown table: how soon a client has many disks, by kind of subsystem."""
+    arguments = [f"{name}={command}" for name, command in SUBSYSTEMS.items()]
+    output = machine.run(["python3", ATTACH, str(runs), str(disks), *arguments], timeout=3000).stdout
+    results = [json.loads(line) for line in output.splitlines()]
+    lines = [f"| {disks} disks | {' | '.join(SUBSYSTEMS)} | ratio |", "| --- | --: | --: | --: |"]
+    for quantity, what, unit in (
+        ("command", "nvme connect-all", " s"),
+        ("disks", "all disks there", " s"),
+        ("sockets", "connections", ""),
+    ):
+        each, shared = (
+            statistics.median(float(r[quantity]) for r in results if r["name"] == name)
+            for name in SUBSYSTEMS
+        )
+        digits = 2 if unit else 0
+        cells = " | ".join(f"{value:.{digits}f}{unit}" for value in (each, shared))
+        lines.append(f"| {what} | {cells} | {each / shared:.1f} |")
+    return lines
+
+
+def much_at_once(machine: Machine, disks: int, seconds: int, addresses: int) -> dict[str, Any]:
+    """The results of stress.py, with 200 plugs a second; the machine needs an interface eth0."""
+    machine.run("ip link set lo up; ip link set eth0 up")
+    command = [
+        "python3",
+        STRESS,
+        str(disks),
+        "200",
+        str(seconds),
+        str(addresses),
+        "/usr/local/bin/storagetm",
+    ]
+    result: dict[str, Any] = json.loads(machine.run(command, timeout=3000).stdout)
+    return result
+
+
+def changes(result: dict[str, Any], disks: int, addresses: int) -> list[str]:
+    """Lines of a Markdown table: what came of many changes in a short time."""
+    plugs, during = result["plugs"], result["plugged in"]
+    right = result["same"] and not result["unreadable"] and result["addresses"] == [result["address"]]
+    return [
+        "| | |",
+        "| --- | --- |",
+        f"| disks, all on the screen | {disks} |",
+        f"| pulled or plugged in | {plugs} times in {during:.1f} s: {plugs / during:.0f} a second |",
+        f"| udev and storagetm are through with them | {result['settled after']:.1f} s later |",
+        f"| changes of addresses | {addresses}, all at once |",
+        f"| lost | {'nothing' if right else 'something'}: {result['exported']} of {result['present']} "
+        f"disks are exported, and {' '.join(result['addresses'])} is on the screen |",
+        f"| one drawing of the screen | {result['drawing']:.2f} s |",
+        f"| drawn | {result['drawn']} times in {result['during']:.0f} s, never sooner than "
+        f"{result['shortest']:.2f} s after the one before |",
+        f"| resident memory before and after | {result['memory before']} and {result['memory after']} KiB |",
+    ]
+
+
+def median(results: Sequence[dict[str, Any]], name: str, disks: int, quantity: str) -> float:
+    return statistics.median(
+        float(r[quantity]) for r in results if (r["name"], r["disks"], r["state"]) == (name, disks, "rest")
+    )
+
+
+def shares(results: Sequence[dict[str, Any]], disks: Sequence[int]) -> list[str]:
+    """Lines of a Markdown table: of what the time until READY=1 is made up, and the time to stop."""
+    lines = [
+        "| disks | access | READY=1 | interpreter | kernel | ours | ours / kernel | ours for each disk | "
+        "stop | kernel's stop | stop / kernel's |",
+        "| --: | --- |" + " --: |" * 9,
+    ]
+    for mode, name, kernel in (("read-write", "installed", "kernel"), ("read-only", "read-only", SHARED_RO)):
+        for count in disks:
+            ready = median(results, name, count, "ready")
+            start, steps = median(results, "python", count, "ready"), median(results, kernel, count, "ready")
+            ours = ready - start - steps
+            stop, least = (median(results, n, count, "stop") for n in (name, kernel))
+            lines.append(
+                f"| {count} | {mode} | {ready:.3f} s | {start:.3f} s | {steps:.3f} s | {ours:.3f} s | "
+                f"{ours / steps:.2f} | {1000 * ours / count:.2f} ms | {stop:.3f} s | {least:.3f} s | "
+                f"{stop / least:.2f} |"
+            )
+    return lines
+
+
+def draw(results: Sequence[dict[str, Any]], disks: Sequence[int], quantity: str, path: Path) -> None:
+    """A picture of the time over the number of disks."""
+    import matplotlib  # type: ignore[import-not-found, unused-ignore]
+
+    matplotlib.use("svg")
+    # The same bytes for the same figures, and text as text.
+    matplotlib.rcParams.update({"svg.hashsalt": "storagetm", "svg.fonttype": "none", "font.size": 10})
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, label, style in (
+        ("peer", "systemd-storagetm", "C0o-"),
+        ("read-only", "storagetm, read-only", "C1s-"),
+        ("installed", "storagetm, read-write", "C2^-"),
+        (SHARED_RO, "the kernel's share, read-only", "C1s:"),
+        ("kernel", "the kernel's share, read-write", "C2^:"),
+    ):
+        times = [median(results, name, count, quantity) for count in disks]
+        axes.plot(disks, times, style, label=label)
+        if quantity != "ready" or name in SHARES:
+            continue
+        for count, seconds in zip(disks, times):
+            if (exported := median(results, name, count, "exported")) != count:
+                note = f"with {exported:.0f} exported"
+                axes.annotate(note, (count, seconds), (4, -16), textcoords="offset points", ha="right")
+    axes.set_xlabel("disks")
+    axes.set_ylabel("seconds, emulated")
+    axes.set_title({"ready": "From the start to READY=1", "stop": "From SIGTERM to the end"}[quantity])
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="of each case (default: %(default)s)")
-    parser.add_argument("--disks", type=int, nargs="+", default=[1, 256])
+    parser.add_argument("--disks", type=int, nargs="+", default=[1, 64, 256, 1024])
+    parser.add_argument("--output", type=Path, default=PROJECT / "docs", help="directory to write to")
     args = parser.parse_args()
     begin = time.monotonic()
 
@@ -127,33 +280,97 @@ def main() -> int:
     image = images.build("trixie")["trixie"]
     say("booting an emulated machine")
     results = []
-    with Machine("bench", image, memory=2048, steady=True) as machine:
+    with Machine("bench", image, memory=4096, steady=True, nics=[Nic(Wire(), 0)]) as machine:
         boot_all(machine)
         install(machine)
-        for disks in args.disks:
-            for state in ("rest", "probing"):
-                if disks == 1 and state == "probing":
-                    continue
-                say(f"{disks} disks, udev {'at rest' if state == 'rest' else 'probing'}")
-                for _ in range(args.runs):
-                    results += measure(machine, 1, disks, state)
-                    say(
-                        "  "
-                        + ", ".join(f"{r['name']} {r['ready']:.2f} s" for r in results[-len(COMMANDS) :])
-                    )
+        install_replay(machine)
+        cases = [(disks, "rest") for disks in args.disks] + [(d, "probing") for d in args.disks if d == 256]
+        for disks, state in cases:
+            say(f"{disks} disks, udev {'at rest' if state == 'rest' else 'probing'}")
+            names = [*COMMANDS, *SHARES] if state == "rest" else list(COMMANDS)
+            for _ in range(args.runs if disks <= MANY else 1):
+                results += measure(machine, 1, disks, state, names)
+                say("  " + ", ".join(f"{r['name']} {r['ready']:.3f} s" for r in results[-len(names) :]))
         say("reads through each kind of access")
         access = reads(machine, args.runs)
+        say("attaching 64 disks")
+        attaching = attachments(machine, args.runs, 64)
+        most, addresses = max(1000, *args.disks), 500
+        say(f"many changes beside {most} disks")
+        changed = changes(much_at_once(machine, most, 10, addresses), most, addresses)
         kernel = machine.run("uname -r").stdout.strip()
         version = machine.run([PEER, "--version"]).stdout.split("\n")[0]
+        python = machine.run("python3 --version").stdout.strip()
+    say("what an initrd gets")
+    initrd_sizes = bench_initrd.sizes(image)
+    say("starts in an initrd")
+    initrd_starts = bench_initrd.start_times(image, args.runs)
+    for quantity in ("ready", "stop"):
+        draw(results, args.disks, quantity, args.output / f"benchmarks-{quantity}.svg")
     size = (PROJECT / "storagetm.pyz").stat().st_size
-    print(
-        f"\nLinux {kernel}, {version}, emulated processor (2 ns an instruction). "
-        f"All read-write but the last; medians of {args.runs} runs (lowest-highest).\n"
-    )
-    print("\n".join(table(results, list(COMMANDS))))
-    print("\nOne disk, read over the loopback interface, one read at a time.\n")
-    print("\n".join(access))
-    print(f"\nstoragetm.pyz: {size} bytes ({size / 1024:.1f} KiB)")
+    parts = [
+        "# Benchmarks",
+        "",
+        f"Written by `make bench` on {time.strftime('%Y-%m-%d')}. All times are those of an emulated "
+        f"machine (QEMU on {platform.machine()}, one processor, 4 GiB) whose clock counts instructions, 2 "
+        "ns for each: they compare, and say nothing of how fast a real machine is. Medians of "
+        f"{args.runs} runs, with the lowest and the highest value; one run with more than {MANY} disks.",
+        "",
+        f"Linux {kernel}, {version}, {python}, storagetm.pyz {size} bytes.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | `{command} --all` |" for name, command in COMMANDS.items()),
+        "| kernel | the steps of `storagetm --dry-run` in configfs and device-mapper, done by "
+        "tests/harness/guest/replay.c |",
+        "",
+        "## Start and stop",
+        "",
+        "![From the start to READY=1](benchmarks-ready.svg)",
+        "",
+        "![From SIGTERM to the end](benchmarks-stop.svg)",
+        "",
+        "The disks are null_blk's. systemd-storagetm exports them read-write.",
+        "",
+        *table(results, list(COMMANDS)),
+        "",
+        "What READY=1 is made up of, and what of the time to stop is the kernel's:",
+        "",
+        *shares(results, args.disks),
+        "",
+        "## Reads",
+        "",
+        "One disk that takes 50 microseconds for a read, attached over the loopback interface, one read "
+        "after the other.",
+        "",
+        *access,
+        "",
+        "## Attaching many disks",
+        "",
+        "A client on the same machine, by kind of subsystem (`--subsystem=`).",
+        "",
+        *attaching,
+        "",
+        "## Many changes in a short time",
+        "",
+        "Read-only, on a terminal of 50 lines. Of 200 plugs a second as many as null_blk is able to do.",
+        "",
+        *changed,
+        "",
+        "## In the initrd",
+        "",
+        "Files that dracut puts into an image for this host (`--hostonly`), compressed by zstd at level 19; "
+        "one that systemd-storagetm needs may be there for systemd anyway.",
+        "",
+        *initrd_sizes,
+        "",
+        "From the unit's start to READY=1 in the booted initrd, while udev and networkd start, too:",
+        "",
+        *initrd_starts,
+    ]
+    path = args.output / "benchmarks.md"
+    path.write_text("\n".join(parts) + "\n")
+    print(path.read_text())
     return 0
 
 

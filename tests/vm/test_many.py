@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests import bench
+from tests.harness.machine import Nic, Wire
+from tests.vm import nvmet
 from tests.vm.conftest import BootMachine
 
 
@@ -23,3 +25,24 @@ def test_256_disks(boot: BootMachine, state: str) -> None:
             assert ours["wakeups"] == 0, ours
     errors = machine.run("grep -iE 'failed|traceback' /run/measure.log", check=False).stdout
     assert not errors
+
+
+def test_much_at_once(boot: BootMachine) -> None:
+    """Many disks on a screen, hot-plugs and changes of addresses as fast as can be: nothing is lost.
+
+    With more of everything it is part of `make bench`.
+    """
+    machine = boot("stress", memory=2048, steady=True, nics=[Nic(Wire(), 0)])
+    bench.install(machine)
+    result = bench.much_at_once(machine, disks=128, seconds=1, addresses=60)
+    print(result)
+    assert result["plugs"] == 200
+    assert result["same"], result
+    assert result["unreadable"] == 0
+    assert result["exported"] == 128
+    assert result["addresses"] == [result["address"]]
+    # Seen from the other end of the terminal.
+    assert result["shortest"] > 0.74, result
+    assert 1 < result["drawn"] <= result["during"] / 0.75 + 1, result
+    assert result["code"] == 0
+    assert nvmet.left_over(machine) == []

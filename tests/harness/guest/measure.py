@@ -4,7 +4,9 @@
 
 For each run, and in it for each command in turn, DISKS null_blk disks are made anew; then the command is
 started with `--all`, as a service manager would start it. "rest" waits first until udev has left the disks
-alone, "probing" does not. Prints one JSON object a line, times in seconds, memory in KiB.
+alone, "probing" does not. "python" for a command is the start and end of the interpreter alone, and with
+"replay" in front a command's steps are done by replay.c. Prints one JSON object a line, times in seconds,
+memory in KiB.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import time
 
 SUBSYSTEMS = "/sys/kernel/config/nvmet/subsystems"
 NOTIFY = "/run/measure.notify"
+PYTHON = "/usr/bin/python3"
 TIMEOUT = 600.0
 IDLE = 3.0  # for how long wake-ups are counted
 
@@ -34,6 +37,25 @@ def make_disks(count: int, *, settle: bool) -> None:
         for _ in range(4):
             subprocess.run(["udevadm", "settle"], check=True)
             time.sleep(0.5)
+        # systemd has something to do for each disk when udev has not any more.
+        for _ in range(300):
+            if busy() < 0.03:
+                break
+
+
+def busy() -> float:
+    """The share of a second that the processor had something to do."""
+    before = processor_times()
+    time.sleep(1)
+    whole, idle = (b - a for a, b in zip(before, processor_times()))
+    return 1 - idle / max(1, whole)
+
+
+def processor_times() -> tuple[int, int]:
+    """In ticks, of all kinds and idle, since the machine was booted; see proc_stat(5)."""
+    with open("/proc/stat") as file:
+        fields = [int(field) for field in file.readline().split()[1:9]]
+    return sum(fields), fields[3] + fields[4]
 
 
 def status(pid: int, name: str) -> int:
@@ -84,18 +106,48 @@ def measure(command: list[str]) -> dict[str, object]:
     }
 
 
+def interpreter() -> dict[str, object]:
+    """How long Python takes to start, with nothing to do."""
+    begin = time.monotonic()
+    subprocess.run([PYTHON, "-IS", "-c", "pass"], check=True)
+    return {"ready": time.monotonic() - begin, "stop": 0}
+
+
+def replay(command: list[str]) -> dict[str, object]:
+    """Does the steps of a command by the shortest program that can."""
+    shown = subprocess.run([*command, "--all", "--dry-run", "--json"], check=True, stdout=subprocess.PIPE)
+    fields: list[str] = []
+    for step in json.loads(shown.stdout):
+        if step["step"] == "map":
+            _, sectors, kind, parameters = step["value"].split(" ", 3)
+            fields += ["map", os.path.basename(step["path"]), sectors, kind, parameters]
+        elif step["step"] in ("mkdir", "write", "symlink"):
+            values = [step[key] for key in ("path", "value", "target") if key in step]
+            fields += [step["step"], *values]
+    data = "".join(field + "\0" for field in fields).encode()
+    times = subprocess.run(["/root/replay"], input=data, check=True, stdout=subprocess.PIPE).stdout.split()
+    return {"ready": float(times[0]), "stop": float(times[1])}
+
+
 def main() -> None:
     runs, disks, state = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     subprocess.run(["modprobe", "-a", "nvmet-tcp", "null_blk"], check=True)
     # All have been read from the disk before the clock counts.
     for argument in sys.argv[4:]:
-        command = shlex.split(argument.partition("=")[2])
+        command = shlex.split(argument.partition("=")[2].removeprefix("replay "))
+        command[0] = PYTHON if command == ["python"] else command[0]
         subprocess.run([*command, "--help"], check=True, stdout=subprocess.DEVNULL)
     for run in range(runs):
         for argument in sys.argv[4:]:
             name, _, line = argument.partition("=")
             make_disks(disks, settle=state == "rest")
-            result = measure(shlex.split(line))
+            command = shlex.split(line)
+            if command == ["python"]:
+                result = interpreter()
+            elif command[0] == "replay":
+                result = replay(command[1:])
+            else:
+                result = measure(command)
             print(
                 json.dumps({"name": name, "run": run, "disks": disks, "state": state, **result}), flush=True
             )
