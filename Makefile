@@ -29,7 +29,7 @@ PYTHON_FILES = $(shell git ls-files '*.py') dracut-module/python-initrd
 
 PYTEST := $(VENV)/python -m pytest -ra --durations=10
 
-.PHONY: all install install-program uninstall lint help deps test test-unit test-vm bench shell demo clean
+.PHONY: all install install-program uninstall lint help deps test test-unit test-vm bench soak fuzz shell demo clean
 
 all: storagetm.pyz  ## Pack the program into storagetm.pyz
 
@@ -100,8 +100,16 @@ test-unit: deps  ## Tests that need no kernel but the one they run on; T=NAME fo
 test-vm: deps  ## Tests in emulated machines; T=NAME for those whose name has NAME in it
 	$(PYTEST) --verbose $(if $(T),-k '$(T)') tests/vm
 
-bench: deps storagetm.pyz  ## Start and stop with few and many disks, beside systemd-storagetm, as a table
+bench: storagetm.pyz  ## All comparisons with systemd-storagetm; writes docs/benchmarks.md; takes an hour or two
+	@tests/install-deps bench
 	$(VENV)/python -m tests.bench
+
+soak: deps storagetm.pyz  ## 20 minutes of load with everything around it changing; MINUTES=N for more or less
+	$(VENV)/python -m tests.soak $(if $(MINUTES),--minutes=$(MINUTES))
+
+fuzz:  ## 10 minutes of made-up input for each parser; SECONDS_EACH=N for more or less
+	@tests/install-deps fuzz
+	$(VENV)/python -m tests.fuzz $(if $(SECONDS_EACH),--seconds=$(SECONDS_EACH))
 
 shell: deps storagetm.pyz  ## A root shell in an emulated machine, with the tool and two disks; IMAGE=bookworm for Debian 12
 	$(VENV)/python -m tests.harness.shell $(if $(IMAGE),--release=$(IMAGE)) storagetm.pyz

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`make fuzz`: whatever reads data from outside gets inputs that atheris makes up, guided by coverage.
+
+    python -m tests.fuzz [--seconds=600] [--jobs=N] [PARSER...]
+
+Each parser runs in a process of its own and begins with what real machines have said. No input may make it
+raise anything but what its callers expect, take seconds, or break what is asserted here. An input that does
+is kept in build/fuzz/PARSER/ and named at the end; it belongs into the unit tests then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import storagetm
+from tests.harness.images import PROJECT
+
+CAPTURES = PROJECT / "tests/unit/captures"
+PLACE = PROJECT / "build/fuzz"
+INPUT_MAX = 4096  # bytes
+SLOW_SEC = 10  # what takes longer counts as a hang
+
+Parser = Callable[[bytes], object]
+
+
+def assignments(raw: bytes) -> None:
+    for key, value in storagetm.parse_assignments(raw).items():
+        assert key
+        assert key.isprintable()
+        assert value.isprintable()
+
+
+def udev_database(raw: bytes) -> None:
+    seq, _, entry = raw.partition(b"\n")
+    storagetm.is_of_former_disk(entry, storagetm.printable(seq))
+    disk = storagetm.Disk("x", "/dev/x", "x")
+    storagetm.identity_from_udev(disk, storagetm.parse_udev_database(entry))
+    assert (disk.model + disk.serial + disk.id_serial).isprintable()
+
+
+def vpd_page(raw: bytes) -> None:
+    storagetm.parse_vpd_serial(raw)
+    storagetm.parse_vpd_name(raw)
+
+
+def mountinfo(raw: bytes) -> None:
+    list(storagetm.parse_mountinfo(raw))
+
+
+def swaps(raw: bytes) -> None:
+    list(storagetm.parse_swaps(raw))
+
+
+def netlink(raw: bytes) -> None:
+    for _, _, body in storagetm.parse_messages(raw):
+        storagetm.parse_link(body)
+        if found := storagetm.parse_address(body):
+            assert found[1].text
+        storagetm.parse_attributes(body)
+
+
+def uevent(raw: bytes) -> None:
+    assert "\0" not in storagetm.parse_uevent(raw)
+
+
+def ledger(raw: bytes) -> None:
+    for root, (branch, inode) in storagetm.Ledger.parse(raw).items():
+        assert branch.root == root
+        assert inode is None or inode >= 0
+        assert not any(".." in entry.path.split("/") for entry in branch.entries)
+
+
+def namespaces(raw: bytes) -> None:
+    numbers = storagetm.Numbers("/nonexistent").parse(raw)
+    assert len(set(numbers.values())) == len(numbers)
+    assert all(number > 0 for number in numbers.values())
+
+
+def kernel_command_line(raw: bytes) -> None:
+    try:
+        found = storagetm.options_from_kernel(storagetm.split_command_line(raw), True)
+    except storagetm.UsageError:
+        return
+    assert found.mode in ("", *storagetm.ACCESS)
+
+
+def arguments(raw: bytes) -> None:
+    try:
+        storagetm.parse_arguments([os.fsdecode(argument) for argument in raw.split(b"\0")])
+    except storagetm.UsageError:
+        pass
+
+
+def device_mapper(raw: bytes) -> None:
+    storagetm.dm_target_text(raw.ljust(ctypes.sizeof(storagetm.dm_ioctl), b"\0"))
+
+
+class Answers:
+    """Stands in for a socket whose other end says this and hangs up."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+
+    def sendall(self, data: bytes) -> None:
+        pass
+
+    def recv(self, size: int) -> bytes:
+        part, self.raw = self.raw[:size], self.raw[size:]
+        return part
+
+
+def nvme_target(raw: bytes) -> None:
+    host = storagetm.NvmeHost.__new__(storagetm.NvmeHost)
+    host.number, host.buffer = 0, b""
+    host.socket = Answers(raw)  # type: ignore[assignment]
+    try:
+        host.initialize()
+        host.connect("nqn.2014-08.org.example", "0" * 32)
+        host.enable()
+        host.set_write_protect(1)
+    except OSError:
+        pass
+
+
+def texts(raw: bytes) -> None:
+    text = storagetm.printable(raw)
+    assert text.replace("\n", "").isprintable()
+    assert len(storagetm.nvme_string(text, storagetm.MODEL_MAX)) <= storagetm.MODEL_MAX
+    assert storagetm.quoted(text)
+
+
+PARSERS: dict[str, Parser] = {
+    f.__name__: f
+    for f in (
+        assignments,
+        udev_database,
+        vpd_page,
+        mountinfo,
+        swaps,
+        netlink,
+        uevent,
+        ledger,
+        namespaces,
+        kernel_command_line,
+        arguments,
+        device_mapper,
+        nvme_target,
+        texts,
+    )
+}
+
+# Where in what was captured on real machines a parser's inputs are.
+SEEDS = {
+    "assignments": r"/etc/os-release$|/uevent$",
+    "udev_database": r"/run/udev/data/",
+    "mountinfo": r"/mountinfo$",
+    "swaps": r"/swaps$",
+    "vpd_page": r"/vpd_pg",
+}
+MORE_SEEDS = {
+    "ledger": [b"+\0nvmet/ports/1\0port\0dnvmet/ports/1\0\n=\0nvmet/ports/1\x0017\0\n-\0nvmet/ports/1\0\n"],
+    "namespaces": [b"1 0123456789abcdef0123456789abcdef-0\n2 abc-1\n"],
+    "kernel_command_line": [
+        b'ro rd.storagetm.access="/dev/disk/by-path/*:0:snapshot" storagetm.snapshot=4G'
+    ],
+    "arguments": [b"--all\0--access=x:read-only\0--snapshot=4G\0-a\0--\0x"],
+    "nvme_target": [
+        bytes((1, 0, 128, 0, 128, 0, 0, 0)) + bytes(120) + bytes((5, 0, 24, 0, 24, 0, 0, 0)) + bytes(16)
+    ],
+    "texts": ["Ünïcode\x1b[2J\n".encode()],
+}
+
+
+def seeds(name: str) -> Iterable[bytes]:
+    """What real machines have said to this parser, and a few words of its language."""
+    yield from MORE_SEEDS.get(name, ())
+    for path in sorted(CAPTURES.glob("*.json")):
+        capture = json.loads(path.read_text())
+        for kind, messages in capture.get("netlink", {}).items():
+            if name == ("uevent" if kind in ("kernel", "udev") else "netlink"):
+                for message in [messages] if isinstance(messages, str) else messages:
+                    yield bytes.fromhex(message)[:INPUT_MAX]
+        for file, content in capture.get("files", {}).items():
+            if isinstance(content, str) and name in SEEDS and re.search(SEEDS[name], file):
+                yield content.encode(errors="surrogateescape")[:INPUT_MAX]
+
+
+def fuzz(name: str, seconds: int) -> None:
+    """Runs one parser, in this process, which ends with the first input that breaks it."""
+    import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    with atheris.instrument_imports(include=["storagetm"]):
+        importlib.reload(storagetm)
+    # What they warn of is not what this is about.
+    os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
+    storagetm.warning = storagetm.info
+    atheris.Setup(
+        [
+            name,
+            str(PLACE / name / "corpus"),
+            f"-max_total_time={seconds}",
+            f"-max_len={INPUT_MAX}",
+            f"-timeout={SLOW_SEC}",
+            "-rss_limit_mb=1024",
+            f"-artifact_prefix={PLACE / name}/",
+            "-print_final_stats=1",
+        ],
+        PARSERS[name],
+    )
+    atheris.Fuzz()
+
+
+def run(name: str, seconds: int) -> bool:
+    """Runs one parser in a process of its own; whether nothing broke it."""
+    place = PLACE / name
+    shutil.rmtree(place, ignore_errors=True)
+    (place / "corpus").mkdir(parents=True)
+    for number, seed in enumerate(seeds(name)):
+        (place / "corpus" / f"seed-{number}").write_bytes(seed)
+    command = [sys.executable, "-m", "tests.fuzz", "--one", f"--seconds={seconds}", name]
+    begin = time.monotonic()
+    output = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    (place / "output").write_bytes(output)
+    inputs = re.search(rb"stat::number_of_executed_units:\s*(\d+)", output)
+    covered = re.findall(rb"cov: (\d+)", output)
+    broken = sorted(p.name for p in place.glob("*-*") if p.name.startswith(("crash", "timeout", "oom")))
+    passed = bool(inputs) and not broken
+    verdict = f"; BROKEN by {place}/{broken[0]}" if broken else "" if passed else f"; see {place}/output"
+    print(
+        f"{name}: {int(inputs[1]) if inputs else 0:,} inputs in {time.monotonic() - begin:.0f} s, "
+        f"{covered[-1].decode() if covered else 0} branches reached{verdict}",
+        flush=True,
+    )
+    return passed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Gives parsers inputs that a fuzzer makes up.")
+    parser.add_argument("--seconds", type=int, default=600, help="for each parser (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("parsers", nargs="*", metavar="PARSER", help=", ".join(PARSERS))
+    args = parser.parse_args()
+    if unknown := [name for name in args.parsers if name not in PARSERS]:
+        parser.error(f"no such parser: {unknown[0]}")
+    if args.one:
+        fuzz(args.parsers[0], args.seconds)
+        return 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(lambda name: run(name, args.seconds), args.parsers or PARSERS))
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
