@@ -26,8 +26,7 @@ from tests.harness.machine import Machine, Nic, Wire, boot_all
 
 PEER = "/usr/lib/systemd/systemd-storagetm"
 MEASURE = "/root/measure.py"
-READS = "/root/reads.py"
-ATTACH = "/root/attach.py"
+CLIENT = "/root/client.py"
 STRESS = "/root/stress.py"
 REPLAY = "/root/replay"
 MANY = 500  # disks, with more than which one run has to do: it takes half an hour
@@ -58,7 +57,7 @@ def install(machine: Machine) -> None:
     machine.run("make -C /root install-program")
     machine.put("/usr/local/lib/udev/rules.d/54-storagetm.rules", PROJECT / "units/54-storagetm.rules")
     machine.run("udevadm control --reload")
-    for path in (MEASURE, READS, ATTACH, STRESS):
+    for path in (MEASURE, CLIENT, STRESS):
         machine.put(path, PROJECT / "tests/harness/guest" / path.rpartition("/")[2])
 
 
@@ -125,7 +124,7 @@ def table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
 def reads(machine: Machine, runs: int) -> list[str]:
     """Lines of a Markdown table: how fast one disk is read, by kind of access."""
     arguments = [f"{name}={command}" for name, command in ACCESS.items()]
-    output = machine.run(["python3", READS, str(runs), *arguments], timeout=3000).stdout
+    output = machine.run(["python3", CLIENT, "reads", str(runs), *arguments], timeout=3000).stdout
     results = [json.loads(line) for line in output.splitlines()]
     lines = [f"| | {' | '.join(ACCESS)} | {' | '.join(f'{n} / peer' for n in list(ACCESS)[1:])} |"]
     lines.append("| --- |" + " --: |" * (2 * len(ACCESS) - 1))
@@ -151,7 +150,8 @@ SUBSYSTEMS = {
 def attachments(machine: Machine, runs: int, disks: int) -> list[str]:
     """Lines of a Markdown table: how soon a client has many disks, by kind of subsystem."""
     arguments = [f"{name}={command}" for name, command in SUBSYSTEMS.items()]
-    output = machine.run(["python3", ATTACH, str(runs), str(disks), *arguments], timeout=3000).stdout
+    command = ["python3", CLIENT, "attach", str(runs), str(disks), *arguments]
+    output = machine.run(command, timeout=3000).stdout
     results = [json.loads(line) for line in output.splitlines()]
     lines = [f"| {disks} disks | {' | '.join(SUBSYSTEMS)} | ratio |", "| --- | --: | --: | --: |"]
     for quantity, what, unit in (
