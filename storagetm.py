@@ -1868,7 +1868,7 @@ class Entry:
 
     def described(self, root: str) -> dict[str, str] | None:
         """What make() does: `step`, its operands, and the shell command for it; None if it does nothing."""
-        raise NotImplementedError
+        return None
 
     def undescribed(self, root: str) -> dict[str, str] | None:
         """The same for unmake()."""
@@ -1902,16 +1902,23 @@ class Directory(Entry):
 class Attribute(Entry):
     """An attribute, written once: where it differs in a live object, the object is made anew."""
 
+    def text(self) -> str:
+        """What is written to it."""
+        return self.value
+
     def make(self, root: str) -> None:
-        write_attribute(root + self.path, self.value)
+        write_attribute(root + self.path, self.text())
 
     def is_live(self, root: str) -> bool:
         return read_attribute(root + self.path) == self.value
 
     def described(self, root: str) -> dict[str, str]:
+        return self.writing(root, self.text())
+
+    def writing(self, root: str, value: str) -> dict[str, str]:
         path = root + self.path
-        command = f"echo {quoted(self.value)} > {quoted(path)}"
-        return {"step": "write", "path": path, "value": self.value, "command": command}
+        command = f"echo {quoted(value)} > {quoted(path)}"
+        return {"step": "write", "path": path, "value": value, "command": command}
 
 
 class Switch(Attribute):
@@ -1926,13 +1933,16 @@ class Switch(Attribute):
         except FileNotFoundError:
             pass
 
+    def undescribed(self, root: str) -> dict[str, str]:
+        return self.writing(root, "0")
+
 
 class OptionalAttribute(Attribute):
     """An attribute that older kernels lack, and that is skipped there."""
 
     def make(self, root: str) -> None:
         try:
-            write_attribute(root + self.path, self.value)
+            super().make(root)
         except FileNotFoundError:
             pass
 
@@ -1945,18 +1955,11 @@ class Trigger(OptionalAttribute):
 
     amendable = True
 
-    def make(self, root: str) -> None:
-        try:
-            write_attribute(root + self.path, "1")
-        except FileNotFoundError:
-            pass
+    def text(self) -> str:
+        return "1"
 
     def is_live(self, root: str) -> bool:
         return False
-
-    def described(self, root: str) -> dict[str, str]:
-        path = root + self.path
-        return {"step": "write", "path": path, "value": "1", "command": f"echo 1 > {quoted(path)}"}
 
 
 class Link(Entry):
@@ -2166,22 +2169,19 @@ class MappedNode(Attribute):
         super().__init__(path, mapping.path)
         self.mapping = mapping
 
-    def node(self) -> str:
+    def text(self) -> str:
         if not self.mapping.device and (state := self.mapping.state()):
             self.mapping.device = state.dev
         return f"{DEV}dm-{os.minor(self.mapping.device)}" if self.mapping.device else ""
 
-    def make(self, root: str) -> None:
-        write_attribute(root + self.path, self.node())
-
     def is_live(self, root: str) -> bool:
         try:
-            return read_attribute(root + self.path) == (self.node() or "?")
+            return read_attribute(root + self.path) == (self.text() or "?")
         except OSError:
             return False
 
     def described(self, root: str) -> dict[str, str]:
-        return Attribute(self.path, f"{DEV}mapper/{self.value.rpartition('/')[2]}").described(root)
+        return self.writing(root, f"{DEV}mapper/{self.mapping.name}")  # its number is not known before
 
 
 def lacking_modules(access: str) -> list[str]:
@@ -2673,8 +2673,8 @@ class Tree:
                 noted = True
                 self.ledger.add(branch)
             for entry in entries:
-                if type(entry) is not Trigger:  # what is new has nothing to catch up with
-                    self.make(entry) if dry else entry.make(root)
+                if not isinstance(entry, Trigger):  # what is new has nothing to catch up with
+                    self.make(entry)
                 made += 1
                 if noted and entry.path == branch.root:
                     self.ledger.confirm(branch, root)

@@ -508,6 +508,8 @@ STARTS: list[Sequence[storagetm.Branch]] = [
     ABC,
     wanted([disk("a"), disk("x")], {V4: 2}),
     wanted([disk("a", tag="other"), disk("b", model="Other"), disk("c", size=4096)]),
+    wanted([disk("a"), disk("b")], shared=True),
+    wanted([disk("b"), disk("c")], {V4: 2}, shared=True),
 ]
 
 
@@ -544,6 +546,21 @@ def test_dry_run(
             if path.endswith("/revalidate_size"):
                 contents[path] = "0"
         assert contents == expected
+
+
+def test_every_step_is_described() -> None:
+    """What is done by an entry of any kind is in a dry run, too."""
+
+    def kinds(kind: type[storagetm.Entry]) -> list[type[storagetm.Entry]]:
+        return [kind, *(k for sub in kind.__subclasses__() for k in kinds(sub))]
+
+    base = storagetm.Entry
+    assert len(kinds(base)) > 8
+    for kind in kinds(base):
+        assert (kind.make is base.make) == (kind.described is base.described), kind
+    # A hint to hosts is taken back by the removal of what it hangs on.
+    for kind in set(kinds(base)) - {storagetm.WriteProtection}:
+        assert (kind.unmake is base.unmake) == (kind.undescribed is base.undescribed), kind
 
 
 def test_steps_of_a_dry_run(nvmet: Nvmet, tmp_path: Path) -> None:
