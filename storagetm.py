@@ -356,6 +356,14 @@ def write_attribute(path: str, value: str) -> None:
         os.close(fd)
 
 
+def append(fd: int, record: bytes) -> None:
+    """Appends the whole record to a file, or nothing. Raises OSError."""
+    written = os.write(fd, record)
+    if written < len(record):
+        os.ftruncate(fd, os.fstat(fd).st_size - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def list_directory(path: str) -> list[str]:
     """The names in a directory; none if it cannot be read."""
     try:
@@ -2510,10 +2518,7 @@ class Ledger:
     def append(self, *fields: str) -> None:
         record = "\0".join((*fields, "\n")).encode(ENCODING, "surrogateescape")
         with self.mutex:
-            written = os.write(self.fd, record)
-            if written < len(record):
-                os.ftruncate(self.fd, os.fstat(self.fd).st_size - written)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            append(self.fd, record)
             self.records += 1
 
     def shorten(self, branches: Iterable[Branch], root: str) -> None:
@@ -3034,7 +3039,7 @@ class Numbers:
         try:
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
-                os.write(fd, line.encode())
+                append(fd, line.encode())
             finally:
                 os.close(fd)
         except OSError as e:
@@ -3128,6 +3133,13 @@ class NvmeTcp:
         """Whether a step failed because its port cannot be used, so that it would fail for all disks."""
         unusable = (errno.EADDRINUSE, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
         return str(e.filename).startswith("nvmet/ports/") and e.errno in unusable
+
+    def why_refused(self, e: OSError) -> str:
+        """Why the kernel would not do a step, where its own reason would mislead; or else empty."""
+        # nvmet_ns_enable(): not files of ours.
+        if self.shared and e.errno == errno.EMFILE and str(e.filename).endswith("/enable"):
+            return "the kernel allows no more namespaces in one subsystem (1024); see --subsystem=per-disk"
+        return ""
 
     def adapt(self, root: str, e: OSError) -> bool:
         """Changes what is wanted after a step for `root` failed; False if nothing could be changed."""
@@ -3399,6 +3411,10 @@ class Report:
                     return SNAPSHOT_FULL if full else f"snapshot {100 * used // limit:2} %"
         return disk.access.upper() if disk.access == READ_WRITE else disk.access
 
+    def serial_text(self, disk: Disk) -> str:
+        """A disk's serial number as clients see it, or else its own: in a shared subsystem they see none."""
+        return disk.serial if self.transport.shared else self.transport.serial(disk)
+
     def for_all(self, address: Address) -> tuple[str, str]:
         """The command that attaches all disks, and what may be on a line of its own."""
         if self.transport.shared:
@@ -3419,10 +3435,11 @@ class Report:
         if not self.addresses:
             found["network"] = "The network is down: no address yet at which disks could be attached"
         for disk in self.exported:
-            described = ", ".join(
-                filter(None, (size_text(disk.size), disk.model, self.transport.serial(disk), disk.access))
-            )
-            where = f"{self.transport.nqn(disk)}, namespace {disk.number}".removesuffix(", namespace 0")
+            about = size_text(disk.size), disk.model, self.serial_text(disk), disk.access
+            described = ", ".join(filter(None, about))
+            where = self.transport.nqn(disk)
+            if self.transport.shared:
+                where += f", namespace {disk.number}"
             found[f"disk {disk.key} {disk.tag}"] = f"Exporting '{disk.node}' ({described}) as {where}"
             found[f"size {disk.key} {disk.tag}"] = f"'{disk.node}' has {disk.size} bytes"
         if self.refused:
@@ -3467,7 +3484,7 @@ class Report:
             access = self.access_text(disk)
             number = f"{disk.number:>4}  " if self.transport.shared else ""
             about = f"{number}{disk.node:<12} {size_text(disk.size):>8}  {access:<13} "
-            about = f"{(about + disk.model.replace('_', ' '))[:57]:<57}  {self.transport.serial(disk)}"
+            about = f"{(about + disk.model.replace('_', ' '))[:57]:<57}  {self.serial_text(disk)}"
             lines = [(disk.access, about[: width - 1])]
             if self.transport.shared:
                 blocks.append(lines)
@@ -3961,6 +3978,8 @@ class Service:
             reason += "; it may be write-protected"
         elif problem.errno in (errno.ENOMEDIUM, errno.ENXIO):
             reason = NO_MEDIUM
+        elif why := self.transport.why_refused(problem):
+            reason = why
         elif problem.filename:
             reason += f" ('{problem.filename}')"
         message = f"Failed to export '{disk.node}': {reason}"

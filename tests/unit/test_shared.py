@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,29 @@ def test_place_for_numbers_is_full(capfd: pytest.CaptureFixture[str]) -> None:
     assert "Failed to note the number of a namespace in '/proc/none'" in capfd.readouterr().err
 
 
+def test_number_that_does_not_fit(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is written in part would take the next one with it, and two disks be one."""
+    found = numbers(path)
+    found.take(disk("sda", "ONE"))
+    before = Path(path).read_bytes()
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:5]))
+        assert found.take(disk("sdb", "TWO")) == 2
+    assert Path(path).read_bytes() == before
+
+
+def test_too_many_namespaces() -> None:
+    """The kernel's reason is one that it also has for open files."""
+    transport = storagetm.NvmeTcp(storagetm.Machine(), "quux", shared=True)
+    problem = OSError(errno.EMFILE, "", "nvmet/subsystems/quux/namespaces/1025/enable")
+    assert "--subsystem=per-disk" in transport.why_refused(problem)
+    transport.shared = False
+    assert transport.why_refused(problem) == ""
+    problem.filename = "/dev/sda"
+    assert "ulimit" in storagetm.reason_of(problem)
+
+
 @given(st.binary(max_size=200))
 @example(b"1 x\n1 y\n0 z\n-1 a\n2\n 3 b\n1e3 c\n")
 @example(b"9" * 5000 + b" x\n")
@@ -103,6 +128,7 @@ def test_shown() -> None:
     transport = storagetm.NvmeTcp(storagetm.Machine(), "quux", shared=True)
     transport.ports = {storagetm.AF_INET: 16858}
     disks = [disk("sda", "ONE"), disk("sdb", "TWO")]
+    disks[0].serial = "DISK-ONE"
     for d in disks:
         d.size, d.access = 1 << 30, storagetm.READ_ONLY
         d.branch = transport.disk_branch(d)
@@ -113,6 +139,10 @@ def test_shown() -> None:
     assert "connect-all" not in text
     assert "   1  /dev/sda " in text
     assert "   2  /dev/sdb " in text
+    # Clients see no serial numbers of disks, so that one that is made up would tell nobody anything.
+    assert re.search("sda .*DISK-ONE", text)
+    assert transport.serial(disks[1]) not in text
     facts = "\n".join(report.facts().values())
     assert "Exporting '/dev/sdb'" in facts
     assert "as quux, namespace 2" in facts
+    assert transport.serial(disks[1]) not in facts
