@@ -85,6 +85,19 @@ class Service:
     def output(self) -> str:
         return "".join(f"{line}\n" for _, line in self.journal())
 
+    def state(self) -> str:
+        """What tells best why something did not happen: where it stands, and what others are busy with."""
+        script = f"""
+            systemctl show --property=ActiveState,StatusText,CPUUsageNSec {self.unit}
+            cat /proc/uptime /proc/loadavg; head /proc/pressure/*
+            lsblk --nodeps --noheadings --output NAME,SERIAL,SIZE,RO
+            ls /run/udev/queue; for b in /sys/block/[sv]d*; do
+            echo $b $(cat $b/diskseq $b/inflight) $(grep diskseq /run/udev/data/b$(cat $b/dev)); done
+            ps -eo pid,stat,etimes,wchan:30,args | grep -E '^ *[0-9]+ D|udev|storagetm'
+            cat /proc/locks; dmesg | tail -n 15"""
+        said = "\n".join(self.output.splitlines()[-25:])
+        return f"{said}\n{self.machine.run(script, check=False).stdout}"
+
     def wait_output(self, pattern: str, timeout: float = 120) -> re.Match[str]:
         """Waits until a regular expression is found in what it has said."""
 
@@ -108,7 +121,7 @@ def exporting(
     try:
         yield service
     except BaseException:
-        print(f"What it said until then:\n{service.output}")
+        print(f"What it said last, and the machine's state:\n{service.state()}")
         machine.run(f"systemctl stop {service.unit}; systemctl reset-failed {service.unit}", check=False)
         raise
     after = service.stop()
