@@ -2557,6 +2557,7 @@ class Tree:
         self.gone: set[str] = set()  # what would not be there any more after the steps of a dry run
         self.live: dict[str, Branch] = {}
         self.leaving: set[str] = set()  # roots whose removal hangs in the kernel, in a thread of its own
+        self.left = False  # whether one of these has gone, for which something may have been put off
         self.finished: list[tuple[Branch, OSError | None]] = []
         self.wake: Callable[[], None] = lambda: None
 
@@ -2590,7 +2591,7 @@ class Tree:
         patches: list[tuple[Branch, list[Entry], list[Entry]]] = []
         for want in wanted:
             have = self.live.get(want.root)
-            if want.root in self.leaving:
+            if self.has_to_wait(want):
                 continue
             # What it is in goes, and it has to go first.
             uprooted = want.is_inside(stale_roots)
@@ -2610,7 +2611,7 @@ class Tree:
         for want, stale, _ in patches:
             self.unmake_all(stale, want.root, failures)
         self.remove(removals, patience, failures)
-        creations = [b for b in creations if b.root not in self.live]
+        creations = [b for b in creations if b.root not in self.live and not self.has_to_wait(b)]
 
         def create(want: Branch) -> None:
             if want.is_inside(failures):
@@ -2629,6 +2630,10 @@ class Tree:
             if want.root not in failures:
                 self.patch(want, missing, failures)
         return failures
+
+    def has_to_wait(self, want: Branch) -> bool:
+        """Whether something of its name, or what it is to be in, is still being taken away."""
+        return bool(self.leaving) and (want.root in self.leaving or want.is_inside(self.leaving))
 
     def lacks(self, wanted: Sequence[Branch], kind: type[Entry]) -> bool:
         """Whether an entry of this kind is going to be made."""
@@ -2753,8 +2758,9 @@ class Tree:
             for what in ready:
                 unmake(what)
         else:
-            self.leaving.update(b.root for b, _ in ready)
             self.in_threads(ready, unmake, patience)
+            done = {branch.root for branch, _ in list(self.finished)}
+            self.leaving.update(b.root for b, _ in ready if b.root not in done)
 
     def in_threads(self, items: Sequence[Any], work: Callable[[Any], None], patience: float | None) -> None:
         """Does `work` for each item, for many at a time. What takes over `patience` seconds goes on."""
@@ -2788,7 +2794,9 @@ class Tree:
         failures = {}
         while self.finished:
             branch, problem = self.finished.pop()
-            self.leaving.discard(branch.root)
+            if branch.root in self.leaving:
+                self.leaving.discard(branch.root)
+                self.left = True
             if problem is None:
                 self.live.pop(branch.root, None)
                 if self.report is None:
@@ -3858,6 +3866,14 @@ class Service:
 
     def apply(self, disks: Sequence[Disk], *, strict: bool) -> None:
         """Makes what these disks ask for, and takes away all else."""
+        self.tree.left = True
+        while self.tree.left:
+            # What goes while this is under way is not told of once more, and something may wait for it.
+            self.tree.collect()
+            self.tree.left = False
+            self.apply_once(disks, strict=strict)
+
+    def apply_once(self, disks: Sequence[Disk], *, strict: bool) -> None:
         while True:
             branches = self.transport.common_branches()
             owners = {}
@@ -3879,7 +3895,8 @@ class Service:
         for root, problem in failures.items():
             self.fail(owners.get(root), root, problem, strict=strict)
         if passage or any(root in self.tree.live for root in failures):
-            rest = self.kept_passage() + [b for b in branches if b.root not in failures]
+            live = [self.tree.live.get(b.root) for b in branches if b.root not in failures]
+            rest = self.kept_passage() + [b for b in live if b]
             for root, problem in self.take_away(rest, patience).items():
                 self.fail(None, root, problem, strict=False)
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -228,6 +229,40 @@ def test_another_disk_takes_its_place(start: Start, nvmet: Nvmet, machine: Captu
     assert subsystems(nvmet) == ALL
     assert run.disk("vdb").fd >= 0
     assert run.disk("vdb").model == "Other"
+
+
+def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
+    """The removal of the one before it hangs, and ends just while something else is being taken away."""
+    run = start()
+    run.service.synchronise(strict=True)
+    release, released = threading.Event(), threading.Event()
+
+    def intercept(number: int) -> None:
+        if nvmet.calls[number] == f"rmdir nvmet/subsystems/{PREFIX}.vdb/namespaces/1":
+            assert release.wait(60)
+        elif nvmet.calls[number] == f"rmdir nvmet/subsystems/{PREFIX}.vdc" and not release.is_set():
+            release.set()
+            assert released.wait(60)
+
+    def wake() -> None:
+        if release.is_set():
+            released.set()
+
+    nvmet.intercept, run.service.tree.wake = intercept, wake
+    uevent, entry = machine.path("/sys/class/block/vdb/uevent"), machine.path("/run/udev/data/b254:16")
+    uevent.write_text(uevent.read_text().replace("DISKSEQ=2\n", "DISKSEQ=77\n"))
+    entry.write_text(entry.read_text().replace("by-diskseq/2\n", "by-diskseq/77\n"))
+    run.service.inventory.update(["vdb"])
+    run.service.synchronise()
+    assert run.service.tree.leaving == {run.service.transport.root(run.disk("vdb"))}
+    assert "vdb" not in run.exported
+
+    for path in ("/sys/class/block/vdc", "/sys/block/vdc"):
+        machine.path(path).unlink()
+    run.service.inventory.update(["vdc"])
+    run.service.synchronise()
+    assert released.is_set()
+    assert "vdb" in run.exported
 
 
 def test_disk_grows(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
