@@ -3421,7 +3421,7 @@ class Report:
 
     def serial_text(self, disk: Disk) -> str:
         """A disk's serial number as clients see it, or else its own: in a shared subsystem they see none."""
-        return disk.serial if self.transport.shared else self.transport.serial(disk)
+        return disk.serial or disk.id_serial if self.transport.shared else self.transport.serial(disk)
 
     def for_all(self, address: Address) -> tuple[str, str]:
         """The command that attaches all disks, and what may be on a line of its own."""

@@ -141,6 +141,7 @@ def test_shown() -> None:
     assert "   2  /dev/sdb " in text
     # Clients see no serial numbers of disks, so that one that is made up would tell nobody anything.
     assert re.search("sda .*DISK-ONE", text)
+    assert re.search("sdb .*TWO", text)
     assert transport.serial(disks[1]) not in text
     facts = "\n".join(report.facts().values())
     assert "Exporting '/dev/sdb'" in facts

@@ -39,6 +39,17 @@ done
 exit 1
 """
 
+# Prints number, UUID, NGUID, size in bytes, 1 for read-only, and node of each namespace.
+NAMESPACES_SCRIPT = """
+for disk in /sys/block/nvme*; do
+    case "${disk##*/}" in *c*) continue;; esac  # one path to it
+    [ -e "$disk" ] && [ "$(cat "$disk/device/subsysnqn")" = "$NQN" ] || continue
+    echo "$(cat "$disk/nsid") $(cat "$disk/uuid") $(cat "$disk/nguid") $(($(cat "$disk/size") * 512))" \\
+        "$(cat "$disk/ro") /dev/${disk##*/}"
+done
+true
+"""
+
 READER_SCRIPT = """
 import json, mmap, os, random, signal, sys, time
 path, seed, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -104,6 +115,12 @@ class Attachment:
         assert self.identity() == f"{self.controller} {self.controller_number} {Path(self.node).name}"
         assert self.machine.run(f"cat /sys/class/nvme/{self.controller}/state").stdout == "live\n"
         assert not (trouble := self.trouble()), trouble
+
+
+def namespaces(machine: Machine, nqn: str) -> dict[int, list[str]]:
+    """UUID, NGUID, size, read-only and node of a subsystem's namespaces that a machine has, by number."""
+    lines = machine.run(f"NQN={nqn}; {NAMESPACES_SCRIPT}").stdout.splitlines()
+    return {int(number): fields for number, *fields in map(str.split, lines)}
 
 
 @contextlib.contextmanager

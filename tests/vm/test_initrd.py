@@ -25,6 +25,7 @@ from tests.harness.images import RELEASES, Image
 from tests.harness.initrd_agent import with_agent
 from tests.harness.machine import MIB, Disk, Machine, Nic, Wire
 from tests.vm.conftest import LOGS
+from tests.vm.initiator import namespaces
 
 # Of dracut. The driver is the agent's.
 DRACUT_OPTIONS = ("--hostonly", "--add-drivers", "virtio_console")
@@ -35,6 +36,8 @@ ACCESS = ("rd.storagetm.access=/dev/vd[bc]:read-write", '"rd.storagetm.access=QE
 # What is exported under the machine ID that the initrd is made with.
 PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
 PORTS = {"ipv4": 59936, "ipv6": 36681}
+
+DROP_IN = "/etc/systemd/system/storagetm.service.d/test.conf"
 
 # Any link-local address does that isn't the target's.
 CLIENT_ADDRESS = "169.254.10.10/16"
@@ -265,6 +268,42 @@ def test_hot_plug(pair: Pair) -> None:
     assert not re.search(r"/dev/vd[bc]", pair.screen("all 2 disks|both disks"))
 
 
+@pytest.fixture
+def shared(pair: Pair) -> Iterator[None]:
+    """The service as it is with one more option on the kernel command line."""
+    target = pair.target
+    line = target.run("cat /proc/cmdline").stdout.strip()
+    target.put("/run/cmdline", f"{line} rd.storagetm.subsystem=shared\n")
+    # Without the reboot that comes with its end.
+    target.put(DROP_IN, "[Unit]\nSuccessAction=none\nFailureAction=none\n")
+    restart = "systemctl daemon-reload; systemctl restart storagetm"
+    target.run(f"mount --bind /run/cmdline /proc/cmdline; {restart}", timeout=180)
+    yield
+    target.run(f"umount /proc/cmdline; rm {DROP_IN}; {restart}", timeout=180)
+
+
+@pytest.mark.usefixtures("shared")
+def test_shared(pair: Pair) -> None:
+    """The command on the screen attaches all disks, whose numbers are there, too, and so do later ones."""
+    screen = pair.screen(
+        r"^  nvme connect .* -a 169\.254\.", r"^Namespaces:", r"^ +1  /dev/sda .*", r"^ +2  /dev/vda .*"
+    )
+    (command,) = re.findall(r"^  (nvme connect .* -a 169\.254(?:.*\\\n)*.*)", screen, re.MULTILINE)
+    try:
+        pair.client.run(command)
+        pair.client.wait_until(lambda: namespaces(pair.client, PREFIX).keys() == {1, 2})
+        nodes = {number: fields[4] for number, fields in namespaces(pair.client, PREFIX).items()}
+        read = {name: pair.read(nodes[number]) for number, name in enumerate(("sda", "vda"), 1)}
+        assert read == pair.checksums
+        pair.target.add_disk(Disk("later", size=8 * MIB))
+        pair.client.wait_until(lambda: 3 in namespaces(pair.client, PREFIX))
+        pair.screen("all 3 disks", r"^ +3  /dev/vdb .* READ-WRITE")
+        pair.target.remove_disk("later")
+        pair.client.wait_until(lambda: 3 not in namespaces(pair.client, PREFIX))
+    finally:
+        pair.client.run("nvme disconnect-all")
+
+
 def test_stop(pair: Pair) -> None:
     """Ctrl-C stops exporting and leaves nothing behind, and so does SIGTERM; either reboots the machine."""
     target = pair.target
@@ -272,8 +311,7 @@ def test_stop(pair: Pair) -> None:
     pair.attach(command)
 
     # Without the reboot, to see what is left.
-    drop_in = "/etc/systemd/system/storagetm.service.d/test.conf"
-    target.put(drop_in, "[Unit]\nSuccessAction=none\nFailureAction=none\n")
+    target.put(DROP_IN, "[Unit]\nSuccessAction=none\nFailureAction=none\n")
     target.run("systemctl daemon-reload")
     target.send_keys("\x03")
     target.wait_run('test "$(systemctl is-active storagetm)" = inactive')
@@ -286,7 +324,7 @@ def test_stop(pair: Pair) -> None:
     ]
     pair.client.run("nvme disconnect-all")
 
-    target.run(f"rm {drop_in}; systemctl daemon-reload; systemctl start storagetm", timeout=180)
+    target.run(f"rm {DROP_IN}; systemctl daemon-reload; systemctl start storagetm", timeout=180)
     assert pair.commands()[0] == command
     target.run("systemctl kill --kill-whom=main storagetm.service")
     target.wait_end()

@@ -14,23 +14,12 @@ from tests.harness.machine import MIB, Disk, Machine, Nic, Wire
 from tests.vm import nvmet
 from tests.vm.conftest import TOOL, BootMachine, prepare
 from tests.vm.disks import wait_name
-from tests.vm.initiator import TARGET_ADDRESS, Reader, attached, write_content
+from tests.vm.initiator import TARGET_ADDRESS, Reader, attached, namespaces, write_content
 from tests.vm.nvmet import NVMET, Service, exporting
 
 NQN = "quux"
 PORT = 16858  # that follows from it
 SHARED = ["--subsystem=shared", f"--nqn={NQN}"]
-
-# Prints number, UUID, NGUID, size in bytes and 1 for read-only of each namespace that is attached.
-NAMESPACES_SCRIPT = """
-for disk in /sys/block/nvme*; do
-    case "${disk##*/}" in *c*) continue;; esac  # one path to it
-    [ "$(cat "$disk/device/subsysnqn")" = quux ] || continue
-    echo "$(cat "$disk/nsid") $(cat "$disk/uuid") $(cat "$disk/nguid") $(($(cat "$disk/size") * 512))" \\
-        "$(cat "$disk/ro") /dev/${disk##*/}"
-done
-true
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +29,6 @@ def forgotten(target: Machine) -> Iterator[None]:
     target.wait_run('! dmsetup ls 2>/dev/null | grep storagetm-; test -z "$(losetup -n -O NAME)"')
     assert [n for n in nvmet.left_over(target) if n != f"{NQN}.namespaces"] == []
     target.run(f"rm -f /run/storagetm/{NQN}.namespaces")
-
-
-def namespaces(client: Machine) -> dict[int, list[str]]:
-    """UUID, NGUID, size, read-only and node of the client's namespaces, by number."""
-    lines = client.run(NAMESPACES_SCRIPT).stdout.splitlines()
-    return {int(number): fields for number, *fields in map(str.split, lines)}
 
 
 def numbers(target: Machine) -> dict[str, int]:
@@ -68,31 +51,31 @@ def test_come_and_go(target: Machine, client: Machine, tmp_path: Path) -> None:
         before = numbers(target)
         assert sorted(before.values()) == list(range(1, len(before) + 1))
         with attached(client, NQN, PORT) as attachment:
-            assert namespaces(client).keys() == set(before.values())
+            assert namespaces(client, NQN).keys() == set(before.values())
             target.add_disk(Disk("guest", path=path, serial="DISK-GUEST"))
             node = f"/dev/{wait_name(target, 'DISK-GUEST')}"
             number = len(before) + 1
-            client.wait_until(lambda: number in namespaces(client))
+            client.wait_until(lambda: number in namespaces(client, NQN))
             assert numbers(target) == {**before, node: number}
-            client.wait_until(lambda: namespaces(client)[number][3] == "1")
-            theirs = namespaces(client)[number][4]
+            client.wait_until(lambda: namespaces(client, NQN)[number][3] == "1")
+            theirs = namespaces(client, NQN)[number][4]
             read = client.run(f"dd if={theirs} bs=1M iflag=direct status=none | sha256sum").stdout
             assert read == target.run(f"sha256sum <{node}").stdout
 
             target.remove_disk("guest", timeout=120)
-            client.wait_until(lambda: number not in namespaces(client))
+            client.wait_until(lambda: number not in namespaces(client, NQN))
             assert numbers(target) == before
             # Another one does not get its number.
             target.add_disk(Disk("other", serial="DISK-OTHER"))
             other = f"/dev/{wait_name(target, 'DISK-OTHER')}"
-            client.wait_until(lambda: number + 1 in namespaces(client))
+            client.wait_until(lambda: number + 1 in namespaces(client, NQN))
             assert numbers(target) == {**before, other: number + 1}
             target.add_disk(Disk("guest", path=path, serial="DISK-GUEST"))
-            client.wait_until(lambda: number in namespaces(client))
+            client.wait_until(lambda: number in namespaces(client, NQN))
             target.remove_disk("other", timeout=120)
-            client.wait_until(lambda: number + 1 not in namespaces(client))
+            client.wait_until(lambda: number + 1 not in namespaces(client, NQN))
             after = numbers(target)
-            seen = namespaces(client)
+            seen = namespaces(client, NQN)
             attachment.check()
         assert [line for priority, line in service.journal() if priority < 5] == []
     try:
@@ -100,7 +83,7 @@ def test_come_and_go(target: Machine, client: Machine, tmp_path: Path) -> None:
         with exporting(target, *SHARED, "--all"):
             assert numbers(target) == after
             with attached(client, NQN, PORT):
-                again = namespaces(client)
+                again = namespaces(client, NQN)
                 assert {n: f[:3] for n, f in again.items()} == {n: f[:3] for n, f in seen.items()}
     finally:
         target.remove_disk("guest", timeout=120)
@@ -121,7 +104,7 @@ def test_killed_while_read(target: Machine, client: Machine, tmp_path: Path) -> 
     try:
         live, before = target.run(inodes).stdout, numbers(target)
         with attached(client, NQN, PORT) as attachment:
-            theirs = namespaces(client)[before[node]][4]
+            theirs = namespaces(client, NQN)[before[node]][4]
             reader = Reader(client, theirs, 3, 4 * MIB)
             for _ in range(3):
                 reader.wait_progress()
@@ -144,7 +127,7 @@ def test_killed_while_read(target: Machine, client: Machine, tmp_path: Path) -> 
             service.start()
             del before[node]
             assert numbers(target) == before
-            client.wait_until(lambda: namespaces(client).keys() == set(before.values()))
+            client.wait_until(lambda: namespaces(client, NQN).keys() == set(before.values()))
     finally:
         assert service.stop() == set()
 
@@ -161,7 +144,7 @@ def test_access(target: Machine, client: Machine, tmp_path: Path) -> None:
         with exporting(target, *SHARED, *rules, *nodes.values()) as service:
             assert "1 read-write" in service.show("StatusText")
             with attached(client, NQN, PORT) as attachment:
-                found, order = namespaces(client), numbers(target)
+                found, order = namespaces(client, NQN), numbers(target)
                 for name, node in nodes.items():
                     fields = found[order[node]]
                     assert fields[3] == ("1" if name == "one" else "0")
@@ -229,13 +212,13 @@ def test_debian_releases(boot: BootMachine, tool: Path, release: str) -> None:
         assert len(ours) == 20
         assert f"nvme connect -t tcp -a {TARGET_ADDRESS} -s {PORT} -n {NQN}" in service.output
         client.run(f"modprobe nvme-tcp; nvme connect -t tcp -a {TARGET_ADDRESS} -s {PORT} -n {NQN}")
-        client.wait_until(lambda: len(namespaces(client)) == 20)
-        client.wait_until(lambda: all(f[3] == "1" for f in namespaces(client).values()))
+        client.wait_until(lambda: len(namespaces(client, NQN)) == 20)
+        client.wait_until(lambda: all(f[3] == "1" for f in namespaces(client, NQN).values()))
         # Discovery shows the one subsystem, and connect-all attaches it.
         client.run(
             f"nvme disconnect-all; nvme connect-all -t tcp -a {TARGET_ADDRESS} -s {PORT}", timeout=180
         )
-        client.wait_until(lambda: namespaces(client).keys() == set(ours.values()))
+        client.wait_until(lambda: namespaces(client, NQN).keys() == set(ours.values()))
         listed = json.loads(target.run([TOOL, "--list-devices", "--json"]).stdout)
         assert {d["node"] for d in listed if d["export"]} == ours.keys()
         client.run("nvme disconnect-all")

@@ -260,7 +260,9 @@ class Trial:
         if anew := [r for r in complete if os.stat(r).st_ino != numbers[r]]:
             raise Wrong(f"complete, but made anew: {anew}")
         self.check_end(run, 0)
-        if left_over := [name for name in os.listdir(OURS) if not name.endswith(".lock")]:
+        # Which namespace is whose is for the next start.
+        kept = (".lock", ".namespaces")
+        if left_over := [name for name in os.listdir(OURS) if not name.endswith(kept)]:
             raise Wrong(f"left in {OURS}: {left_over}")
 
     def error(self, step: Step, name: str) -> None:
