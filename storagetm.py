@@ -3899,6 +3899,9 @@ class Service:
             rest = self.kept_passage() + [b for b in live if b]
             for root, problem in self.take_away(rest, patience).items():
                 self.fail(None, root, problem, strict=False)
+        for disk in disks:
+            if disk.fd >= 0:
+                disk.waiting = "" if disk.branch else "what had its name or place is still being taken away"
 
     def with_passage(self, branches: list[Branch]) -> tuple[list[Branch], list[Branch]]:
         """The passage, if one is needed, and what can be made with it."""

@@ -256,6 +256,8 @@ def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: C
     run.service.synchronise()
     assert run.service.tree.leaving == {run.service.transport.root(run.disk("vdb"))}
     assert "vdb" not in run.exported
+    assert run.disk("vdb").status() == "what had its name or place is still being taken away"
+    assert run.service.pending() == []
 
     for path in ("/sys/class/block/vdc", "/sys/block/vdc"):
         machine.path(path).unlink()
@@ -263,6 +265,7 @@ def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: C
     run.service.synchronise()
     assert released.is_set()
     assert "vdb" in run.exported
+    assert run.disk("vdb").status() == ""
 
 
 def test_disk_grows(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
