@@ -1921,28 +1921,9 @@ class Attribute(Entry):
         return read_attribute(root + self.path) == self.value
 
     def described(self, root: str) -> dict[str, str]:
-        return self.writing(root, self.text())
-
-    def writing(self, root: str, value: str) -> dict[str, str]:
-        path = root + self.path
+        path, value = root + self.path, self.text()
         command = f"echo {quoted(value)} > {quoted(path)}"
         return {"step": "write", "path": path, "value": value, "command": command}
-
-
-class Switch(Attribute):
-    """An attribute that says whether its directory is in use; switched off before that goes.
-
-    What that waits for it does alone, while those who take away directories next to each other wait in line.
-    """
-
-    def unmake(self, root: str) -> None:
-        try:
-            write_attribute(root + self.path, "0")
-        except FileNotFoundError:
-            pass
-
-    def undescribed(self, root: str) -> dict[str, str]:
-        return self.writing(root, "0")
 
 
 class OptionalAttribute(Attribute):
@@ -2189,7 +2170,8 @@ class MappedNode(Attribute):
             return False
 
     def described(self, root: str) -> dict[str, str]:
-        return self.writing(root, f"{DEV}mapper/{self.mapping.name}")  # its number is not known before
+        # Its number is not known before it is made.
+        return Attribute(self.path, f"{DEV}mapper/{self.mapping.name}").described(root)
 
 
 def lacking_modules(access: str) -> list[str]:
@@ -2416,7 +2398,6 @@ class Ledger:
         "l": Link,
         "m": Mapping,
         "g": Links,
-        "s": Switch,
     }
     LETTERS: ClassVar[dict[type[Entry], str]] = {kind: letter for letter, kind in KINDS.items()}
 
@@ -2591,11 +2572,11 @@ class Tree:
         patches: list[tuple[Branch, list[Entry], list[Entry]]] = []
         for want in wanted:
             have = self.live.get(want.root)
-            if self.has_to_wait(want):
-                continue
             # What it is in goes, and it has to go first.
             uprooted = want.is_inside(stale_roots)
             if have is not None and not uprooted and (have is want or have.same_as(want)):
+                continue
+            if want.root in self.leaving or want.is_inside(self.leaving):
                 continue
             patch = self.patch_for(have, want) if have and not uprooted else None
             if patch:
@@ -2611,7 +2592,7 @@ class Tree:
         for want, stale, _ in patches:
             self.unmake_all(stale, want.root, failures)
         self.remove(removals, patience, failures)
-        creations = [b for b in creations if b.root not in self.live and not self.has_to_wait(b)]
+        creations = self.possible(creations)
 
         def create(want: Branch) -> None:
             if want.is_inside(failures):
@@ -2631,9 +2612,23 @@ class Tree:
                 self.patch(want, missing, failures)
         return failures
 
-    def has_to_wait(self, want: Branch) -> bool:
-        """Whether something of its name, or what it is to be in, is still being taken away."""
-        return bool(self.leaving) and (want.root in self.leaving or want.is_inside(self.leaving))
+    def possible(self, creations: Sequence[Branch]) -> list[Branch]:
+        """Those that nothing stands in the way of.
+
+        That is what could not be removed, or is still being removed: it has the name, or is what the new one
+        is to be in, or is next to it. The kernel lets nobody into a directory while it takes one out of it.
+        """
+        free = [b for b in creations if b.root not in self.live]
+        if not self.leaving:
+            return free
+        going = [self.live[root].kept(Directory)[-1:] for root in self.leaving if root in self.live]
+        busy = {e.path.rpartition("/")[0] for directories in going for e in directories}
+        return [
+            b
+            for b in free
+            if not b.is_inside(self.leaving)
+            and not any(e.path.rpartition("/")[0] in busy for e in b.kept(Directory))
+        ]
 
     def lacks(self, wanted: Sequence[Branch], kind: type[Entry]) -> bool:
         """Whether an entry of this kind is going to be made."""
@@ -2735,7 +2730,7 @@ class Tree:
         for branch in branches:
             entries = branch.entries if made is None else made
             if self.unmake_all([e for e in reversed(entries) if e.holds], branch.root, failures):
-                kept = [e for e in reversed(entries) if isinstance(e, (Directory, Mapping, Switch))]
+                kept = [e for e in reversed(entries) if isinstance(e, (Directory, Mapping))]
                 ready.append((branch, [e for e in kept if not e.holds]))
         if not ready:
             return
@@ -3288,7 +3283,7 @@ class NvmeTcp:
                 if disk.buffered and disk.access == READ_WRITE
                 else []
             ),
-            (Switch if self.shared else Attribute)(namespace + "/enable", "1"),
+            Attribute(namespace + "/enable", "1"),
             # Linux 5.8; before, clients see a new size when they attach anew.
             Trigger(namespace + "/revalidate_size", str(disk.size)),
             *protection,
@@ -3901,7 +3896,9 @@ class Service:
                 self.fail(None, root, problem, strict=False)
         for disk in disks:
             if disk.fd >= 0:
-                disk.waiting = "" if disk.branch else "what had its name or place is still being taken away"
+                disk.waiting = (
+                    "" if disk.branch else "the kernel is still taking away what was there before it"
+                )
 
     def with_passage(self, branches: list[Branch]) -> tuple[list[Branch], list[Branch]]:
         """The passage, if one is needed, and what can be made with it."""

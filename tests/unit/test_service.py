@@ -256,7 +256,7 @@ def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: C
     run.service.synchronise()
     assert run.service.tree.leaving == {run.service.transport.root(run.disk("vdb"))}
     assert "vdb" not in run.exported
-    assert run.disk("vdb").status() == "what had its name or place is still being taken away"
+    assert run.disk("vdb").status() == "the kernel is still taking away what was there before it"
     assert run.service.pending() == []
 
     for path in ("/sys/class/block/vdc", "/sys/block/vdc"):

@@ -432,6 +432,42 @@ def test_removal_that_hangs(nvmet: Nvmet, tmp_path: Path) -> None:
     session.close()
 
 
+def test_removal_beside_others_that_hangs(nvmet: Nvmet, tmp_path: Path) -> None:
+    """In a shared subsystem, nothing goes where the kernel would have us wait, and it is done in the end."""
+    release, woken = threading.Event(), threading.Event()
+    session = Session(nvmet, tmp_path / "x.entries")
+    session.tree.wake = woken.set
+    made = transport({V4: 2}, shared=True)
+
+    def wanted_of(*disks: storagetm.Disk) -> list[storagetm.Branch]:
+        return [*made.common_branches(), *map(made.disk_branch, disks)]
+
+    stays, goes, comes = disk("stays"), disk("goes"), disk("comes")
+    session.tree.reconcile(wanted_of(stays, goes))
+    gone, new = made.root(goes), made.root(goes).rpartition("/")[0] + "/3"
+
+    def intercept(number: int) -> None:
+        if nvmet.calls[number] == f"rmdir {gone}":
+            assert release.wait(60)
+
+    nvmet.intercept = intercept
+    assert session.tree.reconcile(wanted_of(stays), 0.2) == {}
+    assert session.tree.leaving == {gone}
+    assert changes(nvmet, lambda: session.tree.reconcile(wanted_of(stays, comes), 0.2)) == []
+    # What is there already is none of this.
+    stays.size *= 2
+    resized = changes(nvmet, lambda: session.tree.reconcile(wanted_of(stays, comes), 0.2))
+    assert [call.rpartition("/")[2] for call in resized] == ["revalidate_size 1"]
+    woken.clear()
+    release.set()
+    assert woken.wait(60)
+    assert session.tree.reconcile(wanted_of(stays, comes), 0.2) == {}
+    assert made.root(comes) == new
+    assert new in session.tree.live
+    assert session.tree.leaving == set()
+    session.close()
+
+
 # Others
 
 
