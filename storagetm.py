@@ -2826,7 +2826,7 @@ class NvmeHost:
     raise OSError, for an answer that makes no sense (EPROTO) or that is late (ETIMEDOUT), too.
     """
 
-    TIMEOUT_SEC = 5
+    TIMEOUT_SEC = 20  # for an answer; a kernel that is busy with many disks takes its time
     ICREQ, ICRESP, COMMAND, RESPONSE, DATA = 0, 1, 4, 5, 7  # types of PDU
     FABRICS = 0x7F
     PROPERTY_SET, CONNECT, PROPERTY_GET = 0, 1, 4

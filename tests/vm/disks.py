@@ -70,6 +70,12 @@ def remove_disks(machine: Machine, disks: Sequence[str]) -> None:
         machine.qmp.call("blockdev-del", node_name=disk)
 
 
+def throttle(machine: Machine, disk: str, rate: int) -> None:
+    """Lets a virtio disk do no more than so many bytes a second; 0 for all that it can."""
+    backend = f"/machine/peripheral/{disk}-device/virtio-backend"
+    assert machine.qmp.monitor(f"block_set_io_throttle {backend} 0 {rate} 0 0 0 0") == ""
+
+
 READER_DIRECTORY = "/sys/kernel/config/usb_gadget/reader"
 MAKE_CARD_READER = f"""
 modprobe -a dummy_hcd libcomposite usb_f_mass_storage

@@ -15,7 +15,7 @@ import pytest
 from tests.harness.machine import Disk, Machine
 from tests.vm import nvmet
 from tests.vm.conftest import TOOL
-from tests.vm.disks import card_reader, expected_uuid, names_of, remove_disks, uuids, wait_name
+from tests.vm.disks import card_reader, expected_uuid, names_of, remove_disks, throttle, uuids, wait_name
 from tests.vm.initiator import Reader, attached, where, write_content
 from tests.vm.nvmet import Service, exporting, left_over
 
@@ -216,11 +216,6 @@ def test_removed_in_use(target: Machine, client: Machine, held: str) -> None:
     target.add_disk(Disk("doomed", serial="DISK-DOOMED"))
     doomed = f"/dev/{wait_name(target, 'DISK-DOOMED')}"
     target.run("udevadm settle --timeout=120")
-
-    def throttle(rate: int) -> None:
-        backend = "/machine/peripheral/doomed-device/virtio-backend"
-        assert target.qmp.monitor(f"block_set_io_throttle {backend} 0 {rate} 0 0 0 0") == ""
-
     with exporting(target, "--all") as service:
         tree = nvmet.tree(target)
         (nqn, port), (doomed_nqn, _) = where(tree, held), where(tree, doomed)
@@ -230,7 +225,7 @@ def test_removed_in_use(target: Machine, client: Machine, held: str) -> None:
             with attached(client, doomed_nqn, port) as victim:
                 # In bytes a second. What goes beyond that is paid for by the one after it, which waits for
                 # minutes.
-                throttle(1024)
+                throttle(target, "doomed", 1024)
                 read = f"dd if={victim.node} of=/dev/null bs=256k iflag=direct status=none"
                 client.run(f"{read} count=1")
                 busy = client.start_process(f"{read} skip=1")
@@ -248,7 +243,7 @@ def test_removed_in_use(target: Machine, client: Machine, held: str) -> None:
             target.wait_until(lambda: other not in nvmet.exported(target))
             reader.wait_progress()
             assert f"subsystems/{doomed_nqn}" in nvmet.names(target)
-            throttle(0)
+            throttle(target, "doomed", 0)
             target.qmp.wait_event("DEVICE_DELETED", 120, device="doomed-device")
             target.qmp.call("blockdev-del", node_name="doomed")
             target.wait_run(f"! [ -e {nvmet.NVMET}/subsystems/{doomed_nqn} ]")

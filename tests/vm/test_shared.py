@@ -13,7 +13,7 @@ from tests.harness.images import RELEASES
 from tests.harness.machine import MIB, Disk, Machine, Nic, Wire
 from tests.vm import nvmet
 from tests.vm.conftest import TOOL, BootMachine, prepare
-from tests.vm.disks import wait_name
+from tests.vm.disks import throttle, wait_name
 from tests.vm.initiator import TARGET_ADDRESS, Reader, attached, namespaces, write_content
 from tests.vm.nvmet import NVMET, Service, exporting
 
@@ -130,6 +130,41 @@ def test_killed_while_read(target: Machine, client: Machine, tmp_path: Path) -> 
             client.wait_until(lambda: namespaces(client, NQN).keys() == set(before.values()))
     finally:
         assert service.stop() == set()
+
+
+def test_removed_in_use(target: Machine, client: Machine) -> None:
+    """While a disk that was pulled owes an answer to a client, the tool goes on, and others wait for it."""
+    target.add_disk(Disk("doomed", serial="DISK-DOOMED"))
+    doomed = f"/dev/{wait_name(target, 'DISK-DOOMED')}"
+    target.run("udevadm settle --timeout=120")
+    with exporting(target, *SHARED, "--all") as service:
+        before = numbers(target)
+        with attached(client, NQN, PORT):
+            theirs = namespaces(client, NQN)[before[doomed]][4]
+            throttle(target, "doomed", 1024)
+            read = f"dd if={theirs} of=/dev/null bs=256k iflag=direct status=none"
+            client.run(f"{read} count=1")
+            busy = client.start_process(f"{read} skip=1")
+            client.wait_run(f"[ $(awk '{{print $9}}' /sys/block/{Path(theirs).name}/stat) -gt 0 ]")
+            target.qmp.call("device_del", id="doomed-device")
+            service.wait_output(f"^No longer: Exporting '{doomed}'")
+            # From here on, nothing may look into that part of configfs, where the kernel would have it wait.
+            target.add_disk(Disk("other", serial="DISK-OTHER", bus="scsi"))
+            other = f"/dev/{wait_name(target, 'DISK-OTHER')}"
+            service.wait_output(f"^Not exporting '{other}': the kernel is still taking away what was there")
+            throttle(target, "doomed", 0)
+            target.qmp.wait_event("DEVICE_DELETED", 120, device="doomed-device")
+            target.qmp.call("blockdev-del", node_name="doomed")
+            service.wait_output(f"^Exporting '{other}'")
+            del before[doomed]
+            target.wait_until(lambda: numbers(target).keys() == {*before, other})
+            after = numbers(target)
+            client.wait_until(lambda: namespaces(client, NQN).keys() == set(after.values()))
+            assert busy.wait() == 1  # the disk that it read is gone
+            assert before.items() < after.items()
+        target.remove_disk("other", timeout=120)
+        target.wait_until(lambda: numbers(target) == before)
+        assert [line for priority, line in service.journal() if priority < 6] == []
 
 
 def test_access(target: Machine, client: Machine, tmp_path: Path) -> None:
