@@ -2538,7 +2538,7 @@ class Tree:
         self.gone: set[str] = set()  # what would not be there any more after the steps of a dry run
         self.live: dict[str, Branch] = {}
         self.leaving: set[str] = set()  # roots whose removal hangs in the kernel, in a thread of its own
-        self.left = False  # whether one of these has gone, for which something may have been put off
+        self.ended = False  # whether one of these has ended, for which something may have been put off
         self.finished: list[tuple[Branch, OSError | None]] = []
         self.wake: Callable[[], None] = lambda: None
 
@@ -2791,7 +2791,7 @@ class Tree:
             branch, problem = self.finished.pop()
             if branch.root in self.leaving:
                 self.leaving.discard(branch.root)
-                self.left = True
+                self.ended = True
             if problem is None:
                 self.live.pop(branch.root, None)
                 if self.report is None:
@@ -3861,11 +3861,11 @@ class Service:
 
     def apply(self, disks: Sequence[Disk], *, strict: bool) -> None:
         """Makes what these disks ask for, and takes away all else."""
-        self.tree.left = True
-        while self.tree.left:
+        self.tree.ended = True
+        while self.tree.ended:
             # What goes while this is under way is not told of once more, and something may wait for it.
             self.tree.collect()
-            self.tree.left = False
+            self.tree.ended = False
             self.apply_once(disks, strict=strict)
 
     def apply_once(self, disks: Sequence[Disk], *, strict: bool) -> None:
