@@ -276,10 +276,11 @@ def shared(pair: Pair) -> Iterator[None]:
     target.put("/run/cmdline", f"{line} rd.storagetm.subsystem=shared\n")
     # Without the reboot that comes with its end.
     target.put(DROP_IN, "[Unit]\nSuccessAction=none\nFailureAction=none\n")
-    restart = "systemctl daemon-reload; systemctl restart storagetm"
-    target.run(f"mount --bind /run/cmdline /proc/cmdline; {restart}", timeout=180)
+    reload = "systemctl daemon-reload"
+    again = "systemctl stop storagetm && {} && systemctl start storagetm"
+    target.run(f"{reload} && {again.format('mount --bind /run/cmdline /proc/cmdline')}", timeout=180)
     yield
-    target.run(f"umount /proc/cmdline; rm {DROP_IN}; {restart}", timeout=180)
+    target.run(again.format(f"umount /proc/cmdline && rm {DROP_IN} && {reload}"), timeout=180)
 
 
 @pytest.mark.usefixtures("shared")
