@@ -82,23 +82,28 @@ def inodes(machine: Machine) -> dict[str, str]:
 
 @pytest.mark.usefixtures("foreign")
 def test_every_step(target: Machine, boot: BootMachine) -> None:
-    """Killed or refused at each step, on both releases at the same time, beside somebody else's export."""
+    """Killed or refused at each step, beside somebody else's export.
+
+    On both releases, and with both kinds of subsystem, at the same time.
+    """
     older = boot("older", image="bookworm", disks=[Disk("first", serial="DISK-1")])
-    older.run(MAKE_FOREIGN)
+    other = boot("other", disks=[Disk("first", serial="DISK-1")])
+    for machine in (older, other):
+        machine.run(MAKE_FOREIGN)
     processes = []
-    for machine in (target, older):
+    for machine, kind in ((target, "per-disk"), (older, "per-disk"), (other, "shared")):
         bench.install(machine)
         machine.put("/run/harness/crash.py", SCRIPT)
-        command = ["python3", "/run/harness/crash.py", INSTALLED, "/dev/vdb"]
+        command = ["python3", "/run/harness/crash.py", INSTALLED, f"--subsystem={kind}", "/dev/vdb"]
         processes.append(machine.start_process(command))
     for process in processes:
-        assert process.wait(900) == 0, process.output
+        assert process.wait(1200) == 0, process.output
         print(process.output)
         result = json.loads(process.output.splitlines()[-1])
         assert result["wrong"] == []
-        for kind in ("SIGKILL", "EIO"):
+        for call_kind in ("SIGKILL", "EIO"):
             for call, least in LEAST.items():
-                assert result["counts"][f"{call} {kind}"] >= least
+                assert result["counts"][f"{call} {call_kind}"] >= least
 
 
 def killed(service: Service) -> None:
