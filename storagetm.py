@@ -2573,10 +2573,10 @@ class Tree:
         for want in wanted:
             have = self.live.get(want.root)
             # What it is in goes, and it has to go first.
-            uprooted = want.is_inside(stale_roots)
+            uprooted = bool(stale_roots) and want.is_inside(stale_roots)
             if have is not None and not uprooted and (have is want or have.same_as(want)):
                 continue
-            if want.root in self.leaving or want.is_inside(self.leaving):
+            if self.leaving and (want.root in self.leaving or want.is_inside(self.leaving)):
                 continue
             patch = self.patch_for(have, want) if have and not uprooted else None
             if patch:
@@ -2595,7 +2595,7 @@ class Tree:
         creations = self.possible(creations)
 
         def create(want: Branch) -> None:
-            if want.is_inside(failures):
+            if failures and want.is_inside(failures):
                 failures[want.root] = next(e for r, e in failures.items() if want.is_inside((r,)))
             elif not (hopeless and any(hopeless(e) for e in list(failures.values()))):
                 self.create(want, failures)
