@@ -81,7 +81,8 @@ def attached(count: int) -> list[str]:
             with open(path) as size, open(f"{path.rsplit('/', 2)[0]}/subsysnqn") as nqn:
                 if nqn.read().startswith(NQN) and size.read() != "0\n":
                     found.append("/dev/" + path.split("/")[-2])
-        if len(found) >= count:
+        # The kernel makes the nodes a moment later.
+        if len(found) >= count and all(map(os.path.exists, found)):
             return found
         time.sleep(0.01)
     raise TimeoutError("not attached")
