@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Runs in a machine: ends or disturbs the tool at each single step that changes something.
 
-    crash.py TOOL ARGUMENT...
+    crash.py [KIND,...] TOOL ARGUMENT...
 
 First comes an undisturbed run under strace(1), from the start over READY=1 to the end after SIGTERM. Each
 call in it that changes configfs, device-mapper or the tool's own directory is a step: the n-th call of its
@@ -16,6 +16,8 @@ in a run of its own:
 - The step fails with an error, EIO or one that is likely there. The tool has to say so, or to have all as in
   the undisturbed run nevertheless, and when it has ended configfs is as it was before.
 - A removal fails each time it is tried ("stuck"). Then something has to be left, but the next run can cope.
+
+KINDs of these, "SIGKILL" for example, are the only ones that are done then.
 
 What other programs have in configfs belongs to both states. Prints a line for each step, and in the end one
 with the result as JSON.
@@ -294,12 +296,15 @@ class Trial:
 
 def main() -> None:
     begin = time.monotonic()
+    kinds = sys.argv.pop(1).split(",") if "/" not in sys.argv[1] else []
     trial = Trial(sys.argv[1:])
     print(f"{len(trial.steps)} steps, undisturbed in {time.monotonic() - begin:.1f} s", flush=True)
     counts: collections.Counter[str] = collections.Counter()
     wrong = []
     for step in trial.steps:
         for kind in kinds_of(step):
+            if kinds and kind not in kinds:
+                continue
             began = time.monotonic()
             try:
                 if kind == "SIGKILL":
