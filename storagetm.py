@@ -123,7 +123,8 @@ FIRMWARE_MAX = 8
 
 LOCK_WAIT_SEC = 10  # a lock held longer than this is named, and READY=1 no longer waits for it
 DM_BUSY_SEC = 2  # until what somebody else has open for a moment is free
-STORE_POLL_SEC = 1  # between two looks at how full the snapshots are
+STORE_POLL_SEC = (0.05, 1)  # shortest and longest pause between two looks at how full the snapshots are
+STORE_FILL = 1 << 30  # bytes a second with which a client is expected to fill one
 LOCK_POLL_SEC = (0.02, 0.5)  # first and longest pause between two tries for a lock
 UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as sysfs describes it
 MEDIUM_POLL_MSEC = 2000  # between two looks of the kernel into a drive, where udev has not seen to that
@@ -2243,6 +2244,16 @@ class Memory:
     def used(self) -> int:
         return sum(used for used, _, _ in self.filled.values())
 
+    @property
+    def pause(self) -> float:
+        """In how many seconds to look again, so that none runs full before while others have room."""
+        slack = [limit - used for used, limit, full in self.filled.values() if not full]
+        shortest, longest = STORE_POLL_SEC
+        # The last bits are not worth the looking.
+        if len(slack) < 2 or self.size - self.used < len(slack) * STORE_MIN // 8:
+            return longest
+        return min(max(shortest, len(slack) / 1000, min(slack) / STORE_FILL / 2), longest)
+
     def share(self, live: Iterable[Mapping], coming: Sequence[Mapping] = ()) -> None:
         """Looks how full the stores are, and divides what is left among them and those that are coming."""
         self.filled = {}
@@ -4066,9 +4077,9 @@ class Service:
             if self.pending():
                 deadlines.append(now + self.pause)
             if self.memory.filled:
-                if now - self.shared >= STORE_POLL_SEC:
+                if now - self.shared >= self.memory.pause:
                     self.share_memory()
-                deadlines.append(self.shared + STORE_POLL_SEC)
+                deadlines.append(self.shared + self.memory.pause)
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
             if self.view.unsent:
                 poll.register(self.view.terminal, select.POLLOUT)

@@ -352,3 +352,25 @@ def test_half_of_what_is_available() -> None:
         file.write("MemTotal:       16000000 kB\nMemAvailable:    8000000 kB\n")
     assert storagetm.Memory().size == 4000000 * 1024
     assert storagetm.Memory(5 << 20).size == 5 << 20
+
+
+@pytest.mark.parametrize(
+    ("size", "stores", "pause"),
+    [
+        # The only one has all the room from the start.
+        (16 << 20, [(0, 16 << 20, False)], 1),
+        (16 << 20, [(0, 8 << 20, False), (8 << 20, 8 << 20, True)], 1),
+        # Half of it is written within moments by a client that sees no reason to wait.
+        (16 << 20, [(0, 8 << 20, False), (0, 8 << 20, False)], 0.05),
+        (1 << 30, [(0, 512 << 20, False), (0, 512 << 20, False)], 0.25),
+        (16 << 30, [(0, 8 << 30, False), (4 << 30, 8 << 30, False)], 1),
+        # Nothing is left to divide.
+        (16 << 20, [(8 << 20, 8 << 20, False), (8 << 20, 8 << 20, False)], 1),
+        # So many take their time to be looked at.
+        (1 << 30, [(0, 2 << 20, False)] * 500, 0.5),
+    ],
+)
+def test_fast_writers_are_watched(size: int, stores: list[tuple[int, int, bool]], pause: float) -> None:
+    memory = storagetm.Memory(size)
+    memory.filled = {f"s{i}": store for i, store in enumerate(stores)}
+    assert memory.pause == pause
