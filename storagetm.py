@@ -332,19 +332,21 @@ def read_bytes(path: str) -> bytes:
         os.close(fd)
 
 
-def read_attribute(path: str) -> str:
-    """The text of a small file, as in sysfs, without blanks around it; empty if it cannot be read."""
+def read_page(path: str) -> bytes:
+    """The bytes of an attribute in sysfs, which is at most a page long. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return ""
-    try:
-        # One read(2) gives all of an attribute, which is at most a page long.
-        return printable(os.read(fd, 4096).strip())
-    except OSError:
-        return ""
+        return os.read(fd, 4096)
     finally:
         os.close(fd)
+
+
+def read_attribute(path: str) -> str:
+    """The text of an attribute, without blanks around it; empty if it cannot be read."""
+    try:
+        return printable(read_page(path).strip())
+    except OSError:
+        return ""
 
 
 def write_attribute(path: str, value: str) -> None:
@@ -757,7 +759,7 @@ def hmac_sha256(key: bytes, message: bytes) -> bytes:
 
 def dashed(uuid: str) -> str:
     """32 hexadecimal digits in the form 8-4-4-4-12."""
-    return "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]))
+    return f"{uuid[:8]}-{uuid[8:12]}-{uuid[12:16]}-{uuid[16:20]}-{uuid[20:]}"
 
 
 def is_id128(text: str) -> bool:
@@ -869,6 +871,7 @@ class Disk:
         "name",
         "node",
         "number",
+        "place",
         "read_only",
         "removable",
         "reported",
@@ -887,6 +890,7 @@ class Disk:
         self.name = name
         self.node = node
         self.sysname = sysname  # empty for a regular file
+        self.place = ""  # its directory in sysfs, once probed
         self.tag = ""
         self.size = 0
         self.read_only = False
@@ -927,15 +931,16 @@ class Disk:
         """What tells it from other disks without a serial number, as long as nobody moves it."""
         if not self.sysname:
             return self.node
-        base = sys_block(self.sysname)
         if self.sysname.startswith("dm-"):
-            return read_attribute(base + "/dm/uuid") or read_attribute(base + "/dm/name") or self.node
-        if not os.path.exists(base + "/device"):
+            dm = self.place + "/dm"
+            return read_attribute(dm + "/uuid") or read_attribute(dm + "/name") or self.node
+        device = self.place + "/device"
+        if not os.path.exists(device):
             return self.node
         return (
-            read_attribute(base + "/wwid")
-            or read_attribute(base + "/device/wwid")
-            or os.path.realpath(base + "/device")
+            read_attribute(self.place + "/wwid")
+            or read_attribute(device + "/wwid")
+            or os.path.realpath(device)
         )
 
     def status(self) -> str:
@@ -949,6 +954,13 @@ class Disk:
 
 def sys_block(sysname: str) -> str:
     return f"{SYS}class/block/{sysname}"
+
+
+def sys_device(sysname: str) -> str:
+    """A block device's directory in the device tree, where sys_block() is a link to. Raises OSError."""
+    target = os.readlink(sys_block(sysname))
+    # All are "../../devices/...", and to join paths takes as long as the kernel's answer.
+    return SYS + target[6:] if target[:6] == "../../" else os.path.join(SYS + "class/block", target)
 
 
 def sysname_of(devnum: int) -> str:
@@ -1005,6 +1017,19 @@ def natural_order(name: str) -> tuple[int, str]:
     return len(name), name
 
 
+def parse_block_uevent(raw: bytes) -> tuple[str, str]:
+    """MAJOR:MINOR and DISKSEQ, if it is there, from a block device's uevent file. Takes any bytes."""
+    text = "\n" + raw.decode("ascii", "replace")
+    # They become part of paths.
+    major, minor, diskseq = [
+        value if value.isdecimal() else ""
+        for value in [
+            text.partition(name)[2].partition("\n")[0] for name in ("\nMAJOR=", "\nMINOR=", "\nDISKSEQ=")
+        ]
+    ]
+    return f"{major}:{minor}", diskseq
+
+
 def udev_runs() -> bool:
     return os.path.exists(UDEV + "control")
 
@@ -1012,7 +1037,8 @@ def udev_runs() -> bool:
 def parse_udev_database(raw: bytes) -> dict[str, str]:
     """The properties of an entry of udev's database (systemd's device-private.c). Takes any bytes."""
     # All others begin with links and tags, of which there may be many.
-    return parse_assignments(b"\n".join([line[2:] for line in raw.split(b"\n") if line[:5] == b"E:ID_"]))
+    lines = [line[2:] for line in raw.split(b"\n") if line[:5] == b"E:ID_"]
+    return parse_assignments(b"\n".join(lines)) if lines else {}
 
 
 def is_of_former_disk(entry: bytes, diskseq: str) -> bool:
@@ -1022,10 +1048,10 @@ def is_of_former_disk(entry: bytes, diskseq: str) -> bool:
     Its links tell since systemd 250. Takes any bytes.
     """
     stem = b"S:disk/by-diskseq/"
-    if stem + diskseq.encode() + b"\n" in entry:
+    if not diskseq or stem not in entry or stem + diskseq.encode() + b"\n" in entry:
         return False
     links = [line[len(stem) :] for line in entry.split(b"\n") if line.startswith(stem)]
-    return bool(diskseq and links) and diskseq.encode() not in [x.partition(b"-")[0] for x in links]
+    return bool(links) and diskseq.encode() not in [x.partition(b"-")[0] for x in links]
 
 
 def parse_vpd_serial(raw: bytes) -> str:
@@ -1035,7 +1061,7 @@ def parse_vpd_serial(raw: bytes) -> str:
     return printable(raw[4 : 4 + int.from_bytes(raw[2:4], "big")]).strip("\0? \n")
 
 
-def read_page(path: str) -> bytes:
+def read_vpd(path: str) -> bytes:
     """A page of SCSI's vital product data; empty if there is none."""
     try:
         return read_bytes(path)
@@ -1103,10 +1129,10 @@ def identity_from_sysfs(disk: Disk) -> None:
         address = os.path.basename(os.path.realpath(device)).split(":")
         disk.id_serial = f"{joined(vendor)}_{disk.model}_{disk.serial}-{':'.join(address[2:])}"
     elif serial := parse_vpd_serial(
-        read_page(device + "/vpd_pg80")
+        read_vpd(device + "/vpd_pg80")
     ):  # SCSI, and ATA, whose vendor is always "ATA"
         disk.serial = joined(serial)
-        kind, name = parse_vpd_name(read_page(device + "/vpd_pg83"))
+        kind, name = parse_vpd_name(read_vpd(device + "/vpd_pg83"))
         if vendor == "ATA":
             disk.id_serial = f"{disk.model}_{disk.serial}"
         elif kind > 0:
@@ -1126,8 +1152,10 @@ def usb_serial(device: str) -> str:
     return read_attribute(path + "/serial")
 
 
-def why_network(sysname: str, depth: int = 0) -> str:
+def why_network(sysname: str, place: str = "", depth: int = 0) -> str:
     """How a disk, or one that it is stacked on, comes over the network itself; empty if it is local.
+
+    `place` is its directory in the device tree, if that is known already.
 
     Exporting such a disk, then attaching the export on this machine, makes a new disk to export, and so on.
     """
@@ -1135,18 +1163,17 @@ def why_network(sysname: str, depth: int = 0) -> str:
         if sysname.startswith(prefix):
             return f"comes over the network ({NETWORK_DISKS[prefix]})"
     try:
-        # Its place in the device tree, "../../devices/pci0000:00/...": realpath() would ask at each part.
-        path = os.readlink(sys_block(sysname))
+        place = place or sys_device(sysname)
     except OSError:
         return "may come over the network (it is not in sysfs)"
-    for part in path.split("/") if "/session" in path or "/rport-" in path else ():
+    for part in place.split("/") if "/session" in place or "/rport-" in place else ():
         if part.startswith("session") and part[7:].isdigit():
             return "comes over the network (iSCSI)"
         if part.startswith("rport-"):
             return "comes over the network (Fibre Channel)"
     if sysname.startswith("nvme"):
         # With multipath the disk hangs below its subsystem, and the controllers are beside it.
-        parent = os.path.dirname(os.path.normpath(os.path.join(SYS + "class/block", path)))
+        parent = os.path.dirname(place)
         controllers = [parent] if os.path.exists(parent + "/transport") else []
         for name in () if controllers else list_directory(parent):
             if name.startswith("nvme") and name[4:].isdigit():
@@ -1158,7 +1185,7 @@ def why_network(sysname: str, depth: int = 0) -> str:
             return f"comes over the network (NVMe/{sorted(others)[0].upper()})"
     if is_stacked(sysname) and depth < 16:
         for lower in list_directory(sys_block(sysname) + "/slaves"):
-            if why := why_network(lower, depth + 1):
+            if why := why_network(lower, depth=depth + 1):
                 return f"is made of '{lower}', which {why}"
     return ""
 
@@ -1308,19 +1335,19 @@ def device_node(sysname: str) -> str:
 
 def probe_block_device(disk: Disk) -> None:
     """Reads from sysfs and udev's database what can change about a disk. Raises OSError once it is gone."""
-    base = sys_block(disk.sysname)
-    uevent = parse_assignments(read_bytes(base + "/uevent"))
-    number = f"{uevent.get('MAJOR', '')}:{uevent.get('MINOR', '')}"
+    # The link is followed once: with a thousand disks, the kernel's way through it counts.
+    disk.place = base = sys_device(disk.sysname)
+    number, diskseq = parse_block_uevent(read_page(base + "/uevent"))
     # DISKSEQ (Linux 5.15) tells a disk or medium from the next one with the same number.
-    disk.tag = f"{number} {uevent.get('DISKSEQ', '')}"
-    size = read_attribute(base + "/size")
+    disk.tag = f"{number} {diskseq}"
+    size = read_page(base + "/size").strip()
     disk.size = int(size) * 512 if size.isdigit() else 0
-    disk.read_only = read_attribute(base + "/ro") == "1"
+    disk.read_only = read_page(base + "/ro")[:1] == b"1"
     # Asked only where a medium can be taken out: of SCSI disks and drives, MMC and floppy drives.
     drive = disk.sysname.startswith(("sd", "sr", "mmcblk", "fd"))
     disk.removable = drive and read_attribute(base + "/removable") == "1"
     try:
-        entry = read_udev_entry(number, uevent.get("DISKSEQ", ""))
+        entry = read_udev_entry(number, diskseq)
         identity_from_udev(disk, parse_udev_database(entry))
         disk.udev_entry = entry
         disk.waiting = ""
@@ -1404,7 +1431,7 @@ def why_not_all(disk: Disk) -> str:
         holders = [n for n in list_directory(sys_block(disk.sysname) + "/holders") if not is_mapping(n)]
         if holders:
             return f"it is part of '{DEV}{min(holders, key=natural_order)}'"
-    if why := why_network(disk.sysname):
+    if why := why_network(disk.sysname, disk.place):
         return f"it {why}"
     return ""
 
@@ -1932,7 +1959,7 @@ class OptionalAttribute(Attribute):
 
     def make(self, root: str) -> None:
         try:
-            super().make(root)
+            write_attribute(root + self.path, self.text())
         except FileNotFoundError:
             pass
 
@@ -2546,6 +2573,7 @@ class Tree:
         self.root = root
         self.ledger = ledger
         self.report = report  # for a dry run: gets each step instead of the kernel
+        self.present: dict[str, set[str]] = {}  # names in the directories in which something is to be made
         self.gone: set[str] = set()  # what would not be there any more after the steps of a dry run
         self.live: dict[str, Branch] = {}
         self.leaving: set[str] = set()  # roots whose removal hangs in the kernel, in a thread of its own
@@ -2604,11 +2632,12 @@ class Tree:
             self.unmake_all(stale, want.root, failures)
         self.remove(removals, patience, failures)
         creations = self.possible(creations)
+        self.present = {}
 
         def create(want: Branch) -> None:
             if failures and want.is_inside(failures):
                 failures[want.root] = next(e for r, e in failures.items() if want.is_inside((r,)))
-            elif not (hopeless and any(hopeless(e) for e in list(failures.values()))):
+            elif not (failures and hopeless and any(hopeless(e) for e in list(failures.values()))):
                 self.create(want, failures)
 
         slow: list[Branch] = []
@@ -2677,20 +2706,36 @@ class Tree:
             self.gone.add(entry.path)
             self.report(description)
 
+    def is_taken(self, path: str) -> bool:
+        """Whether something of that name is there, made by others.
+
+        A directory is read once for all that is made in it: for each name asked for, configfs goes through
+        all that it has.
+        """
+        directory, _, name = path.rpartition("/")
+        names = self.present.get(directory)
+        if names is None:
+            names = self.present[directory] = set(list_directory(self.root + directory))
+        return name in names and path not in self.gone
+
     def create(self, branch: Branch, failures: dict[str, OSError]) -> None:
         made = 0
         noted = False
         dry = self.report is not None
         entries, root = branch.entries, self.root
         try:
-            if os.path.lexists(root + branch.root) and branch.root not in self.gone:
+            if self.is_taken(branch.root):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             if not dry:
                 noted = True
                 self.ledger.add(branch)
             for entry in entries:
-                if not isinstance(entry, Trigger):  # what is new has nothing to catch up with
+                if isinstance(entry, Trigger):
+                    pass  # what is new has nothing to catch up with
+                elif dry:
                     self.make(entry)
+                else:
+                    entry.make(root)
                 made += 1
                 if noted and entry.path == branch.root:
                     self.ledger.confirm(branch, root)
@@ -3084,6 +3129,7 @@ class NvmeTcp:
             name: os.environ.get(f"SYSTEMD_NVME_{name}", "")
             for name in ("MODEL", "FIRMWARE", "SERIAL", "UUID")
         }
+        self.firmware = nvme_string(self.overrides["FIRMWARE"] or machine.os_version, FIRMWARE_MAX)
         self.numbers = Numbers(f"{RUN}{self.prefix}.namespaces")
         self.ports: dict[int, int] = {}  # number by address family
         self.attempts = 0
@@ -3250,7 +3296,7 @@ class NvmeTcp:
 
     def subsystem_entries(self, path: str, model: str, serial: str) -> list[Entry]:
         entries: list[Entry] = [Directory(path), Attribute(path + "/attr_allow_any_host", "1")]
-        for name, value in (("model", model), ("firmware", self.firmware()), ("serial", serial)):
+        for name, value in (("model", model), ("firmware", self.firmware), ("serial", serial)):
             if value:
                 entries.append(OptionalAttribute(f"{path}/attr_{name}", value))
         return entries
@@ -3312,9 +3358,6 @@ class NvmeTcp:
         model, system = disk.model if disk else "Storage target", self.machine.os
         return nvme_string(f"{model} ({system})" if model and system else model or system, MODEL_MAX)
 
-    def firmware(self) -> str:
-        return nvme_string(self.overrides["FIRMWARE"] or self.machine.os_version, FIRMWARE_MAX)
-
     def serial(self, disk: Disk | None) -> str:
         """The disk's serial number, or one that is stable for the disk and unique on this machine.
 
@@ -3331,7 +3374,8 @@ class NvmeTcp:
         return disk.made_up[1]
 
     def uuid(self, disk: Disk) -> str:
-        if override := self.overrides["UUID"].replace("-", "").lower():
+        if self.overrides["UUID"]:
+            override = self.overrides["UUID"].replace("-", "").lower()
             if is_id128(override):
                 return dashed(override)
             warning("$SYSTEMD_NVME_UUID is not a UUID, ignoring it")

@@ -185,17 +185,17 @@ def test_model(transport: storagetm.NvmeTcp) -> None:
     assert len(transport.model(disk(ID_MODEL="x" * 60))) == 40
 
 
-def test_firmware(transport: storagetm.NvmeTcp) -> None:
-    assert transport.firmware() == "13"
-    transport.machine.os_version = "2024.10.31-rc1"
-    assert transport.firmware() == "2024.10."
+def test_firmware(machine: storagetm.Machine) -> None:
+    assert storagetm.NvmeTcp(machine).firmware == "13"
+    machine.os_version = "2024.10.31-rc1"
+    assert storagetm.NvmeTcp(machine).firmware == "2024.10."
 
 
 @pytest.mark.usefixtures("machine")
 def test_image_id_comes_before_id(tmp_path: Path) -> None:
     (tmp_path / "os-release").write_text("ID=debian\nIMAGE_ID=rescue\nVERSION_ID=13\nIMAGE_VERSION=7\n")
     transport = storagetm.NvmeTcp(storagetm.Machine())
-    assert (transport.model(disk()), transport.firmware()) == ("rescue", "7")
+    assert (transport.model(disk()), transport.firmware) == ("rescue", "7")
 
 
 def test_serial(transport: storagetm.NvmeTcp) -> None:
@@ -223,7 +223,7 @@ def test_environment(machine: storagetm.Machine, monkeypatch: pytest.MonkeyPatch
     transport = storagetm.NvmeTcp(machine)
     some = disk(ID_SERIAL="DISK-A", ID_SERIAL_SHORT="A", ID_MODEL="M")
     assert transport.model(some) == "Mine"
-    assert transport.firmware() == "F1"
+    assert transport.firmware == "F1"
     assert transport.serial(some) == "S1"
     assert transport.uuid(some) == "01234567-89ab-cdef-0123-456789abcdef"
 
