@@ -1935,6 +1935,13 @@ class Directory(Entry):
         return {"step": "rmdir", "path": path, "command": f"rmdir {quoted(path)}"}
 
 
+class DefaultGroup(Entry):
+    """A directory that the kernel makes, empty, with the one it is in. Other branches are made in it."""
+
+    def is_used(self, root: str) -> bool:
+        return bool(list_directory(root + self.path))
+
+
 class Attribute(Entry):
     """An attribute, written once: where it differs in a live object, the object is made anew."""
 
@@ -2425,10 +2432,10 @@ class Ledger:
     """Which branches are ours: a file of intentions, so that a crash at any moment leaves none unknown.
 
     Records are appended and the last one for a root counts: `+` root, tag, then kind and path of every
-    directory and link, written *before* the first of them is made; `=` root and the inode number of its
-    directory, right after that was made (configfs keeps an inode as long as the object lives); `-` root,
-    when all is gone. Fields end with NUL, records with NUL and a line feed; one that is cut off does not
-    count.
+    directory, default group and link, written *before* the first of them is made; `=` root and the inode
+    number of its directory, right after that was made (configfs keeps an inode as long as the object lives);
+    `-` root, when all is gone. Fields end with NUL, records with NUL and a line feed; one that is cut off
+    does not count.
     """
 
     KINDS: ClassVar[dict[str, type[Entry]]] = {
@@ -2436,6 +2443,7 @@ class Ledger:
         "l": Link,
         "m": Mapping,
         "g": Links,
+        "i": DefaultGroup,
     }
     LETTERS: ClassVar[dict[type[Entry], str]] = {kind: letter for letter, kind in KINDS.items()}
 
@@ -2509,7 +2517,10 @@ class Ledger:
             except OSError:
                 live = -1
             # Died between mkdir and the note of its inode: then nothing else can have been made in it.
-            begun = any(e.is_live(root) for e in branch.kept(Directory)[1:])
+            begun = any(
+                e.is_used(root) if isinstance(e, DefaultGroup) else e.is_live(root)
+                for e in branch.kept(Directory)[1:] + branch.kept(DefaultGroup)
+            )
             if live >= 0 and (live == inode or (inode is None and not begun)):
                 found[name] = branch
                 continue
@@ -3285,13 +3296,16 @@ class NvmeTcp:
                         Attribute(path + "/addr_trtype", "tcp"),
                         Attribute(path + "/addr_trsvcid", str(number)),
                         Attribute(path + "/addr_traddr", traddr),
+                        DefaultGroup(path + "/subsystems"),
                     ],
                 )
             )
         if self.shared:
             path = f"nvmet/subsystems/{self.prefix}"
             identity = self.subsystem_entries(path, self.model(None), self.serial(None))
-            branches.append(Branch("subsystem", [*identity, *self.links(path)]))
+            branches.append(
+                Branch("subsystem", [*identity, DefaultGroup(path + "/namespaces"), *self.links(path)])
+            )
         return branches
 
     def subsystem_entries(self, path: str, model: str, serial: str) -> list[Entry]:

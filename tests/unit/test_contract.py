@@ -504,6 +504,7 @@ def test_wanted_ports(busy: storagetm.NvmeTcp) -> None:
                 ("Attribute", "addr_trtype", "tcp"),
                 ("Attribute", "addr_trsvcid", number),
                 ("Attribute", "addr_traddr", traddr),
+                ("DefaultGroup", "subsystems", ""),
             ],
         )
         for number, adrfam, traddr in (("59936", "ipv4", "0.0.0.0"), ("36681", "ipv6", "::"))

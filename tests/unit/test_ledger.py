@@ -199,6 +199,19 @@ def test_entry_of_others_in_use_before_ours_was_confirmed(ledger: storagetm.Ledg
     assert read(ledger, root) == []
 
 
+def test_entry_of_others_with_branches_in_it(ledger: storagetm.Ledger, root: Path) -> None:
+    """The same where what is made in it is known by others."""
+    path = "nvmet/subsystems/x"
+    entries = [storagetm.Directory(path), storagetm.DefaultGroup(f"{path}/namespaces")]
+    ledger.add(storagetm.Branch("subsystem", entries))
+    (root / path / "namespaces").mkdir(parents=True)
+    assert read(ledger, root) == [path]
+    (root / path / "namespaces/7").mkdir()
+    assert read(ledger, root) == []
+    ledger.confirm(storagetm.Branch("subsystem", entries), f"{root}/")
+    assert read(ledger, root) == [path]
+
+
 def test_more_links_do_not_lose_the_inode(ledger: storagetm.Ledger, root: Path) -> None:
     (root / "nvmet/subsystems/x").mkdir()
     ledger.add(branch())
