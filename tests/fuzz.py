@@ -74,6 +74,11 @@ def uevent(raw: bytes) -> None:
     assert "\0" not in storagetm.parse_uevent(raw)
 
 
+def block_uevent(raw: bytes) -> None:
+    number, diskseq = storagetm.parse_block_uevent(raw)
+    assert set(number + diskseq) <= set("0123456789:")
+
+
 def ledger(raw: bytes) -> None:
     for root, (branch, inode) in storagetm.Ledger.parse(raw).items():
         assert branch.root == root
@@ -150,6 +155,7 @@ PARSERS: dict[str, Parser] = {
         swaps,
         netlink,
         uevent,
+        block_uevent,
         ledger,
         namespaces,
         kernel_command_line,
@@ -163,6 +169,7 @@ PARSERS: dict[str, Parser] = {
 # Where in what was captured on real machines a parser's inputs are.
 SEEDS = {
     "assignments": r"/etc/os-release$|/uevent$",
+    "block_uevent": r"/uevent$",
     "udev_database": r"/run/udev/data/",
     "mountinfo": r"/mountinfo$",
     "swaps": r"/swaps$",

@@ -204,6 +204,40 @@ def test_any_bytes_as_uevent(raw: bytes, start: int) -> None:
         assert "\0" not in name
 
 
+# A block device's uevent file in sysfs
+
+
+def test_captured_block_uevent(capture: Any) -> None:
+    files = {p: v.encode("latin-1") for p, v in capture["files"].items() if p.endswith("/uevent")}
+    disks = {p.split("/")[-2]: v for p, v in files.items() if b"\nDEVTYPE=disk\n" in v}
+    assert len(disks) > 5
+    for raw in disks.values():
+        fields = storagetm.parse_assignments(raw)
+        number = f"{fields['MAJOR']}:{fields['MINOR']}"
+        assert storagetm.parse_block_uevent(raw) == (number, fields["DISKSEQ"])
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"MAJOR=8\nMINOR=16\nDEVNAME=sdb\nDEVTYPE=disk\nDISKSEQ=9\n", ("8:16", "9")),
+        (b"MAJOR=8\nMINOR=16\nDEVNAME=sdb\nDEVTYPE=disk", ("8:16", "")),  # before Linux 5.15
+        (b"DISKSEQ=9\nXMAJOR=1\nMINOR=2\nMAJOR=3", ("3:2", "9")),
+        (b"MAJOR=../x\nMINOR=\xb2\nDISKSEQ=9\0", (":", "")),
+        (b"", (":", "")),
+    ],
+)
+def test_block_uevent(raw: bytes, expected: tuple[str, str]) -> None:
+    assert storagetm.parse_block_uevent(raw) == expected
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_as_block_uevent(raw: bytes) -> None:
+    for variant in (raw, b"MAJOR=" + raw, b"MAJOR=8\nMINOR=" + raw + b"\nDISKSEQ=" + raw):
+        number, diskseq = storagetm.parse_block_uevent(variant)
+        assert set(number + diskseq) <= set("0123456789:")
+
+
 # udev's database and files of assignments
 
 
