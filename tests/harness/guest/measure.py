@@ -30,7 +30,9 @@ IDLE = 3.0  # for how long wake-ups are counted
 
 def make_disks(count: int, *, settle: bool) -> None:
     subprocess.run(["modprobe", "-r", "null_blk"], check=True)
-    parameters = [f"nr_devices={count}", "gb=1", "submit_queues=1", "hw_queue_depth=4"]
+    # Without memory of their own, what is read from them is what happens to be in memory, now and then a
+    # partition table, with which udev is busy for seconds.
+    parameters = [f"nr_devices={count}", "gb=1", "submit_queues=1", "hw_queue_depth=4", "memory_backed=1"]
     subprocess.run(["modprobe", "null_blk", *parameters], check=True)
     if settle:
         # Whoever closes a disk makes udev probe it again, so once is not enough.
@@ -81,8 +83,7 @@ def measure(command: list[str]) -> dict[str, object]:
         ready = time.monotonic() - begin
         exported = len(os.listdir(SUBSYSTEMS))
         ports = len(os.listdir(SUBSYSTEMS + "/../ports"))
-        # null_blk's disks hold what was in memory, now and then a partition table; udev waits with the
-        # partitions for as long as the program holds the disk's lock.
+        # Not for ever: what udev still wants to do may have to wait for the disks' locks.
         subprocess.run(["udevadm", "settle", "--timeout=30"], check=False)
         time.sleep(2)  # what is put off, as redrawing is, has been done by then
         before = status(process.pid, "voluntary_ctxt_switches")
