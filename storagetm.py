@@ -52,6 +52,7 @@ AF_INET = 2
 AF_INET6 = 10
 AF_NETLINK = 16
 AF_UNIX = 1
+AT_FDCWD = -100
 BLKGETSIZE64 = 0x80081272
 CDROM_DRIVE_STATUS = 0x5326
 DM_DEV_CREATE = 0xC138FD03
@@ -110,6 +111,7 @@ SOCK_NONBLOCK = 0o4000
 SOCK_RAW = 3
 SOCK_STREAM = 1
 SOL_SOCKET = 1
+STATX_BTIME = 0x800
 UDEV_MONITOR_MAGIC = b"libudev\0"
 UEVENT_GROUP_KERNEL = 1
 UEVENT_GROUP_UDEV = 2
@@ -117,6 +119,7 @@ UEVENT_GROUP_UDEV = 2
 # Limits of the NVMe base specification (2.0, figures 275 and 4.5) as the kernel's drivers/nvme/target
 # enforces them.
 NQN_MAX = 223
+NSID_MAX = 0xFFFFFFFE
 MODEL_MAX = 40
 SERIAL_MAX = 20
 FIRMWARE_MAX = 8
@@ -148,6 +151,8 @@ NO_DISKS = {"loop": "a loop device", "zram": "a compressed RAM disk", "ram": "a 
 ENCODING = sys.getfilesystemencoding()
 MEMORY_FILE = "/memfd:storagetm"  # as the kernel calls it
 STORE_MIN = 1 << 20  # bytes for the changes of snapshots
+
+UNKNOWN = "?"
 
 NO_MEDIUM = "No medium found; insert one and it will be exported"
 
@@ -256,6 +261,18 @@ class loop_info64(ctypes.Structure):
         ("lo_crypt_name", ctypes.c_uint8 * 64),
         ("lo_encrypt_key", ctypes.c_uint8 * 32),
         ("lo_init", ctypes.c_uint64 * 2),
+    ]
+
+
+class statx(ctypes.Structure):
+    """What statx(2) tells of a file, as far as it is asked for here (include/uapi/linux/stat.h)."""
+
+    _fields_ = [
+        ("stx_mask", ctypes.c_uint32),
+        ("before", ctypes.c_uint8 * 76),
+        ("stx_btime_sec", ctypes.c_int64),
+        ("stx_btime_nsec", ctypes.c_uint32),
+        ("after", ctypes.c_uint8 * 164),
     ]
 
 
@@ -420,6 +437,19 @@ def run_program(name: str, *arguments: str) -> int:
             pid = os.posix_spawn(path, (name, *arguments), {}, file_actions=null)
             return 1 if os.waitpid(pid, 0)[1] else 0
     return 127
+
+
+def birth_time(path: str) -> str:
+    """When a file was made, in seconds and nanoseconds; empty if that is not known."""
+    libc = ctypes.CDLL(None)
+    answer = statx()
+    try:
+        failed = libc.statx(AT_FDCWD, os.fsencode(path), 0, STATX_BTIME, ctypes.byref(answer))
+    except AttributeError:  # musl before 1.2.5
+        failed = -1
+    if failed or not answer.stx_mask & STATX_BTIME:
+        return ""
+    return f"{answer.stx_btime_sec}.{answer.stx_btime_nsec:09}"
 
 
 def mount_configfs() -> None:
@@ -866,17 +896,17 @@ class Disk:
         "fd",
         "id_serial",
         "left_out",
-        "made_up",
         "model",
         "name",
         "node",
-        "number",
         "place",
         "read_only",
         "removable",
         "reported",
         "serial",
         "size",
+        "slot",
+        "stay",
         "sysname",
         "tag",
         "udev_entry",
@@ -900,7 +930,7 @@ class Disk:
         self.model = ""
         self.serial = ""  # ID_SERIAL_SHORT
         self.id_serial = ""  # ID_SERIAL
-        self.made_up = "?", ""  # tag, and the serial number it got from us instead
+        self.slot = ""  # ID_PATH
         self.left_out = ""
         self.waiting = ""
         self.failed = ""
@@ -910,7 +940,7 @@ class Disk:
         self.fd = -1
         self.branch: Branch | None = None  # what of it is live
         self.wanted: tuple[object, Branch] | None = None  # the last one computed, and from what
-        self.number = 0  # of its namespace, where all are in one subsystem
+        self.stay: Stay | None = None  # who it is to clients, once that was asked for
         self.buffered = False  # a file on a file system without direct I/O
 
     @property
@@ -923,25 +953,58 @@ class Disk:
         """What it is known by while it is here."""
         return self.sysname or self.node
 
+    def set_tag(self, tag: str) -> None:
+        if tag != self.tag:
+            self.tag = tag
+            self.stay = None
+
     def fingerprint(self) -> tuple[str, int, bool]:
         """What must change before an export that failed is tried again."""
         return self.tag, self.size, self.read_only
 
     def stable(self) -> str:
-        """What tells it from other disks without a serial number, as long as nobody moves it."""
+        """Identifies a disk that has no serial number; stable as long as it stays in the same slot."""
         if not self.sysname:
             return self.node
         if self.sysname.startswith("dm-"):
             dm = self.place + "/dm"
             return read_attribute(dm + "/uuid") or read_attribute(dm + "/name") or self.node
-        device = self.place + "/device"
-        if not os.path.exists(device):
-            return self.node
         return (
             read_attribute(self.place + "/wwid")
-            or read_attribute(device + "/wwid")
-            or os.path.realpath(device)
+            or read_attribute(self.place + "/device/wwid")
+            or self.location()
         )
+
+    def identity(self) -> str:
+        """What tells it from all others, also after a reboot, if it lasts()."""
+        # Another file may have come under the same path. The file system's number changes with each boot.
+        return self.id_serial or self.stable() if self.sysname else self.node + self.tag.partition(":")[2]
+
+    def location(self) -> str:
+        """Names the slot that it is in: as udev does (ID_PATH), or else by its device in sysfs."""
+        if not self.sysname:
+            return self.node
+        whole = whole_disk(self.place)
+        device = whole + "/device"
+        if not os.path.exists(device):
+            return self.node
+        # The boot partitions of an eMMC are disks of their own with the same device.
+        area = self.sysname.partition("boot")[2] if self.sysname.startswith("mmcblk") else ""
+        partition = self.place[len(whole) :].rpartition("/")[2]
+        return "/".join(filter(None, (self.slot or os.path.realpath(device), area, partition)))
+
+    def lasts(self) -> bool:
+        """Whether its serial number means the same disk after the machine was booted again.
+
+        A card reader or dock tells its own, whatever is in it, and USB does not tell these from disks.
+        """
+        if not self.sysname:
+            return not self.tag.endswith(UNKNOWN)
+        if self.sysname.startswith("dm-"):
+            return read_attribute(self.place + "/dm/uuid") != ""
+        if self.removable or "/usb" in self.place:
+            return False
+        return self.id_serial != "" or self.stable() not in (self.node, self.location())
 
     def status(self) -> str:
         return self.left_out or self.failed or self.waiting
@@ -961,6 +1024,117 @@ def sys_device(sysname: str) -> str:
     target = os.readlink(sys_block(sysname))
     # All are "../../devices/...", and to join paths takes as long as the kernel's answer.
     return SYS + target[6:] if target[:6] == "../../" else os.path.join(SYS + "class/block", target)
+
+
+class Stay:
+    """A disk or medium from when it came until it leaves: who it is to clients.
+
+    `number` is its namespace's: unlike the other identities it is part of each command, so that one that
+    has waited for a disk never reaches another. `name` is what serial number and NGUID are made from: the
+    disk's own serial number, or what stands for that. If an earlier disk had the same name, or would have
+    had the same UUID, it is one that this one has as its `own`, and the UUID is made from it, too: a host
+    takes no second namespace with a UUID that it knows.
+    """
+
+    __slots__ = ("name", "number", "own")
+
+    def __init__(self, number: int, own: str) -> None:
+        self.number = number
+        self.own = own
+        self.name = own
+
+
+class Stays:
+    """The stays of all disks since the machine was booted, kept in a file.
+
+    A line for each: the namespace's number, then digests of the disk's tag, what its UUID is made from, its
+    name, and its slot. No number is given twice. After a reboot a disk has the same one if it can be told
+    for sure by its serial number, and else another one: better to lose a disk than to become another.
+    """
+
+    def __init__(self, path: str = "", salt: bytes = b"") -> None:
+        self.path = path
+        self.salt = salt  # the machine's ID
+        self.boot = ""
+        self.known: dict[str, Stay] = {}  # by the digest of the disk's tag
+        self.numbers: set[int] = set()
+        self.taken: set[str] = set()  # what UUIDs are made from, and names
+        self.moves: dict[str, int] = {}  # how often a disk of a name was in a slot
+        self.kept = False  # whether what is new goes into the file
+
+    def digest(self, *parts: str) -> str:
+        return str(sha256(self.salt + "\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32])
+
+    def read(self) -> None:
+        self.boot = read_attribute(PROC + "sys/kernel/random/boot_id") or "?"
+        try:
+            for number, tag, *rest in self.parse(read_bytes(self.path)):
+                self.add(int(number), tag, *rest)
+        except OSError as e:
+            debug(f"No disks are noted in '{self.path}': {reason_of(e)}")
+
+    @staticmethod
+    def parse(raw: bytes) -> Iterator[list[str]]:
+        """The fields of each line. Takes any bytes."""
+        for line in raw.split(b"\n")[:-1]:
+            fields = printable(line).split(" ")
+            number = fields[0] if len(fields) == 5 else ""
+            # int() refuses texts of thousands of digits.
+            is_number = number.isascii() and number.isdecimal() and len(number) <= 10
+            if is_number and 0 < int(number) <= NSID_MAX:
+                yield fields
+
+    def add(self, number: int, tag: str, uuid: str, name: str, slot: str) -> None:
+        """Adds a stay after those that are known."""
+        if tag in self.known or number in self.numbers:
+            return
+        move = name + slot
+        self.moves[move] = self.moves.get(move, 0) + 1
+        repeated = uuid in self.taken or name in self.taken
+        self.known[tag] = Stay(number, self.digest(move, str(self.moves[move])) if repeated else "")
+        self.numbers.add(number)
+        self.taken |= {uuid, name}
+
+    def of(self, disk: Disk) -> Stay | None:
+        """A disk's stay, if it was begun before."""
+        if not self.boot:
+            self.read()
+        stay = self.known.get(self.digest(self.boot, disk.tag))
+        if stay and not stay.name:
+            # Cached: while a disk is being unplugged, parts of its sysfs directory are already gone.
+            stay.name = disk.id_serial or disk.stable()
+        return stay
+
+    def begin(self, disk: Disk, *, alone: bool) -> Stay:
+        """A disk's stay. `alone` is whether no other disk that is here has the same serial number."""
+        while not (found := self.of(disk)):
+            tag, name = self.digest(self.boot, disk.tag), self.digest(disk.id_serial or disk.stable())
+            number, attempt = 0, 0
+            while not number or number in self.numbers:
+                sure = alone and name not in self.taken and disk.lasts()
+                digest = self.digest("namespace", disk.identity() if sure else tag, str(attempt))
+                number, attempt = 1 + int(digest[:16], 16) % NSID_MAX, attempt + 1
+            line = [tag, self.digest(disk.id_serial or disk.node), name, self.digest(disk.location())]
+            self.add(number, *line)
+            self.note(" ".join((str(number), *line)) + "\n")
+        return found
+
+    def note(self, line: str) -> None:
+        if not self.kept:
+            return
+        try:
+            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                append(fd, line.encode())
+            finally:
+                os.close(fd)
+        except OSError as e:
+            warning(f"Failed to note the number of a namespace in '{self.path}': {reason_of(e)}")
+
+
+def whole_disk(place: str) -> str:
+    """The directory of the disk that a partition is on, given the partition's; a disk's own is returned."""
+    return os.path.dirname(place) if os.path.exists(place + "/partition") else place
 
 
 def sysname_of(devnum: int) -> str:
@@ -1086,6 +1260,7 @@ def identity_from_udev(disk: Disk, properties: dict[str, str]) -> None:
     disk.model = properties.get("ID_MODEL_FROM_DATABASE") or properties.get("ID_MODEL") or ""
     disk.serial = properties.get("ID_SERIAL_SHORT") or ""
     disk.id_serial = properties.get("ID_SERIAL") or ""
+    disk.slot = properties.get("ID_PATH") or ""
 
 
 def parse_vpd_name(raw: bytes) -> tuple[int, str]:
@@ -1338,14 +1513,18 @@ def probe_block_device(disk: Disk) -> None:
     # The link is followed once: with a thousand disks, the kernel's way through it counts.
     disk.place = base = sys_device(disk.sysname)
     number, diskseq = parse_block_uevent(read_page(base + "/uevent"))
-    # DISKSEQ (Linux 5.15) tells a disk or medium from the next one with the same number.
-    disk.tag = f"{number} {diskseq}"
+    # DISKSEQ (Linux 5.15) tells a disk or medium from the next one with the same number. Partitions have
+    # their disk's; before, a disk that was plugged in has a new directory at least.
+    whole = base if diskseq else whole_disk(base)
+    if whole != base:
+        diskseq = parse_block_uevent(read_page(whole + "/uevent"))[1]
+    disk.set_tag(f"{number} {diskseq or f'inode {os.stat(whole).st_ino}'}")
     size = read_page(base + "/size").strip()
     disk.size = int(size) * 512 if size.isdigit() else 0
     disk.read_only = read_page(base + "/ro")[:1] == b"1"
     # Asked only where a medium can be taken out: of SCSI disks and drives, MMC and floppy drives.
     drive = disk.sysname.startswith(("sd", "sr", "mmcblk", "fd"))
-    disk.removable = drive and read_attribute(base + "/removable") == "1"
+    disk.removable = drive and read_attribute(whole_disk(base) + "/removable") == "1"
     try:
         entry = read_udev_entry(number, diskseq)
         identity_from_udev(disk, parse_udev_database(entry))
@@ -1359,7 +1538,7 @@ def probe_block_device(disk: Disk) -> None:
 def probe_file(disk: Disk) -> None:
     """The same for a regular file. Raises OSError."""
     st = os.stat(disk.node)
-    disk.tag = f"file {st.st_dev}:{st.st_ino}"
+    disk.set_tag(f"file {st.st_dev}:{st.st_ino} {birth_time(disk.node) or UNKNOWN}")
     disk.size = st.st_size
     disk.read_only = not os.access(disk.node, os.W_OK)
     try:
@@ -1500,9 +1679,15 @@ class Inventory:
     """The disks of this machine and which of them are to be exported."""
 
     def __init__(
-        self, paths: Sequence[str], everything: bool, force: bool, access: Access | None = None
+        self,
+        paths: Sequence[str],
+        everything: bool,
+        force: bool,
+        access: Access | None = None,
+        stays: Stays | None = None,
     ) -> None:
         self.access = access or Access()
+        self.stays = stays or Stays()
         self.paths = paths  # of the named devices; none for --all
         self.force = force  # also what is in use
         self.all = everything
@@ -1622,6 +1807,8 @@ class Inventory:
                 probe_file(disk)
         except OSError as e:
             raise UserError(f"Failed to export '{disk.node}': {reason_of(e)}") from e
+        if disk.stay is None:
+            disk.stay = self.stays.of(disk)
         if disk.fd < 0:  # or else clients know it as it is
             disk.access = self.access.of(disk)
 
@@ -1665,6 +1852,16 @@ class Inventory:
     def forget(self, name: str) -> None:
         if disk := self.disks.pop(name, None):
             disk.close()
+
+    def settle(self, disks: Iterable[Disk]) -> None:
+        """Decides who those disks are to clients."""
+        new = [d for d in disks if d.stay is None]
+        counts: dict[str, int] = {}
+        for disk in self.disks.values() if new else ():
+            counts[disk.id_serial] = counts.get(disk.id_serial, 0) + 1
+        for disk in new:
+            alone = not disk.id_serial or counts[disk.id_serial] == 1
+            disk.stay = self.stays.begin(disk, alone=alone)
 
     def candidates(self) -> list[Disk]:
         """The disks that are to be exported, or are being waited for, in the order to show them."""
@@ -2393,12 +2590,21 @@ class Branch:
 
     The first directory of its `entries` is its root; all are in the order in which they are made.
     `tag` tells what it was made for: under another tag it is another branch. An `adopted` one was made by an
-    earlier run: its directories and links are known, its attributes have to be read.
+    earlier run: its directories and links are known, its attributes have to be read. `claims` are kinds and
+    values of identities that no other branch may have.
     """
 
-    __slots__ = ("adopted", "entries", "kinds", "root", "tag")
+    __slots__ = ("adopted", "claims", "entries", "kinds", "root", "tag")
 
-    def __init__(self, tag: str, entries: list[Entry], *, adopted: bool = False) -> None:
+    def __init__(
+        self,
+        tag: str,
+        entries: list[Entry],
+        *,
+        adopted: bool = False,
+        claims: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self.claims = claims
         self.kinds: set[type[Entry]] = set(map(type, entries))
         first = entries[0]
         if not isinstance(first, Directory):
@@ -3059,63 +3265,6 @@ class WriteProtection(Entry):
         return {"step": "write-protect", "path": path, "command": command}
 
 
-class Numbers:
-    """Which namespace each disk is, from 1 on: kept in a file, a line with number and disk for each.
-
-    A number is never given to another disk, so that no client takes one for the other.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.known: dict[str, int] = {}
-        self.holders: dict[int, Disk] = {}
-        self.read_yet = False
-        self.kept = False  # whether what is new goes into the file
-
-    def parse(self, raw: bytes) -> dict[str, int]:
-        """Numbers by disk. Takes any bytes."""
-        found: dict[str, int] = {}
-        for line in raw.split(b"\n")[:-1]:
-            number, _, disk = line.partition(b" ")
-            if number.isdigit() and len(number) < 10 and int(number) and int(number) not in found.values():
-                found[os.fsdecode(disk)] = int(number)
-        return found
-
-    def take(self, disk: Disk) -> int:
-        """The number of a disk, which is then held by it."""
-        if not self.read_yet:
-            self.read_yet = True
-            try:
-                self.known = self.parse(read_bytes(self.path))
-            except OSError as e:
-                debug(f"No numbers of namespaces in '{self.path}': {reason_of(e)}")
-        name = sha256(os.fsencode(disk.id_serial or disk.stable())).hexdigest()[:32]
-        # Two disks may say that they are the same one.
-        for twin in range(len(self.known) + 1):
-            key = f"{name}-{twin}"
-            number = self.known.get(key, 0)
-            if not number:
-                number = self.known[key] = max(self.known.values(), default=0) + 1
-                self.note(f"{number} {key}\n")
-            holder = self.holders.get(number)
-            if holder is None or holder is disk or holder.fd < 0:
-                break
-        self.holders[number] = disk
-        return number
-
-    def note(self, line: str) -> None:
-        if not self.kept:
-            return
-        try:
-            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            try:
-                append(fd, line.encode())
-            finally:
-                os.close(fd)
-        except OSError as e:
-            warning(f"Failed to note the number of a namespace in '{self.path}': {reason_of(e)}")
-
-
 class NvmeTcp:
     """NVMe/TCP through the kernel's nvmet: a subsystem for each disk, a port for each address family.
 
@@ -3141,7 +3290,6 @@ class NvmeTcp:
             for name in ("MODEL", "FIRMWARE", "SERIAL", "UUID")
         }
         self.firmware = nvme_string(self.overrides["FIRMWARE"] or machine.os_version, FIRMWARE_MAX)
-        self.numbers = Numbers(f"{RUN}{self.prefix}.namespaces")
         self.ports: dict[int, int] = {}  # number by address family
         self.attempts = 0
         self.passage = 0  # number of the port that is only there for ourselves
@@ -3156,7 +3304,12 @@ class NvmeTcp:
     def root(self, disk: Disk) -> str:
         """The root of the disk's branch of the tree."""
         subsystem = f"nvmet/subsystems/{self.nqn(disk)}"
-        return f"{subsystem}/namespaces/{disk.number}" if self.shared else subsystem
+        return f"{subsystem}/namespaces/{self.number(disk)}" if self.shared else subsystem
+
+    @staticmethod
+    def number(disk: Disk) -> int:
+        """The number of a disk's namespace; 0 as long as it has none."""
+        return disk.stay.number if disk.stay else 0
 
     def why_name(self, disk: Disk) -> str:
         """Why a disk cannot have an NQN; empty if it can."""
@@ -3323,16 +3476,14 @@ class NvmeTcp:
     def disk_branch(self, disk: Disk) -> Branch:
         """What has to be in configfs to export `disk`; the same object as long as nothing changes."""
         identity = disk.model, disk.serial, disk.id_serial
-        basis = (disk.tag, disk.size, identity, disk.access, tuple(self.ports.values()))
+        basis = (disk.tag, self.number(disk), disk.size, identity, disk.access, tuple(self.ports.values()))
         if disk.wanted is None or disk.wanted[0] != basis:
             disk.wanted = basis, self.make_disk_branch(disk)
         return disk.wanted[1]
 
     def make_disk_branch(self, disk: Disk) -> Branch:
-        if self.shared:
-            disk.number = self.numbers.take(disk)
         root = self.root(disk)
-        namespace = root if self.shared else root + "/namespaces/1"
+        namespace = root if self.shared else f"{root}/namespaces/{self.number(disk)}"
         between: list[Entry] = []
         device: Entry = Attribute(namespace + "/device_path", disk.node)
         protection: list[Entry] = []
@@ -3362,7 +3513,14 @@ class NvmeTcp:
         if not self.shared:
             identity = self.subsystem_entries(root, self.model(disk), self.serial(disk))
             entries = [*identity, *entries, *self.links(root)]
-        return Branch(disk.tag, entries)
+        return Branch(disk.tag, entries, claims=self.claims(disk))
+
+    def claims(self, disk: Disk) -> list[tuple[str, str]]:
+        """The identities by which clients would take two disks for one."""
+        found = [("UUID", self.uuid(disk)), ("NGUID", self.nguid(disk))]
+        if not self.overrides["SERIAL"] and not disk.serial and not self.shared:
+            found.append(("serial number", self.serial(disk)))
+        return found
 
     def model(self, disk: Disk | None) -> str:
         """The model of a disk's subsystem, or of the one that is for all."""
@@ -3377,15 +3535,11 @@ class NvmeTcp:
 
         That of the machine for the subsystem that is for all disks.
         """
-        given = self.overrides["SERIAL"] or (disk.serial if disk else "")
+        given = self.overrides["SERIAL"] or (disk.serial if disk and not self.own(disk) else "")
         if given and (text := nvme_string(given, SERIAL_MAX)):
             return text
-        if disk is None:
-            return str(sha256(self.machine.id + b"machine").hexdigest()[:SERIAL_MAX])
-        if disk.made_up[0] != disk.tag:  # computed once: at its end, half of a disk has left sysfs already
-            digest = sha256(self.machine.id + b"serial" + os.fsencode(disk.id_serial or disk.stable()))
-            disk.made_up = disk.tag, digest.hexdigest()[:SERIAL_MAX]
-        return disk.made_up[1]
+        name = b"serial" + os.fsencode(self.name(disk)) if disk else b"machine"
+        return str(sha256(self.machine.id + name).hexdigest()[:SERIAL_MAX])
 
     def uuid(self, disk: Disk) -> str:
         if self.overrides["UUID"]:
@@ -3393,13 +3547,22 @@ class NvmeTcp:
             if is_id128(override):
                 return dashed(override)
             warning("$SYSTEMD_NVME_UUID is not a UUID, ignoring it")
-        digest = sha256(self.machine.id + os.fsencode(disk.id_serial or disk.node)).digest()
-        return dashed(uuid4_from(digest))
+        name = self.own(disk) or disk.id_serial or disk.node
+        return dashed(uuid4_from(sha256(self.machine.id + os.fsencode(name)).digest()))
 
     def nguid(self, disk: Disk) -> str:
         """Made like the UUID, but different for disks without a serial number, and not to be overridden."""
-        digest = sha256(self.machine.id + b"nguid" + os.fsencode(disk.id_serial or disk.stable()))
+        digest = sha256(self.machine.id + b"nguid" + os.fsencode(self.name(disk)))
         return dashed(digest.hexdigest()[:32])
+
+    @staticmethod
+    def own(disk: Disk) -> str:
+        """What a disk's identities are made from in place of its serial number; empty for that."""
+        return disk.stay.own if disk.stay else ""
+
+    @staticmethod
+    def name(disk: Disk) -> str:
+        return disk.stay.name if disk.stay else disk.id_serial or disk.stable()
 
     # The client's side
 
@@ -3511,7 +3674,7 @@ class Report:
             described = ", ".join(filter(None, about))
             where = self.transport.nqn(disk)
             if self.transport.shared:
-                where += f", namespace {disk.number}"
+                where += f", namespace {self.transport.number(disk)}"
             found[f"disk {disk.key} {disk.tag}"] = f"Exporting '{disk.node}' ({described}) as {where}"
             found[f"size {disk.key} {disk.tag}"] = f"'{disk.node}' has {disk.size} bytes"
         if self.refused:
@@ -3554,7 +3717,7 @@ class Report:
             blocks.append([("", "To attach one disk:"), ("", "")])
         for disk in self.exported:
             access = self.access_text(disk)
-            number = f"{disk.number:>4}  " if self.transport.shared else ""
+            number = f"{self.transport.number(disk):>10}  " if self.transport.shared else ""
             about = f"{number}{disk.node:<12} {size_text(disk.size):>8}  {access:<13} "
             about = f"{(about + disk.model.replace('_', ' '))[:57]:<57}  {self.serial_text(disk)}"
             lines = [(disk.access, about[: width - 1])]
@@ -3858,7 +4021,7 @@ class Service:
         self.ledger.lock()
         self.tree.adopt()
         self.transport.choose_ports(self.tree.live)
-        self.transport.numbers.kept = True
+        self.inventory.stays.kept = True
         self.catch_signals()
         failed = True
         try:
@@ -3913,6 +4076,7 @@ class Service:
         for disk in disks:
             if disk.fd < 0 and not disk.failed:
                 self.claim(disk, now, strict=strict)
+        self.inventory.settle(d for d in disks if d.fd >= 0)
         # udev looks at each device that is made on the way: that can wait.
         self.set_urgent(True)
         try:
@@ -3941,10 +4105,17 @@ class Service:
         while True:
             branches = self.transport.common_branches()
             owners = {}
-            for disk in disks:
-                if (branch := self.wanted_branch(disk)) is not None:
-                    branches.append(branch)
-                    owners[branch.root] = disk
+            claimed: dict[tuple[str, str], Disk] = {}
+            # Disks that clients know come first.
+            for disk in sorted(disks, key=lambda d: d.branch is None):
+                if (branch := self.wanted_branch(disk)) is None:
+                    continue
+                if twins := [(kind, claimed[kind, x]) for kind, x in branch.claims if (kind, x) in claimed]:
+                    self.leave_out_twin(disk, *twins[0])
+                    continue
+                claimed.update(dict.fromkeys(branch.claims, disk))
+                branches.append(branch)
+                owners[branch.root] = disk
             patience = LOCK_WAIT_SEC if strict else REMOVAL_WAIT_SEC
             self.share_memory(branches)
             passage, branches = self.with_passage(branches)
@@ -3968,6 +4139,13 @@ class Service:
                 disk.waiting = (
                     "" if disk.branch else "the kernel is still taking away what was there before it"
                 )
+
+    def leave_out_twin(self, disk: Disk, kind: str, other: Disk) -> None:
+        """Keeps a disk out that would have an identity of another one."""
+        disk.left_out = f"its {kind} would be that of '{other.node}', and clients would take it for that one"
+        if kind == "UUID" and self.transport.overrides["UUID"]:
+            disk.left_out += "; unset $SYSTEMD_NVME_UUID"
+        disk.close()
 
     def with_passage(self, branches: list[Branch]) -> tuple[list[Branch], list[Branch]]:
         """The passage, if one is needed, and what can be made with it."""
@@ -4553,6 +4731,7 @@ def dry_run(options: Options, transport: NvmeTcp, inventory: Inventory) -> int:
     for disk in inventory.candidates():
         if why := transport.why_name(disk):
             raise UsageError(f"--nqn= is too long for '{disk.node}': {why}")
+        inventory.settle([disk])
         branches.append(transport.disk_branch(disk))
     if tree.lacks(branches, WriteProtection):
         transport.choose_passage(tree.live)
@@ -4589,7 +4768,8 @@ def start(argv: Sequence[str]) -> int:
         options.devices, options.all = [], 0
     access = Access(options.rules, options.mode)
     force = options.force or options.all > 1
-    inventory = Inventory(options.devices, bool(options.all), force, access)
+    stays = Stays(f"{RUN}{transport.prefix}.disks", machine.id)
+    inventory = Inventory(options.devices, bool(options.all), force, access, stays)
     if options.dry_run:
         return dry_run(options, transport, inventory)
     return Service(machine, transport, inventory, Memory(options.store), options.refused).run()

@@ -86,10 +86,12 @@ def ledger(raw: bytes) -> None:
         assert not any(".." in entry.path.split("/") for entry in branch.entries)
 
 
-def namespaces(raw: bytes) -> None:
-    numbers = storagetm.Numbers("/nonexistent").parse(raw)
-    assert len(set(numbers.values())) == len(numbers)
-    assert all(number > 0 for number in numbers.values())
+def stays_of_disks(raw: bytes) -> None:
+    stays = storagetm.Stays()
+    for number, *rest in stays.parse(raw):
+        stays.add(int(number), *rest)
+    assert len(stays.numbers) == len(stays.known)
+    assert all(0 < number <= storagetm.NSID_MAX for number in stays.numbers)
 
 
 def kernel_command_line(raw: bytes) -> None:
@@ -157,7 +159,7 @@ PARSERS: dict[str, Parser] = {
         uevent,
         block_uevent,
         ledger,
-        namespaces,
+        stays_of_disks,
         kernel_command_line,
         arguments,
         device_mapper,
@@ -177,7 +179,7 @@ SEEDS = {
 }
 MORE_SEEDS = {
     "ledger": [b"+\0nvmet/ports/1\0port\0dnvmet/ports/1\0\n=\0nvmet/ports/1\x0017\0\n-\0nvmet/ports/1\0\n"],
-    "namespaces": [b"1 0123456789abcdef0123456789abcdef-0\n2 abc-1\n"],
+    "stays_of_disks": [b"1 0123456789abcdef a b c\n4294967294 d a b e\n"],
     "kernel_command_line": [
         b'ro rd.storagetm.access="/dev/disk/by-path/*:0:snapshot" storagetm.snapshot=4G'
     ],

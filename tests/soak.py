@@ -184,8 +184,7 @@ class Soak:
             raise Failed(f"not as before: {after!r} instead of {before!r}")
         if first[0] != last[0]:
             raise Failed(f"open are {last[0]} instead of {first[0]}")
-        # A disk keeps its number also over a stop.
-        if left := [name for name in nvmet.left_over(self.target) if name != f"{NQN}.namespaces"]:
+        if left := nvmet.left_over(self.target):
             raise Failed(f"left: {left}")
         say(
             f"{kind}: before and after: {len(first[0])} and {len(last[0])} descriptors, "

@@ -66,6 +66,8 @@ def disk(node: str = "/dev/vda", **properties: str) -> storagetm.Disk:
     """A disk with what udev says of it."""
     found = storagetm.Disk(node.rpartition("/")[2], node, node.rpartition("/")[2])
     storagetm.identity_from_udev(found, properties)
+    found.stay = storagetm.Stay(1, "")
+    found.stay.name = found.id_serial or found.stable()
     return found
 
 

@@ -78,6 +78,12 @@ class Run:
     def disk(self, name: str) -> storagetm.Disk:
         return self.service.inventory.disks[name]
 
+    def namespace(self, name: str) -> str:
+        """Where the disk's namespace is in configfs, or will be."""
+        self.service.inventory.settle([self.disk(name)])
+        transport = self.service.transport
+        return f"{transport.root(self.disk(name))}/namespaces/{transport.number(self.disk(name))}"
+
     def kill(self) -> None:
         """What remains of a process that was killed: nothing but what is in the kernel."""
         for disk in self.service.inventory.disks.values():
@@ -236,9 +242,10 @@ def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: C
     run = start()
     run.service.synchronise(strict=True)
     release, released = threading.Event(), threading.Event()
+    namespace = run.namespace("vdb")
 
     def intercept(number: int) -> None:
-        if nvmet.calls[number] == f"rmdir nvmet/subsystems/{PREFIX}.vdb/namespaces/1":
+        if nvmet.calls[number] == f"rmdir {namespace}":
             assert release.wait(60)
         elif nvmet.calls[number] == f"rmdir nvmet/subsystems/{PREFIX}.vdc" and not release.is_set():
             release.set()
@@ -276,7 +283,7 @@ def test_disk_grows(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> Non
     run.service.inventory.update(["vdb"])
     run.service.synchronise()
     assert nvmet.calls[before:] == [
-        f"write nvmet/subsystems/{PREFIX}.vdb/namespaces/1/revalidate_size 1",
+        f"write {run.namespace('vdb')}/revalidate_size 1",
     ]
 
 
@@ -309,11 +316,11 @@ def test_disk_that_fails(
 ) -> None:
     """It is reported once, leaves nothing behind, and is tried again when something about it changes."""
     run = start()
-    failing(nvmet, ".vdb/namespaces/1/enable", errno.EIO)
+    failing(nvmet, f"{run.namespace('vdb')}/enable", errno.EIO)
     capfd.readouterr()
     run.service.synchronise(strict=True)
     assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
-    reason = f"Input/output error ('nvmet/subsystems/{PREFIX}.vdb/namespaces/1/enable')"
+    reason = f"Input/output error ('{run.namespace('vdb')}/enable')"
     assert capfd.readouterr().err == f"Failed to export '/dev/vdb': {reason}\n"
     assert run.disk("vdb").fd < 0
     assert run.disk("vdb").status() == reason
@@ -349,7 +356,7 @@ def test_reasons(
     start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str], code: int, reason: str
 ) -> None:
     run = start()
-    failing(nvmet, ".vdb/namespaces/1/enable", code)
+    failing(nvmet, f"{run.namespace('vdb')}/enable", code)
     capfd.readouterr()
     run.service.synchronise(strict=True)
     assert capfd.readouterr().err == f"Failed to export '/dev/vdb': {reason}\n"
@@ -358,7 +365,7 @@ def test_reasons(
 def test_named_disk_that_fails(start: Start, nvmet: Nvmet) -> None:
     before = nvmet.contents()
     run = start("/dev/vdb", "/dev/vdc")
-    failing(nvmet, ".vdc/namespaces/1/enable", errno.EACCES)
+    failing(nvmet, f"{run.namespace('vdc')}/enable", errno.EACCES)
     with pytest.raises(storagetm.UserError) as caught:
         run.service.synchronise(strict=True)
     assert str(caught.value) == "Failed to export '/dev/vdc': Permission denied; it may be write-protected"

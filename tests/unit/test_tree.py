@@ -9,6 +9,7 @@ import os
 import subprocess
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def disk(name: str, tag: str = "254:0 1", model: str = "Model", size: int = 512)
     made = storagetm.Disk(name, f"/dev/{name}", name)
     made.tag, made.model, made.size, made.serial = tag, model, size, f"serial {name}"
     made.access = storagetm.READ_WRITE
+    made.stay = storagetm.Stay(1, "")
     return made
 
 
@@ -45,6 +47,9 @@ def wanted(
     disks: Iterable[storagetm.Disk], ports: dict[int, int] = PORTS, *, shared: bool = False
 ) -> list[storagetm.Branch]:
     made = transport(ports, shared=shared)
+    disks = list(disks)
+    for each in disks if shared else ():
+        each.stay = storagetm.Stay(1 + zlib.crc32(f"{each.name} {each.tag}".encode()), "")
     return [*made.common_branches(), *map(made.disk_branch, disks)]
 
 
@@ -443,6 +448,7 @@ def test_removal_beside_others_that_hangs(nvmet: Nvmet, tmp_path: Path) -> None:
         return [*made.common_branches(), *map(made.disk_branch, disks)]
 
     stays, goes, comes = disk("stays"), disk("goes"), disk("comes")
+    goes.stay, comes.stay = storagetm.Stay(2, ""), storagetm.Stay(3, "")
     session.tree.reconcile(wanted_of(stays, goes))
     gone, new = made.root(goes), made.root(goes).rpartition("/")[0] + "/3"
 

@@ -99,6 +99,14 @@ def release(request: pytest.FixtureRequest) -> str:
     return value
 
 
+@pytest.fixture(autouse=True)
+def forget_disks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lets no test know which disks others have plugged into the target."""
+    yield
+    if "shared_machines" in request.fixturenames:
+        request.getfixturevalue("target").run("rm -f /run/storagetm/*.disks")
+
+
 @pytest.fixture
 def boot(images: dict[str, Image], tool: Path, request: pytest.FixtureRequest) -> Iterator[BootMachine]:
     """Boot a machine that is gone when the test ends.

@@ -51,7 +51,7 @@ def uuids(machine: Machine) -> dict[str, str]:
     tree = nvmet.tree(machine)
     found = {}
     for path, value in tree.items():
-        if not path.endswith("/namespaces/1/device_uuid"):
+        if not path.endswith("/device_uuid"):
             continue
         subsystem = path.split("/")[1]
         links = [p for p in tree if p.startswith("ports/") and p.endswith(f"/subsystems/{subsystem}")]

@@ -137,7 +137,7 @@ def names(machine: Machine) -> set[str]:
 def exported(machine: Machine) -> set[str]:
     """The names of the disks that are exported: in a subsystem with a namespace that is on, at some port."""
     script = f"cd {NVMET} 2>/dev/null && cd ports && for link in */subsystems/*; do "
-    script += '[ "$(cat "$link/namespaces/1/enable" 2>/dev/null)" = 1 ] && echo "${link##*.}"; done'
+    script += '[ "$(cat "$link"/namespaces/*/enable 2>/dev/null)" = 1 ] && echo "${link##*.}"; done'
     return set(machine.run(script, check=False).stdout.split())
 
 
@@ -193,6 +193,11 @@ def remove(machine: Machine, *roots: str) -> None:
 
 
 def left_over(machine: Machine) -> list[str]:
-    """What is in the tool's directory but locks, which stay for whoever waits for them."""
+    """What is in the tool's directory but locks, which stay for whoever waits for them, and who is who."""
     names = machine.run("ls -A /run/storagetm 2>/dev/null", check=False).stdout.splitlines()
-    return [name for name in names if not name.endswith(".lock")]
+    return [name for name in names if not name.endswith((".lock", ".disks"))]
+
+
+def number_of(machine: Machine, nqn: str) -> str:
+    """The number of the only namespace of a subsystem."""
+    return machine.run(f"ls {NVMET}/subsystems/{shlex.quote(nqn)}/namespaces").stdout.strip()

@@ -483,7 +483,7 @@ def test_gone_while_dead(target: Machine, tmp_path: Path) -> None:
     assert f"storagetm-{node[5:]}-" in target.run("dmsetup ls").stdout
     # And one whose part of configfs was taken away by hand, so that only device-mapper has it.
     target.run(
-        f"cd {NVMET} && rm ports/*/subsystems/{NQN}.vdb && rmdir subsystems/{NQN}.vdb/namespaces/1 "
+        f"cd {NVMET} && rm ports/*/subsystems/{NQN}.vdb && rmdir subsystems/{NQN}.vdb/namespaces/* "
         f"subsystems/{NQN}.vdb"
     )
     service = Service(target, ["--all", f"--nqn={NQN}"])

@@ -206,7 +206,7 @@ def test_link_local_line_debian_12(boot: BootMachine, tool: Path) -> None:
     link_local(target)
     with on_console(target, "--read-write", *sources):
         attach(target, client, sources)
-        path = "/sys/kernel/config/nvmet/subsystems/*.file/namespaces/1/buffered_io"
+        path = "/sys/kernel/config/nvmet/subsystems/*.file/namespaces/*/buffered_io"
         assert target.run(f"cat {path}").stdout == "1\n"
 
 

@@ -280,7 +280,7 @@ def test_stale_notes(target: Machine) -> None:
     # This time half of one is gone, and another one's name was given to something else.
     killed(service)
     gone, taken = f"subsystems/{prefix}.vdb", f"subsystems/{prefix}.vdc"
-    target.run(f"cd {NVMET} && rmdir {gone}/namespaces/1 && rm ports/*/{taken}")
+    target.run(f"cd {NVMET} && rmdir {gone}/namespaces/* && rm ports/*/{taken}")
     nvmet.remove(target, taken)
     target.run(f"cd {NVMET} && mkdir {taken} {taken}/namespaces/1 && echo theirs >{taken}/attr_serial")
     service = Service(target, ["--all"])

@@ -78,7 +78,7 @@ def unreadable() -> int:
     """How many of what is exported is a disk that has gone, or none."""
     count = 0
     page = mmap.mmap(-1, 4096)
-    for path in glob.glob(NVMET + "/subsystems/*/namespaces/1/device_path"):
+    for path in glob.glob(NVMET + "/subsystems/*/namespaces/*/device_path"):
         try:
             with open(path) as file:
                 fd = os.open(file.read().strip(), os.O_RDONLY | os.O_DIRECT)
