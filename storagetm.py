@@ -119,7 +119,7 @@ UEVENT_GROUP_UDEV = 2
 # Limits of the NVMe base specification (2.0, figures 275 and 4.5) as the kernel's drivers/nvme/target
 # enforces them.
 NQN_MAX = 223
-NSID_MAX = 0xFFFFFFFE
+NSID_MAX = 0x7FFFFFFF  # half of what there is: Linux' sysfs shows the others as negative numbers
 MODEL_MAX = 40
 SERIAL_MAX = 20
 FIRMWARE_MAX = 8
@@ -899,13 +899,13 @@ class Disk:
         "model",
         "name",
         "node",
+        "passing",
         "place",
         "read_only",
         "removable",
         "reported",
         "serial",
         "size",
-        "slot",
         "stay",
         "sysname",
         "tag",
@@ -930,8 +930,8 @@ class Disk:
         self.model = ""
         self.serial = ""  # ID_SERIAL_SHORT
         self.id_serial = ""  # ID_SERIAL
-        self.slot = ""  # ID_PATH
         self.left_out = ""
+        self.passing = False  # whether what it is left out for may end without an event of this disk
         self.waiting = ""
         self.failed = ""
         self.waiting_since = 0.0
@@ -981,7 +981,7 @@ class Disk:
         return self.id_serial or self.stable() if self.sysname else self.node + self.tag.partition(":")[2]
 
     def location(self) -> str:
-        """Names the slot that it is in: as udev does (ID_PATH), or else by its device in sysfs."""
+        """Names the slot that it is in, by its device in sysfs."""
         if not self.sysname:
             return self.node
         whole = whole_disk(self.place)
@@ -991,7 +991,7 @@ class Disk:
         # The boot partitions of an eMMC are disks of their own with the same device.
         area = self.sysname.partition("boot")[2] if self.sysname.startswith("mmcblk") else ""
         partition = self.place[len(whole) :].rpartition("/")[2]
-        return "/".join(filter(None, (self.slot or os.path.realpath(device), area, partition)))
+        return "/".join(filter(None, (os.path.realpath(device), area, partition)))
 
     def lasts(self) -> bool:
         """Whether its serial number means the same disk after the machine was booted again.
@@ -1159,11 +1159,39 @@ def is_stacked(sysname: str) -> bool:
     return sysname.startswith(("bcache", "dm-", "md"))
 
 
+def dm_uuid(sysname: str) -> str:
+    """The UUID of a device-mapper device, which begins with its owner's name; empty for others."""
+    return read_attribute(sys_block(sysname) + "/dm/uuid") if sysname.startswith("dm-") else ""
+
+
+def is_multipath(sysname: str) -> bool:
+    """Whether a block device is a disk that several others are paths to (multipath-tools)."""
+    return dm_uuid(sysname).startswith("mpath-")
+
+
+def is_mapped_partition(sysname: str) -> bool:
+    """Whether a block device is a partition of another one, made by kpartx: its UUID is "part1-..."."""
+    prefix, _, rest = dm_uuid(sysname).partition("-")
+    return prefix[:4] == "part" and prefix[4:].isdigit() and rest != ""
+
+
+def below(sysname: str, found: set[str] | None = None) -> set[str]:
+    """The block devices that one is on or made of, through all layers."""
+    found = set() if found is None else found
+    base = sys_block(sysname)
+    lower = list_directory(base + "/slaves")
+    if os.path.exists(base + "/partition"):
+        lower.append(os.path.basename(os.path.dirname(os.path.realpath(base))))
+    for name in lower:
+        if name not in found:
+            found.add(name)
+            below(name, found)
+    return found
+
+
 def is_mapping(sysname: str) -> bool:
     """Whether a block device is one of ours, in between a disk and its export."""
-    return sysname.startswith("dm-") and read_attribute(sys_block(sysname) + "/dm/uuid").startswith(
-        Mapping.PREFIX
-    )
+    return dm_uuid(sysname).startswith(Mapping.PREFIX)
 
 
 def is_no_disk(sysname: str) -> bool:
@@ -1260,7 +1288,6 @@ def identity_from_udev(disk: Disk, properties: dict[str, str]) -> None:
     disk.model = properties.get("ID_MODEL_FROM_DATABASE") or properties.get("ID_MODEL") or ""
     disk.serial = properties.get("ID_SERIAL_SHORT") or ""
     disk.id_serial = properties.get("ID_SERIAL") or ""
-    disk.slot = properties.get("ID_PATH") or ""
 
 
 def parse_vpd_name(raw: bytes) -> tuple[int, str]:
@@ -1606,10 +1633,18 @@ def why_not_all(disk: Disk) -> str:
     """Why --all leaves a disk out whoever uses it: it is no disk of its own, stacked upon, or not local."""
     if what := NO_DISKS.get(disk.sysname.rstrip("0123456789")):
         return f"it is {what}"
+    if is_mapped_partition(disk.sysname):
+        whole = list_directory(disk.place + "/slaves")
+        return (
+            f"it is a partition of '{DEV}{whole[0]}'{layer_name(whole[0])}" if whole else "it is a partition"
+        )
+    holders = sorted(list_directory(disk.place + "/holders"), key=natural_order)
+    if paths := [n for n in holders if is_multipath(n)]:
+        return f"it is a path to '{DEV}{paths[0]}'{layer_name(paths[0])}"
     if is_stacked(disk.sysname):
-        holders = [n for n in list_directory(sys_block(disk.sysname) + "/holders") if not is_mapping(n)]
+        holders = [n for n in holders if not is_mapping(n) and not is_mapped_partition(n)]
         if holders:
-            return f"it is part of '{DEV}{min(holders, key=natural_order)}'"
+            return f"it is part of '{DEV}{holders[0]}'"
     if why := why_network(disk.sysname, disk.place):
         return f"it {why}"
     return ""
@@ -1685,8 +1720,11 @@ class Inventory:
         force: bool,
         access: Access | None = None,
         stays: Stays | None = None,
+        *,
+        stacked: bool = False,
     ) -> None:
         self.access = access or Access()
+        self.stacked = stacked  # what is made of disks, and not these
         self.stays = stays or Stays()
         self.paths = paths  # of the named devices; none for --all
         self.force = force  # also what is in use
@@ -1703,6 +1741,7 @@ class Inventory:
             # Removable drives last: some take seconds to say that they are empty.
             for name in sorted(names, key=lambda n: (n.startswith(("fd", "sr")), natural_order(n))):
                 self.examine(name, usage)
+            self.untangle()
             return
         usage = self.usage()
         for path in self.paths:
@@ -1721,11 +1760,30 @@ class Inventory:
             self.rescan()
             return
         again = set(sysnames)
-        again.update(n for n, d in self.disks.items() if d.left_out.startswith("it is in use"))
+        again.update(n for n, d in self.disks.items() if d.left_out and d.passing)
         usage = self.usage()
         for name in sorted(again, key=natural_order):
             if name in self.disks or os.path.exists(f"{SYS}block/{name}"):
                 self.examine(name, usage)
+        self.untangle()
+
+    def untangle(self) -> None:
+        """Leaves out what is made of disks that are exported, or these disks.
+
+        Otherwise clients would see the same data twice, assemble the parts once more, and write to both.
+        What is exported already stays.
+        """
+        free = {d.sysname: d for d in self.disks.values() if d.sysname and not d.left_out}
+        for upper in [d for n, d in free.items() if is_stacked(n)]:
+            for lower in [free[n] for n in sorted(below(upper.sysname), key=natural_order) if n in free]:
+                if lower.left_out or upper.left_out or (upper.fd >= 0 and lower.fd >= 0):
+                    continue
+                if lower.fd >= 0 or (upper.fd < 0 and not self.stacked):
+                    out, why = upper, f"it is made of '{lower.node}', which is exported; see --stacked"
+                else:
+                    name = f"'{upper.node}'{layer_name(upper.sysname)}"
+                    out, why = lower, f"{name}, which is made of it, is exported"
+                out.left_out, out.passing, out.waiting = why, True, ""
 
     def usage(self) -> Usage | None:
         try:
@@ -1788,6 +1846,13 @@ class Inventory:
                 raise UserError(f"Failed to export '{path}': {why}")
             if why := self.why_used(disk, usage):
                 raise UserError(f"Failed to export '{path}': {why}; stop that use first, or give --force")
+            lower = below(disk.sysname) if disk.sysname else set()
+            for other in self.disks.values():
+                if other.sysname in lower or disk.sysname in below(other.sysname or "?"):
+                    raise UserError(
+                        f"Failed to export '{path}': it has data in common with '{other.node}', and clients "
+                        "would break them by writing to both; name one of them"
+                    )
         self.paths = list(by_name.values())
 
     def why_used(self, disk: Disk, usage: Usage | None) -> str:
@@ -1844,7 +1909,9 @@ class Inventory:
             disk.waiting = ""
         else:
             rule = why_not_all(disk) if self.all else ""
-            disk.left_out = rule or why_unfit(disk) or self.why_used(disk, usage)
+            disk.left_out = rule or why_unfit(disk)
+            disk.passing = not disk.left_out
+            disk.left_out = disk.left_out or self.why_used(disk, usage)
         if disk.left_out:
             disk.waiting = ""
             disk.close()
@@ -4412,6 +4479,7 @@ class Options:
         self.dry_run = False
         self.json = False
         self.force = False
+        self.stacked = False
         self.mode = ""  # one of ACCESS; empty if none was asked for
         self.store = 0  # for the changes of snapshots, in bytes; 0 for half of what is available
         self.rules: list[tuple[str, str]] = []  # glob and kind of access
@@ -4451,6 +4519,7 @@ OPTIONS = (
         "=KIND",
         "One NVMe subsystem for each disk (per-disk, default)\nor one for all (shared)",
     ),
+    ("", "stacked", "", "Export idle arrays and volumes, and not their disks"),
     ("", "force", "", "Export the named devices even if they are in use"),
     ("", "list-devices", "", "Show what --all would export, what not, and why"),
     ("", "dry-run", "", "Show each step and do none; needs no root"),
@@ -4629,7 +4698,7 @@ def add_options(options: Options, more: Options) -> None:
     options.nqn = options.nqn or more.nqn
     options.subsystem = options.subsystem or more.subsystem
     options.all = max(options.all, more.all) if not options.devices else options.all
-    for name in ("list_devices", "dry_run", "json", "force", "help", "version"):
+    for name in ("list_devices", "dry_run", "json", "force", "stacked", "help", "version"):
         setattr(options, name, getattr(options, name) or getattr(more, name))
 
 
@@ -4659,6 +4728,10 @@ def check_arguments(options: Options) -> None:
         raise UsageError(
             f"--{'all' if options.all else 'list-devices'} takes no device ('{options.devices[0]}')"
         )
+    if options.stacked and options.devices:
+        raise UsageError(
+            "--stacked goes with --all; a device that is named is exported whatever it is made of"
+        )
     if not (options.devices or options.all or options.list_devices):
         raise UsageError("Name a device, or give --all; see --help")
     if any("\0" in d or not d for d in options.devices):
@@ -4682,7 +4755,8 @@ def write_json(value: object) -> None:
 
 def list_devices(options: Options) -> int:
     """Says what --all would export, what not, and why."""
-    inventory = Inventory((), True, options.all > 1, Access(options.rules, options.mode))
+    access = Access(options.rules, options.mode)
+    inventory = Inventory((), True, options.all > 1, access, stacked=options.stacked)
     inventory.rescan()
     disks = sorted(inventory.disks.values(), key=lambda d: natural_order(d.name))
     if options.json:
@@ -4769,7 +4843,8 @@ def start(argv: Sequence[str]) -> int:
     access = Access(options.rules, options.mode)
     force = options.force or options.all > 1
     stays = Stays(f"{RUN}{transport.prefix}.disks", machine.id)
-    inventory = Inventory(options.devices, bool(options.all), force, access, stays)
+    everything = bool(options.all)
+    inventory = Inventory(options.devices, everything, force, access, stays, stacked=options.stacked)
     if options.dry_run:
         return dry_run(options, transport, inventory)
     return Service(machine, transport, inventory, Memory(options.store), options.refused).run()

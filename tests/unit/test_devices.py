@@ -56,13 +56,13 @@ USED = {
     "vdd": VOLUME,
     "vde": "it is in use: '/dev/vde' is mounted on '/mnt/btrfs'",
 }
-# Only what is stacked shows once, at its top; what is below it is not in use.
+# Nothing of it is in use. The disks are exported, and what is made of them is not.
 ASSEMBLED = {
     **FRESH,
     "dm-0": "it is part of '/dev/dm-1'",
-    "dm-1": "",
+    "dm-1": "it is made of '/dev/vdc', which is exported; see --stacked",
     "md0": "it is part of '/dev/dm-0'",
-    "md1": "",
+    "md1": "it is made of '/dev/sda', which is exported; see --stacked",
 }
 ATTACHED = {"nvme0n1": "", "nvme1n1": "it comes over the network (NVMe/TCP)", "vda": ROOT, "vdb": ""}
 STACKED = {**ATTACHED, "dm-0": "it is made of 'nvme1n1', which comes over the network (NVMe/TCP)"}
@@ -151,7 +151,111 @@ def test_even_what_is_in_use(unpack: Unpack, name: str) -> None:
     inventory = storagetm.Inventory((), True, True)
     inventory.rescan()
     expected = {n: "" if why.startswith("it is in use") else why for n, why in REASONS[name].items()}
+    if name == "trixie-used":
+        expected["dm-1"] = "it is made of '/dev/vdc', which is exported; see --stacked"
     assert reasons(inventory) == expected
+
+
+def test_stacked(unpack: Unpack) -> None:
+    """What is made of disks is exported instead of these, and never both."""
+    unpack("trixie-assembled")
+    inventory = storagetm.Inventory((), True, False, stacked=True)
+    inventory.rescan()
+    found = reasons(inventory)
+    assert found["dm-1"] == found["md1"] == ""
+    changed = {name for name in found if found[name] != ASSEMBLED[name]} - {"dm-1", "md1"}
+    assert {found[n] for n in changed} == {
+        "'/dev/dm-1' (group-volume), which is made of it, is exported",
+        "'/dev/md1', which is made of it, is exported",
+    }
+    assert {"sda", "sdb", "vdc", "vdd"} == changed
+
+
+@pytest.mark.parametrize("first", ["vdc", "dm-1"])
+def test_exported_first_stays_exported(unpack: Unpack, first: str) -> None:
+    """Whatever comes later, and whatever is preferred otherwise."""
+    unpack("trixie-assembled")
+    inventory = storagetm.Inventory((), True, False, stacked=first == "vdc")
+    inventory.rescan()
+    disk, other = inventory.disks[first], inventory.disks["dm-1" if first == "vdc" else "vdc"]
+    disk.fd = os.open("/dev/null", os.O_RDONLY)
+    inventory.rescan()
+    assert disk.left_out == ""
+    assert other.left_out
+    # Once it is gone, its place is free.
+    disk.close()
+    inventory.update([])
+    assert other.left_out == ""
+    assert disk.left_out
+
+
+def test_named_with_data_in_common(unpack: Unpack) -> None:
+    unpack("trixie-assembled")
+    for paths in (("/dev/vdc", "/dev/dm-1"), ("/dev/dm-1", "/dev/vdd"), ("/dev/vdb", "/dev/vdb1")):
+        with pytest.raises(
+            storagetm.UserError, match=f"'{paths[1]}': it has data in common with '{paths[0]}'"
+        ):
+            named(*paths, force=True)
+    assert named("/dev/vdc", "/dev/md1").disks.keys() == {"vdc", "md1"}
+
+
+class Multipath:
+    """Two paths, the disk that they lead to, and its partition."""
+
+    def __init__(self, machine: CapturedMachine) -> None:
+        for name, uuid, label, lower in (
+            ("dm-8", "mpath-3600", "mpatha", ("sda", "sdb")),
+            ("dm-9", "part1-mpath-3600", "mpatha-part1", ("dm-8",)),
+        ):
+            number = f"252:{name[3:]}"
+            base = f"/sys/devices/virtual/block/{name}"
+            for path, text in (
+                ("dm/uuid", uuid),
+                ("dm/name", label),
+                ("size", "131072"),
+                ("ro", "0"),
+                ("dev", number),
+                ("uevent", f"MAJOR=252\nMINOR={name[3:]}\nDEVNAME={name}\nDISKSEQ=9{name[3:]}"),
+            ):
+                machine.write(f"{base}/{path}", text + "\n")
+            for directory in ("slaves", "holders"):
+                machine.path(f"{base}/{directory}").mkdir()
+            for link in (f"/sys/block/{name}", f"/sys/class/block/{name}"):
+                machine.path(link).symlink_to(f"{'../' * (link.count('/') - 2)}devices/virtual/block/{name}")
+            for below in lower:
+                machine.path(f"{base}/slaves/{below}").symlink_to(f"../../{below}")
+                machine.path(f"/sys/class/block/{below}/holders/{name}").symlink_to(f"../../{name}")
+            machine.status[f"/dev/{name}"] = [
+                0o60660,
+                5,
+                100 + int(name[3:]),
+                os.makedev(252, int(name[3:])),
+            ]
+            machine.answers[number] = {"exclusive": None, "nonblock": None, "plain": None}
+            machine.write(f"/run/udev/data/b{number}", "")
+
+
+def test_multipath(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """The disk is exported, neither its partition nor any path to it is."""
+    Multipath(unpack("trixie-fresh"))
+    inventory.rescan()
+    found = reasons(inventory)
+    assert found["dm-8"] == ""
+    assert found["dm-9"] == "it is a partition of '/dev/dm-8' (mpatha)"
+    assert found["sda"] == found["sdb"] == "it is a path to '/dev/dm-8' (mpatha)"
+    assert inventory.disks["dm-8"].lasts()
+
+
+def test_multipath_in_use(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    machine = unpack("trixie-fresh")
+    Multipath(machine)
+    info = machine.path("/proc/self/mountinfo")
+    info.write_text(info.read_text() + "99 1 252:9 / /srv rw - ext4 /dev/mapper/mpatha-part1 rw\n")
+    machine.answers["252:9"]["exclusive"] = machine.answers["252:8"]["exclusive"] = "EBUSY"
+    inventory.rescan()
+    found = reasons(inventory)
+    assert found["dm-8"] == "it is in use: '/dev/dm-9' (mpatha-part1) is mounted on '/srv'"
+    assert found["sda"] == "it is a path to '/dev/dm-8' (mpatha)"
 
 
 def test_candidates(unpack: Unpack, inventory: storagetm.Inventory) -> None:

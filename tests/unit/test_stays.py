@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who a disk or medium is to clients, from when it came until it leaves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import storagetm
+from tests.unit.conftest import CapturedMachine
+
+SALT = bytes(range(16))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "quux.disks")
+
+
+@pytest.fixture(autouse=True)
+def boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Boots the machine again: what is in /run is gone, and the boot has another ID."""
+    (tmp_path / "sys/kernel/random").mkdir(parents=True)
+    monkeypatch.setattr(storagetm, "PROC", f"{tmp_path}/")
+    monkeypatch.setattr(storagetm, "SYS", f"{tmp_path}/sys/")
+
+    def begin(name: str) -> None:
+        (tmp_path / "sys/kernel/random/boot_id").write_text(f"{name}\n")
+        (tmp_path / "quux.disks").unlink(missing_ok=True)
+
+    begin("first")
+    return begin
+
+
+def disk(name: str, serial: str = "", tag: str = "", slot: str = "") -> storagetm.Disk:
+    """One with a serial number in a slot. The tag changes with the disk or its medium."""
+    made = storagetm.Disk(name, f"/dev/{name}", name)
+    made.id_serial, made.tag = serial, tag or f"{name} {serial}"
+    made.place = f"{storagetm.SYS}devices/{slot or name}/block/{name}"
+    os.makedirs(f"{storagetm.SYS}devices/{slot or name}/block/{name}", exist_ok=True)
+    device = f"{made.place}/device"
+    if not os.path.lexists(device):
+        os.symlink("../..", device)
+    return made
+
+
+def run(path: str) -> storagetm.Stays:
+    """What a run of the program knows at first."""
+    made = storagetm.Stays(path, SALT)
+    made.kept = True
+    return made
+
+
+def number(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) -> int:
+    return stays.begin(disk, alone=alone).number
+
+
+def identities(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) -> set[str]:
+    """All by which a client could take one disk for another."""
+    disk.stay = stays.begin(disk, alone=alone)
+    machine = storagetm.Machine.__new__(storagetm.Machine)
+    machine.id, machine.os, machine.os_version = SALT, "debian", "13"
+    transport = storagetm.NvmeTcp(machine, "quux")
+    return {str(disk.stay.number), transport.uuid(disk), transport.nguid(disk), transport.serial(disk)}
+
+
+def test_disk_with_a_serial_number_keeps_its_number(path: str, boot: Callable[[str], None]) -> None:
+    """Under whatever node it comes back: in this run, in the next, and after a reboot."""
+    before = run(path)
+    first, second = number(before, disk("sda", "ONE")), number(before, disk("sdb", "TWO"))
+    assert number(before, disk("sda", "ONE")) == first != second
+    assert number(run(path), disk("sdb", "TWO")) == second
+    boot("second")
+    after = run(path)
+    assert number(after, disk("sdb", "ONE")) == first
+    assert number(after, disk("sda", "TWO")) == second
+
+
+def test_number_is_one_that_nvme_has(path: str) -> None:
+    stays = run(path)
+    numbers = {number(stays, disk(f"sd{i}", f"DISK-{i}")) for i in range(200)}
+    assert len(numbers) == 200
+    assert all(0 < n < 0xFFFFFFFF for n in numbers)
+    # Those of another machine are others.
+    other = storagetm.Stays(path + ".other", bytes(16))
+    assert number(other, disk("sd0", "DISK-0")) not in numbers
+
+
+@pytest.mark.parametrize("serial", ["", "READER"])
+def test_another_medium_has_nothing_of_the_one_before(path: str, serial: str) -> None:
+    """Nor has one that was put in again: the drive does not tell which it is."""
+    stays = run(path)
+    seen: set[str] = set()
+    for medium in range(4):
+        found = identities(stays, disk("sda", serial, f"8:0 {medium}", "reader"))
+        assert len(found) == 4
+        assert not found & seen
+        seen |= found
+    # But the one that is in keeps all when the program is started again.
+    assert identities(run(path), disk("sda", serial, "8:0 3", "reader")) == found
+
+
+def test_disk_in_the_place_of_another(path: str) -> None:
+    """Pulled, and another one gets its node, or its serial number, or both."""
+    stays = run(path)
+    seen: set[str] = set()
+    for n, (name, serial) in enumerate((("sda", ""), ("sda", "ONE"), ("sdb", "ONE"), ("sda", "ONE"))):
+        found = identities(stays, disk(name, serial, f"tag {n}", f"slot {n}"))
+        assert not found & seen
+        seen |= found
+
+
+def test_what_may_be_another_disk_has_another_number_after_a_reboot(
+    path: str, boot: Callable[[str], None]
+) -> None:
+    reader, dock, nothing, twin = (
+        disk("sda", "READER"),
+        disk("sdb", "DOCK", slot="pci/usb1/1-1"),
+        disk("vda"),
+        disk("vdb", "SAME"),
+    )
+    reader.removable = True
+    before = [number(run(path), d, alone=d is not twin) for d in (reader, dock, nothing, twin)]
+    assert before == [number(run(path), d, alone=False) for d in (reader, dock, nothing, twin)]
+    boot("second")
+    after = [number(run(path), d, alone=d is not twin) for d in (reader, dock, nothing, twin)]
+    assert not set(before) & set(after)
+
+
+def test_twins(path: str, boot: Callable[[str], None]) -> None:
+    """The first keeps the contract's UUID, each other one has its own, as long as it stays in its slot."""
+    first, second, third = (disk(f"sd{n}", "SAME", f"tag {n}", f"slot {n}") for n in range(3))
+    stays = run(path)
+    found = [identities(stays, d, alone=False) for d in (first, second, third)]
+    assert len(set.union(*found)) == 12
+    alone = identities(storagetm.Stays("", SALT), disk("sdx", "SAME", "other"))
+    assert len(found[0] & alone) == 3  # all but the number
+    again = run(path)
+    assert [identities(again, d, alone=False) for d in (third, first, second)] == [
+        found[n] for n in (2, 0, 1)
+    ]
+    boot("second")
+    stays = run(path)
+    assert len(identities(stays, first, alone=False) & found[0]) == 3
+    assert len(identities(stays, third, alone=False) & found[2]) == 3
+
+
+def test_boot_partitions_of_an_emmc(path: str) -> None:
+    """Their device is the disk."""
+    stays = run(path)
+    disks = [disk(name, slot="mmc0:0001") for name in ("mmcblk0", "mmcblk0boot0", "mmcblk0boot1")]
+    assert len({d.location() for d in disks}) == 3
+    assert len(set.union(*(identities(stays, d) for d in disks))) == 12
+
+
+def test_partitions_of_one_disk(unpack: Callable[[str], CapturedMachine], path: str) -> None:
+    """They all have the disk's serial number in udev's database."""
+    machine = unpack("trixie-partitioned")
+    inventory = storagetm.Inventory((), False, False, stays=storagetm.Stays(path, SALT))
+    names = sorted(p.name for p in machine.path("/sys/class/block").iterdir() if (p / "partition").exists())
+    disks = [storagetm.Disk(n, f"/dev/{n}", n) for n in names]
+    for each in disks:
+        inventory.probe(each)
+        each.id_serial = "DISK"
+    assert len(disks) > 1
+    assert len({d.location() for d in disks}) == len(disks)
+    assert len(set.union(*(identities(inventory.stays, d) for d in disks))) == 4 * len(disks)
+
+
+def test_file_that_replaces_another(tmp_path: Path, path: str) -> None:
+    """Under the same path, with the same number in the file system."""
+    image = tmp_path / "disk.img"
+    seen: set[str] = set()
+    stays = run(path)
+    for _ in range(3):
+        image.unlink(missing_ok=True)
+        image.write_bytes(bytes(4096))
+        made = storagetm.Disk("disk.img", str(image))
+        made.id_serial = "./disk.img"
+        storagetm.probe_file(made)
+        found = identities(stays, made)
+        assert not found & seen
+        seen |= found
+        assert identities(run(path), made) == found
+
+
+def test_file_lasts_only_if_it_is_known_when_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = storagetm.Disk("image", str(tmp_path / "image"))
+    (tmp_path / "image").write_bytes(bytes(512))
+    storagetm.probe_file(made)
+    assert made.lasts()
+    monkeypatch.setattr(storagetm, "birth_time", lambda _: "")
+    storagetm.probe_file(made)
+    assert not made.lasts()
+
+
+def test_birth_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    st_ = (tmp_path / "file").stat()
+    assert abs(float(storagetm.birth_time(str(tmp_path / "file"))) - st_.st_mtime) < 60
+    assert storagetm.birth_time(str(tmp_path / "missing")) == ""
+
+
+def test_numbers_that_clash(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that is given is not given again, whatever the digests are."""
+    monkeypatch.setattr(storagetm, "NSID_MAX", 5)
+    stays = run(path)
+    numbers = [number(stays, disk(f"sd{i}", f"DISK-{i}")) for i in range(5)]
+    assert sorted(numbers) == [1, 2, 3, 4, 5]
+    assert [number(run(path), disk(f"sd{i}", f"DISK-{i}")) for i in range(5)] == numbers
+
+
+def test_nothing_is_written_before_the_lock_is_held(path: str) -> None:
+    """As in a dry run."""
+    stays = storagetm.Stays(path, SALT)
+    assert number(stays, disk("sda", "ONE"))
+    assert not os.path.exists(path)
+
+
+def test_place_for_notes_is_full(capfd: pytest.CaptureFixture[str]) -> None:
+    """The disk is exported all the same, and why its number may not last is said."""
+    assert number(run("/proc/none"), disk("sda", "ONE"))
+    assert "Failed to note the number of a namespace in '/proc/none'" in capfd.readouterr().err
+
+
+def test_note_that_does_not_fit(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is written in part would take the next one with it, and two disks be one."""
+    stays = run(path)
+    number(stays, disk("sda", "ONE"))
+    before = Path(path).read_bytes()
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:5]))
+        assert number(stays, disk("sdb", "TWO"))
+    assert Path(path).read_bytes() == before
+
+
+@given(st.binary(max_size=200))
+@example(b"1 x a b c\n1 y a b c\n0 z a b c\n-1 a a b c\n2\n 3 b a b c\n1e3 c a b c\n1 x\n")
+@example(b"9" * 5000 + b" x a b c\n")
+@example("² x a b c\n".encode())
+def test_any_bytes_as_notes(raw: bytes) -> None:
+    stays = storagetm.Stays("", SALT)
+    for found, *rest in stays.parse(raw):
+        stays.add(int(found), *rest)
+    assert all(0 < stay.number < 0xFFFFFFFF for stay in stays.known.values())
+    assert len(stays.numbers) == len(stays.known)
