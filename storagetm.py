@@ -81,6 +81,7 @@ IFF_UP = 0x1
 IFLA_IFNAME = 3
 KDGETMODE = 0x4B3B
 LO_FLAGS_AUTOCLEAR = 4
+LO_FLAGS_DIRECT_IO = 16
 LO_FLAGS_READ_ONLY = 1
 LOOP_CONFIGURE = 0x4C0A
 LOOP_CTL_GET_FREE = 0x4C82
@@ -124,7 +125,9 @@ MODEL_MAX = 40
 SERIAL_MAX = 20
 FIRMWARE_MAX = 8
 
-LOCK_WAIT_SEC = 10  # a lock held longer than this is named, and READY=1 no longer waits for it
+LOCK_WAIT_SEC = 10  # a lock held longer than this is named, and the other disks no longer wait for it
+START_WAIT_SEC = 30  # so long all wait at the start for a disk that udev has not finished with
+RETURN_WAIT_SEC = 20  # and for one that was exported until the last stop
 DM_BUSY_SEC = 2  # until what somebody else has open for a moment is free
 STORE_POLL_SEC = (0.05, 1)  # shortest and longest pause between two looks at how full the snapshots are
 STORE_FILL = 1 << 30  # bytes a second with which a client is expected to fill one
@@ -666,17 +669,22 @@ def dm_target_text(answer: bytes) -> str:
     return printable(answer[start:].split(b"\0")[0]) if start < len(answer) else ""
 
 
-def attach_loop(backing: int, *, read_only: bool, limit: int = 0) -> tuple[int, int]:
+def attach_loop(
+    backing: int, *, read_only: bool, limit: int = 0, block: int = 0, direct: bool = False
+) -> tuple[int, int]:
     """Makes a loop device of an open file or device; its descriptor and number.
 
-    It goes by itself when nobody has it open any more. `limit` bounds its size, in bytes. Raises OSError.
+    The kernel detaches it on last close. `limit` bounds its size, `block` is that of its sectors, in bytes
+    (0: 512). A `direct` one has no page cache of its own, where the file system can do without. Raises
+    OSError.
     """
     control = open_control("loop-control", "loop")
     while True:
         number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
         fd = os.open(f"{DEV}loop{number}", (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
-        config = loop_config(fd=backing)
+        config = loop_config(fd=backing, block_size=block)
         config.info.lo_flags = LO_FLAGS_AUTOCLEAR | (LO_FLAGS_READ_ONLY if read_only else 0)
+        config.info.lo_flags |= LO_FLAGS_DIRECT_IO if direct else 0
         config.info.lo_sizelimit = limit
         try:
             fcntl.ioctl(fd, LOOP_CONFIGURE, bytes(config))
@@ -890,8 +898,8 @@ class Disk:
 
     __slots__ = (
         "access",
+        "block",
         "branch",
-        "buffered",
         "failed",
         "fd",
         "id_serial",
@@ -904,6 +912,7 @@ class Disk:
         "read_only",
         "removable",
         "reported",
+        "rest",
         "serial",
         "size",
         "stay",
@@ -941,7 +950,8 @@ class Disk:
         self.branch: Branch | None = None  # what of it is live
         self.wanted: tuple[object, Branch] | None = None  # the last one computed, and from what
         self.stay: Stay | None = None  # who it is to clients, once that was asked for
-        self.buffered = False  # a file on a file system without direct I/O
+        self.rest = 0  # bytes behind the last whole sector
+        self.block = 0  # size of its sectors in bytes, where it has none of its own
 
     @property
     def links(self) -> list[str]:
@@ -1036,9 +1046,10 @@ class Stay:
     takes no second namespace with a UUID that it knows.
     """
 
-    __slots__ = ("name", "number", "own")
+    __slots__ = ("name", "number", "origin", "own")
 
-    def __init__(self, number: int, own: str) -> None:
+    def __init__(self, number: int, own: str, origin: str = "") -> None:
+        self.origin = origin  # the digests of name and slot
         self.number = number
         self.own = own
         self.name = own
@@ -1060,6 +1071,8 @@ class Stays:
         self.numbers: set[int] = set()
         self.taken: set[str] = set()  # what UUIDs are made from, and names
         self.moves: dict[str, int] = {}  # how often a disk of a name was in a slot
+        self.awaited: dict[str, tuple[str, str]] = {}  # origin and node, by the digest of the disk's tag
+        self.first: set[str] | None = None  # the digests of the tags of the disks that were here first
         self.kept = False  # whether what is new goes into the file
 
     def digest(self, *parts: str) -> str:
@@ -1070,8 +1083,16 @@ class Stays:
         try:
             for number, tag, *rest in self.parse(read_bytes(self.path)):
                 self.add(int(number), tag, *rest)
+            for tag, (origin, node) in self.parse_awaited(read_bytes(self.path + ".awaited")).items():
+                self.awaited[tag] = origin, node
         except OSError as e:
-            debug(f"No disks are noted in '{self.path}': {reason_of(e)}")
+            debug(f"No disks are noted in '{e.filename}': {reason_of(e)}")
+
+    @staticmethod
+    def parse_awaited(raw: bytes) -> dict[str, tuple[str, str]]:
+        """Origin and node by tag. Takes any bytes."""
+        fields = [printable(line).split(" ", 2) for line in raw.split(b"\n")[:-1]]
+        return {f[0]: (f[1], f[2]) for f in fields if len(f) == 3}
 
     @staticmethod
     def parse(raw: bytes) -> Iterator[list[str]]:
@@ -1085,13 +1106,17 @@ class Stays:
                 yield fields
 
     def add(self, number: int, tag: str, uuid: str, name: str, slot: str) -> None:
-        """Adds a stay after those that are known."""
-        if tag in self.known or number in self.numbers:
-            return
+        """Adds a stay after those that are known, or goes on with one."""
         move = name + slot
+        if tag in self.known:
+            return
+        if number in self.numbers:
+            if same := [s for s in self.known.values() if s.number == number and s.origin == move]:
+                self.known[tag] = same[0]
+            return
         self.moves[move] = self.moves.get(move, 0) + 1
         repeated = uuid in self.taken or name in self.taken
-        self.known[tag] = Stay(number, self.digest(move, str(self.moves[move])) if repeated else "")
+        self.known[tag] = Stay(number, self.digest(move, str(self.moves[move])) if repeated else "", move)
         self.numbers.add(number)
         self.taken |= {uuid, name}
 
@@ -1109,15 +1134,55 @@ class Stays:
         """A disk's stay. `alone` is whether no other disk that is here has the same serial number."""
         while not (found := self.of(disk)):
             tag, name = self.digest(self.boot, disk.tag), self.digest(disk.id_serial or disk.stable())
-            number, attempt = 0, 0
-            while not number or number in self.numbers:
+            slot = self.digest(disk.location())
+            number = self.returning(disk, name + slot) if alone else 0
+            if not number:
                 sure = alone and name not in self.taken and disk.lasts()
-                digest = self.digest("namespace", disk.identity() if sure else tag, str(attempt))
-                number, attempt = 1 + int(digest[:16], 16) % NSID_MAX, attempt + 1
-            line = [tag, self.digest(disk.id_serial or disk.node), name, self.digest(disk.location())]
+                number = self.free_number(disk.identity() if sure else tag)
+            line = [tag, self.digest(disk.id_serial or disk.node), name, slot]
             self.add(number, *line)
             self.note(" ".join((str(number), *line)) + "\n")
         return found
+
+    def free_number(self, name: str) -> int:
+        """The first number that follows from `name` and that nothing has or had."""
+        for attempt in range(len(self.numbers) + 1000):
+            number = 1 + int(self.digest("namespace", name, str(attempt))[:16], 16) % NSID_MAX
+            if number not in self.numbers:
+                break
+        return number
+
+    def returning(self, disk: Disk, origin: str) -> int:
+        """The number of the awaited disk that this one is, which came back to its slot; 0 if it is none."""
+        tags = [t for t, (wanted, _) in self.awaited.items() if wanted == origin and t in self.known]
+        if not tags or not disk.lasts() or self.digest(self.boot, disk.tag) in (self.first or ()):
+            return 0
+        del self.awaited[tags[0]]
+        return self.known[tags[0]].number
+
+    def begin_with(self, disks: Iterable[Disk]) -> None:
+        """Takes note of the disks that are here first: none of them returns, nor one whose slot is taken."""
+        tags = [self.digest(self.boot, d.tag) for d in disks if self.of(d) or self.awaited]
+        slots = {self.digest(d.location()) for d in disks if self.awaited}
+        self.first = set(tags)
+        self.awaited = {t: a for t, a in self.awaited.items() if t not in tags and a[0][32:] not in slots}
+
+    def forget_awaited(self) -> None:
+        """Awaits no disk any more."""
+        self.awaited = {}
+        try:
+            os.unlink(self.path + ".awaited")
+        except OSError:
+            pass
+
+    def leave(self, disks: Iterable[Disk]) -> None:
+        """Notes that these were exported until now: the next run awaits them."""
+        tags = [(self.digest(self.boot, d.tag), d.node) for d in disks]
+        lines = [f"{tag} {self.known[tag].origin} {node}\n" for tag, node in tags if tag in self.known]
+        try:
+            write_new_file(self.path + ".awaited", "".join(lines).encode("utf-8", "surrogateescape"))
+        except OSError as e:
+            debug(f"Failed to note which disks were exported, ignoring: {reason_of(e)}")
 
     def note(self, line: str) -> None:
         if not self.kept:
@@ -1201,6 +1266,15 @@ def is_no_disk(sysname: str) -> bool:
         holders = list_directory(sys_block(sysname) + "/holders")
         return not source or source.startswith(MEMORY_FILE) or any(map(is_mapping, holders))
     return is_mapping(sysname)
+
+
+def logical_block_size(node: str) -> int:
+    """The size of a block device's sectors, in bytes; 0 if that is not known."""
+    base = f"{SYS}dev/block/{device_number(node)}"
+    if os.path.exists(base + "/partition"):
+        base = os.path.dirname(os.path.realpath(base))
+    size = read_attribute(base + "/queue/logical_block_size")
+    return int(size) if size.isdigit() else 0
 
 
 def is_zoned(sysname: str) -> bool:
@@ -1562,19 +1636,28 @@ def probe_block_device(disk: Disk) -> None:
         identity_from_sysfs(disk)
 
 
+def image_sectors(path: str) -> int:
+    """The size of the sectors that an image has, in bytes: 512, or 4096 if that is what its GPT is for.
+
+    The header is in the second sector (UEFI 2.10, 5.3.2). Raises OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = [size for size in (512, 4096) if os.pread(fd, 8, size) == b"EFI PART"]
+    finally:
+        os.close(fd)
+    return 4096 if found == [4096] else 512
+
+
 def probe_file(disk: Disk) -> None:
     """The same for a regular file. Raises OSError."""
     st = os.stat(disk.node)
     disk.set_tag(f"file {st.st_dev}:{st.st_ino} {birth_time(disk.node) or UNKNOWN}")
-    disk.size = st.st_size
+    if disk.fd < 0:  # what clients have attached keeps the size of its sectors
+        disk.block = image_sectors(disk.node)
+    disk.size = st.st_size // disk.block * disk.block
+    disk.rest = st.st_size - disk.size
     disk.read_only = not os.access(disk.node, os.W_OK)
-    try:
-        # tmpfs had no direct I/O before Linux 6.6, and nvmet asks for it unless told to go through the
-        # cache.
-        os.close(os.open(disk.node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
-        disk.buffered = False
-    except OSError as e:
-        disk.buffered = e.errno == errno.EINVAL
 
 
 def why_no_medium(disk: Disk) -> str:
@@ -1613,6 +1696,8 @@ def why_unfit(disk: Disk) -> str:
     """Why the kernel could not export a disk at all, whoever asks."""
     if disk.removable and disk.sysname and (why := why_no_medium(disk)):
         return why
+    if disk.size == 0 and disk.rest:
+        return f"it has {disk.rest} bytes, less than one sector of {disk.block}"
     if disk.size == 0:
         return "it has size 0"
     if disk.read_only and disk.access == READ_WRITE:
@@ -1844,6 +1929,11 @@ class Inventory:
             if why := why_unfit(disk):
                 why = NO_MEDIUM.replace("it will be exported", "start again") if why == NO_MEDIUM else why
                 raise UserError(f"Failed to export '{path}': {why}")
+            if disk.rest:
+                warning(
+                    f"The last {disk.rest} bytes of '{path}' are not exported, "
+                    f"since they are no whole sector ({disk.block} bytes)"
+                )
             if why := self.why_used(disk, usage):
                 raise UserError(f"Failed to export '{path}': {why}; stop that use first, or give --force")
             lower = below(disk.sysname) if disk.sysname else set()
@@ -2141,6 +2231,7 @@ class Entry:
     amendable = False  # whether it may be made, or made again, while what it is part of is in use
     slow = False  # whether making it is mostly waiting, so that many are made at a time
     holds = False  # whether it keeps other parts of the tree from being taken away, and so goes first
+    admits = False  # whether it lets clients in, and so is made last, of all branches
 
     def __init__(self, path: str, value: str = "") -> None:
         self.path = path
@@ -2253,7 +2344,7 @@ class Trigger(OptionalAttribute):
 class Link(Entry):
     """A symbolic link to the directory `value`. Links may be added to and taken from a live object."""
 
-    amendable = holds = True
+    amendable = holds = admits = True
 
     def make(self, root: str) -> None:
         os.symlink(root + self.value, root + self.path)
@@ -2286,6 +2377,8 @@ class Link(Entry):
 class Links(Link):
     """All links in the directory `path`, which are made and known by others. Made anew, there are none."""
 
+    admits = False
+
     def make(self, root: str) -> None:
         self.unmake(root)
 
@@ -2308,11 +2401,12 @@ class Mapping(Entry):
     """A device-mapper device of ours over another device or a regular file, under the path "dm/NAME".
 
     It is recognised by its name, which is its UUID as well, and changes with all that it is made of but the
-    size. Where the source cannot be opened for writing or claimed, there is a read-only loop device in
-    between, which goes with it. `store` is what a snapshot may keep in memory at first, in bytes.
+    size. There is a loop device in between, which the kernel detaches with it, where the source is a file,
+    or cannot be opened for writing or claimed. `store` is what a snapshot may keep in memory at first,
+    `block` the size of a file's sectors, both in bytes.
     """
 
-    __slots__ = ("device", "store", "target")
+    __slots__ = ("block", "device", "store", "target")
     amendable = True
 
     PREFIX = "storagetm-"
@@ -2320,15 +2414,19 @@ class Mapping(Entry):
     READ_ONLY = "flakey"
     # Writes go to memory; when that is full, they fail, and reads go on (drivers/md/dm-snap.c).
     SNAPSHOT = "snapshot"
+    # All passes (drivers/md/dm-linear.c).
+    READ_WRITE = "linear"
     PARAMETERS: ClassVar[dict[str, str]] = {
         READ_ONLY: "{} 0 0 1 1 error_writes",
         # Reads are cut into its pieces, and with 32 KiB are about as fast as without.
         SNAPSHOT: "{} {} PO 64",
+        READ_WRITE: "{} 0",
     }
 
-    def __init__(self, path: str, target: str = "", source: str = "", size: int = 0) -> None:
+    def __init__(self, path: str, target: str = "", source: str = "", size: int = 0, block: int = 0) -> None:
         super().__init__(path, f"{source} {size // 512}")
         self.target = target
+        self.block = block
         self.store = 0
         self.device = 0  # its device number, once it is made
 
@@ -2404,9 +2502,12 @@ class Mapping(Entry):
                 # In use, so that it cannot be claimed, or write-protected, so that sd(4) refuses to open it.
                 if e.errno not in (errno.EBUSY, errno.EROFS, errno.EACCES):
                     raise
-        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        writable = self.target == self.READ_WRITE
+        fd = os.open(source, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         try:
-            loop, number = attach_loop(fd, read_only=True)
+            # Clients find partitions by the numbers of sectors, which have to be as large as the disk's.
+            block = self.block or logical_block_size(source)
+            loop, number = attach_loop(fd, read_only=not writable, block=block, direct=self.block > 0)
         finally:
             os.close(fd)
         opened.append(loop)
@@ -2473,23 +2574,33 @@ class MappedNode(Attribute):
         return Attribute(self.path, f"{DEV}mapper/{self.mapping.name}").described(root)
 
 
-def lacking_modules(access: str) -> list[str]:
-    """The kernel's modules that a kind of access needs and that are neither there nor can be loaded."""
+def mapping_target(disk: Disk, access: str) -> str:
+    """The kind of device-mapper device between a disk and its export; empty if there is none."""
     if access == READ_WRITE:
+        # nvmet would give a file the block size of its file system.
+        return Mapping.READ_WRITE if disk.block else ""
+    return Mapping.READ_ONLY if access == READ_ONLY else Mapping.SNAPSHOT
+
+
+def lacking_modules(disk: Disk, access: str) -> list[str]:
+    """The kernel's modules that a kind of access needs and that are neither there nor can be loaded."""
+    target = mapping_target(disk, access)
+    if not target:
         return []
-    target = Mapping.READ_ONLY if access == READ_ONLY else Mapping.SNAPSHOT
     lacking = []
     if not os.path.exists(SYS + "class/misc/device-mapper"):
         run_program("modprobe", "-q", "dm-mod")
     if not os.path.exists(DEV + "mapper/control"):
         lacking.append("dm-mod")
-    elif not has_target(target) and (
-        run_program("modprobe", "-q", f"dm-{target}") or not has_target(target)
+    elif (
+        target != Mapping.READ_WRITE
+        and not has_target(target)
+        and (run_program("modprobe", "-q", f"dm-{target}") or not has_target(target))
     ):
         lacking.append(f"dm-{target}")
     if not os.path.exists(SYS + "class/misc/loop-control"):
         run_program("modprobe", "-q", "loop")
-    if access == SNAPSHOT and not os.path.exists(DEV + "loop-control"):
+    if (access == SNAPSHOT or disk.block) and not os.path.exists(DEV + "loop-control"):
         lacking.append("loop")
     return lacking
 
@@ -2505,20 +2616,18 @@ def has_target(target: str) -> bool:
 
 def why_not_mapped(problem: OSError, disk: Disk) -> str:
     """Why a disk cannot be protected from its clients, and what to do instead."""
-    if not (lacking := lacking_modules(disk.access)):
+    if not (lacking := lacking_modules(disk, disk.access)):
         reason = reason_of(problem)
         name = str(problem.filename).rpartition("/")[2]
         if problem.errno == errno.EBUSY:
             return f"another program made the device-mapper device '{name}'; remove it with 'dmsetup remove'"
         return f"it cannot be exported {disk.access}, since device-mapper says: {reason}"
-    working = SNAPSHOT if disk.access == READ_ONLY and not lacking_modules(SNAPSHOT) else READ_WRITE
-    if disk.access == SNAPSHOT and not lacking_modules(READ_ONLY):
-        working = READ_ONLY
     missing = " and ".join(f"'{name}'" for name in lacking)
-    return (
-        f"{disk.access} access needs {missing}, which this kernel does not have; install it, or give "
-        f"--access={quoted(disk.node)}:{working}, which would work"
-    )
+    advice = f"{disk.access} access needs {missing}, which this kernel does not have; install it"
+    working = [mode for mode in ACCESS if mode != disk.access and not lacking_modules(disk, mode)]
+    if not working:
+        return advice
+    return f"{advice}, or give --access={quoted(disk.node)}:{working[0]}, which would work"
 
 
 class Memory:
@@ -2874,6 +2983,11 @@ class Tree:
         """Takes over what an earlier run left. Raises OSError."""
         self.live = self.ledger.read(self.root)
 
+    def admits(self) -> bool:
+        """Whether clients can come in to anything that is live."""
+        entries = [e for b in self.live.values() for e in b.entries if e.admits]
+        return any(os.path.lexists(self.root + e.path) for e in entries)
+
     def reconcile(
         self,
         wanted: Sequence[Branch],
@@ -2931,6 +3045,12 @@ class Tree:
             else:
                 create(want)
         self.in_threads(slow, create, None)
+        # nvmet listens from the first link on, and a host that asks for a subsystem without one gives it up.
+        for want in creations:
+            if failures and hopeless and any(map(hopeless, failures.values())):
+                break
+            if want.root in self.live and want.root not in failures and any(k.admits for k in want.kinds):
+                self.admit(want, failures)
         for want, _, missing in patches:
             if want.root not in failures:
                 self.patch(want, missing, failures)
@@ -3003,10 +3123,11 @@ class Tree:
         return name in names and path not in self.gone
 
     def create(self, branch: Branch, failures: dict[str, OSError]) -> None:
-        made = 0
+        """Makes all of a branch but what lets clients in."""
         noted = False
         dry = self.report is not None
-        entries, root = branch.entries, self.root
+        entries = [e for e in branch.entries if not e.admits]
+        made: list[Entry] = []
         try:
             if self.is_taken(branch.root):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -3014,22 +3135,37 @@ class Tree:
                 noted = True
                 self.ledger.add(branch)
             for entry in entries:
-                if isinstance(entry, Trigger):
-                    pass  # what is new has nothing to catch up with
-                elif dry:
+                if not isinstance(entry, Trigger):  # what is new has nothing to catch up with
                     self.make(entry)
-                else:
-                    entry.make(root)
-                made += 1
+                made.append(entry)
                 if noted and entry.path == branch.root:
-                    self.ledger.confirm(branch, root)
+                    self.ledger.confirm(branch, self.root)
         except OSError as e:
-            failures[branch.root] = located(e, branch, made)
+            failures[branch.root] = located(e, entries, len(made))
             if made or noted:
-                self.live[branch.root] = Branch(branch.tag, entries, adopted=True)
-                self.remove([self.live[branch.root]], None, {}, entries[:made])
+                self.undo(branch, made)
+            return
+        complete = len(made) == len(branch.entries)
+        self.live[branch.root] = branch if complete else Branch(branch.tag, branch.entries, adopted=True)
+
+    def admit(self, branch: Branch, failures: dict[str, OSError]) -> None:
+        """Makes what lets clients in."""
+        entries = [e for e in branch.entries if e.admits]
+        made = 0
+        try:
+            for entry in entries:
+                self.make(entry)
+                made += 1
+        except OSError as e:
+            failures[branch.root] = located(e, entries, made)
+            self.undo(branch, [e for e in branch.entries if not e.admits] + entries[:made])
             return
         self.live[branch.root] = branch
+
+    def undo(self, branch: Branch, made: Sequence[Entry]) -> None:
+        """Takes away what was made of a branch that could not be made as a whole."""
+        self.live[branch.root] = Branch(branch.tag, branch.entries, adopted=True)
+        self.remove([self.live[branch.root]], None, {}, made)
 
     def patch(self, branch: Branch, missing: list[Entry], failures: dict[str, OSError]) -> None:
         dry = self.report is not None
@@ -3041,7 +3177,7 @@ class Tree:
             for entry in missing:
                 self.make(entry)
         except OSError as e:
-            failures[branch.root] = located(e, branch, branch.entries.index(entry))
+            failures[branch.root] = located(e, branch.entries, branch.entries.index(entry))
             return
         self.live[branch.root] = branch
 
@@ -3146,9 +3282,8 @@ class Tree:
         return failures
 
 
-def located(e: OSError, branch: Branch, index: int) -> OSError:
+def located(e: OSError, entries: Sequence[Entry], index: int) -> OSError:
     """`e` with the path of the entry at which it happened, by which a transport knows what to do."""
-    entries = branch.entries
     return OSError(e.errno or errno.EIO, reason_of(e), entries[min(index, len(entries) - 1)].path)
 
 
@@ -3554,10 +3689,9 @@ class NvmeTcp:
         between: list[Entry] = []
         device: Entry = Attribute(namespace + "/device_path", disk.node)
         protection: list[Entry] = []
-        if disk.access != READ_WRITE:
-            target = Mapping.READ_ONLY if disk.access == READ_ONLY else Mapping.SNAPSHOT
+        if target := mapping_target(disk, disk.access):
             path = Mapping.path_for(disk.name, self.prefix, disk.tag, disk.node, target)
-            mapping = Mapping(path, target, disk.node, disk.size)
+            mapping = Mapping(path, target, disk.node, disk.size, disk.block)
             between, device = [mapping], MappedNode(namespace + "/device_path", mapping)
         if disk.access == READ_ONLY:
             protection = [WriteProtection(namespace + "/write_protect", self)]
@@ -3567,11 +3701,6 @@ class NvmeTcp:
             device,
             OptionalAttribute(namespace + "/device_uuid", self.uuid(disk)),
             *([OptionalAttribute(namespace + "/device_nguid", self.nguid(disk))] if self.shared else []),
-            *(
-                [Attribute(namespace + "/buffered_io", "1")]
-                if disk.buffered and disk.access == READ_WRITE
-                else []
-            ),
             Attribute(namespace + "/enable", "1"),
             # Linux 5.8; before, clients see a new size when they attach anew.
             Trigger(namespace + "/revalidate_size", str(disk.size)),
@@ -3671,9 +3800,11 @@ class Report:
         disks: Iterable[Disk],
         memory: Memory | None = None,
         refused: str = "",
+        awaited: Sequence[str] = (),
     ) -> None:
         self.memory = memory or Memory()
         self.refused = refused
+        self.awaited = awaited
         self.title = f"Storage target mode: {machine.name} ({machine.os_name})"
         self.transport = transport
         self.addresses = transport.reachable(addresses)
@@ -3752,7 +3883,10 @@ class Report:
                     f"The memory for changes of '{disk.node}' is full: writes to it fail, reads go on"
                 )
         for disk, why in self.others:
-            found[f"other {disk.key}"] = f"Not exporting '{disk.node}': {why}"
+            if why:
+                found[f"other {disk.key}"] = f"Not exporting '{disk.node}': {why}"
+        if self.awaited:
+            found["other disks"] = f"Exporting nothing yet, waiting for {', '.join(self.awaited)}"
         return found
 
     def blocks(self, width: int) -> list[list[tuple[str, str]]]:
@@ -3776,7 +3910,10 @@ class Report:
                         ("dim", "    (INTERFACE: the other machine's interface to this one, see 'ip link')")
                     )
                 blocks.append([*lines, ("", "")])
-        if not count:
+        if self.awaited:
+            text = f"No disk is exported yet, waiting for {', '.join(self.awaited)}."
+            blocks.append([("alert", line) for line in wrapped(text, width)] + [("", "")])
+        elif not count:
             blocks.append([("alert", "No disk is exported; plug one in, and it will be."), ("", "")])
         elif self.transport.shared:
             blocks.append([("", "Namespaces:"), ("", "")])
@@ -3803,10 +3940,20 @@ class Report:
         if fill := self.fill_text(""):
             full = any(full for _, _, full in self.memory.filled.values())
             blocks.append([("alert" if full else "", fill[0].upper() + fill[1:] + "."), ("", "")])
-        if self.others:
+        if others := [(d, why) for d, why in self.others if why]:
             blocks.append([("", "Not exported:")])
-            blocks += [[("dim", f"{d.node:<13} {why}"[: width - 1])] for d, why in self.others]
+            blocks += [[("dim", f"{d.node:<13} {why}"[: width - 1])] for d, why in others]
         return blocks
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of whole words."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and len(lines[-1]) + len(word) + 2 > width:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return lines
 
 
 def folded(command: str, width: int, more: str = "") -> list[str]:
@@ -4071,6 +4218,8 @@ class Service:
         self.dirty = True  # something to show has changed
         self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
         self.started = time.monotonic()
+        self.opened = False  # whether clients may come in
+        self.awaited: list[str] = []  # the disks that this waits for, with the reasons
         self.ready = False
         self.stopping = False
         self.status = ""
@@ -4087,6 +4236,7 @@ class Service:
         prepare_kernel()
         self.ledger.lock()
         self.tree.adopt()
+        self.opened = self.tree.admits()
         self.transport.choose_ports(self.tree.live)
         self.inventory.stays.kept = True
         self.catch_signals()
@@ -4131,8 +4281,12 @@ class Service:
     # Wanted, live, difference
 
     def synchronise(self, *, strict: bool = False) -> None:
-        """Makes configfs as the disks ask for. `strict`: what fails for a named device raises UserError."""
+        """Makes configfs as the disks ask for. `strict`: what fails for a named device raises UserError.
+
+        At first it waits for all disks that are here: a host that reconnects while one is missing loses it.
+        """
         now = time.monotonic()
+        strict = strict or not self.opened
         for disk in self.inventory.candidates():
             disk.left_out = self.transport.why_name(disk)
         for disk in self.inventory.disks.values():
@@ -4143,7 +4297,16 @@ class Service:
         for disk in disks:
             if disk.fd < 0 and not disk.failed:
                 self.claim(disk, now, strict=strict)
+        if self.inventory.stays.first is None:
+            self.inventory.stays.begin_with(list(self.inventory.disks.values()))
         self.inventory.settle(d for d in disks if d.fd >= 0)
+        self.dirty = True
+        if not self.opened:
+            self.awaited = self.still_awaited(now)
+            if self.awaited:
+                return
+            self.opened = True
+            self.inventory.stays.forget_awaited()
         # udev looks at each device that is made on the way: that can wait.
         self.set_urgent(True)
         try:
@@ -4157,7 +4320,18 @@ class Service:
         if not self.ready and (not self.pending() or now - self.started > LOCK_WAIT_SEC):
             self.ready = True
             notify("READY=1")
-        self.dirty = True
+
+    def still_awaited(self, now: float) -> list[str]:
+        """The disks without which no client is let in yet, with the reasons."""
+        found = []
+        for disk in self.pending():
+            patience = START_WAIT_SEC if disk.waiting.startswith("udev") else LOCK_WAIT_SEC
+            if now - disk.waiting_since < patience:
+                found.append(f"'{disk.node}' ({disk.waiting})")
+        if now - self.started < RETURN_WAIT_SEC:
+            awaited = self.inventory.stays.awaited.values()
+            found += [f"'{node}' (exported until the last stop)" for _, node in awaited]
+        return found
 
     def apply(self, disks: Sequence[Disk], *, strict: bool) -> None:
         """Makes what these disks ask for, and takes away all else."""
@@ -4377,7 +4551,7 @@ class Service:
             deadlines = redraws[:1]
             if self.dirty:
                 deadlines.append(self.shown + REDRAW_SEC)
-            if self.pending():
+            if self.pending() or not self.opened:
                 deadlines.append(now + self.pause)
             if self.memory.filled:
                 if now - self.shared >= self.memory.pause:
@@ -4421,14 +4595,16 @@ class Service:
         if again:
             self.pause = LOCK_POLL_SEC[0]
             self.synchronise()
-        elif self.pending():
+        elif self.pending() or not self.opened:
             self.pause = min(self.pause * 1.5, LOCK_POLL_SEC[1])
             self.synchronise()
 
     def show(self) -> None:
         self.dirty = False
         disks = self.inventory.disks.values()
-        report = Report(self.machine, self.transport, self.addresses, disks, self.memory, self.refused)
+        report = Report(
+            self.machine, self.transport, self.addresses, disks, self.memory, self.refused, self.awaited
+        )
         self.view.show(report)
         if (status := report.status()) != self.status:
             self.status = status
@@ -4446,6 +4622,8 @@ class Service:
         while self.tree.leaving:  # a second signal ends this, too
             time.sleep(LOCK_POLL_SEC[0])
             self.tree.collect()
+        if self.opened:
+            self.inventory.stays.leave(d for d in self.inventory.disks.values() if d.branch)
         for root, problem in self.take_away([], None).items():
             error(f"Failed to remove '{CONFIGFS}{root}': {reason_of(problem)}; remove what is below it")
         for disk in self.inventory.disks.values():

@@ -486,11 +486,14 @@ def test_wanted_tree_changes_only_with_the_disk(busy: storagetm.NvmeTcp) -> None
     assert not busy.disk_branch(made).same_as(first)
 
 
-def test_file_without_direct_io(busy: storagetm.NvmeTcp) -> None:
+@pytest.mark.parametrize("access", storagetm.ACCESS)
+def test_file_never_has_the_block_size_of_its_file_system(busy: storagetm.NvmeTcp, access: str) -> None:
+    """There is a device of ours in between, in each mode."""
     made = storagetm.Disk("disk.img", "/run/disk.img")
-    made.buffered = True
-    entries = [(e.path.rpartition("/")[2], e.value) for e in busy.disk_branch(made).entries]
-    assert entries.index(("buffered_io", "1")) < entries.index(("enable", "1"))
+    made.access, made.block, made.size = access, 512, 1 << 20
+    (mapping,) = busy.disk_branch(made).kept(storagetm.Mapping)
+    assert isinstance(mapping, storagetm.Mapping)
+    assert (mapping.block, mapping.source()) == (512, ("/run/disk.img", 2048))
 
 
 def test_wanted_ports(busy: storagetm.NvmeTcp) -> None:

@@ -960,3 +960,74 @@ def test_list_devices_of_a_forced_run(unpack: Unpack, capfd: pytest.CaptureFixtu
     listed = {d["node"]: d for d in json.loads(capfd.readouterr().out)}
     assert listed["/dev/vda"]["export"] is True
     assert listed["/dev/sr1"]["export"] is False
+
+
+# Image files
+
+
+def image(path: Path, size: int, *headers: int) -> Path:
+    """A file with GPT headers at these offsets."""
+    content = bytearray(size)
+    for offset in headers:
+        content[offset : offset + 8] = b"EFI PART"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"), [((), 512), ((512,), 512), ((4096,), 4096), ((512, 4096), 512), ((8192,), 512)]
+)
+def test_sectors_of_an_image(tmp_path: Path, headers: tuple[int, ...], expected: int) -> None:
+    """What its GPT was made for decides, never the file system that it is on."""
+    assert storagetm.image_sectors(str(image(tmp_path / "image", 1 << 20, *headers))) == expected
+    for size in (0, 511, 513, 519, 4097):
+        (tmp_path / "small").write_bytes(b"EFI PART" * 600)
+        os.truncate(tmp_path / "small", size)
+        assert storagetm.image_sectors(str(tmp_path / "small")) == 512
+
+
+@pytest.mark.parametrize(
+    ("size", "headers", "whole", "rest"),
+    [
+        (1 << 20, (), 1 << 20, 0),
+        ((1 << 20) + 300, (), 1 << 20, 300),
+        ((1 << 20) + 512, (4096,), 1 << 20, 512),
+    ],
+)
+def test_bytes_behind_the_last_sector_are_named(
+    tmp_path: Path,
+    size: int,
+    headers: tuple[int, ...],
+    whole: int,
+    rest: int,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = str(image(tmp_path / "image", size, *headers))
+    (disk,) = named(path).disks.values()
+    assert (disk.size, disk.rest) == (whole, rest)
+    told = (
+        f"The last {rest} bytes of '{path}' are not exported, since they are no whole sector ({disk.block} "
+    )
+    assert (told in capfd.readouterr().err) == (rest > 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"), [(0, "it has size 0"), (300, "it has 300 bytes, less than one sector of 512")]
+)
+def test_file_without_a_whole_sector(tmp_path: Path, size: int, reason: str) -> None:
+    path = str(image(tmp_path / "image", size))
+    with pytest.raises(storagetm.UserError, match=f"Failed to export '{path}': {reason}"):
+        named(path)
+
+
+def test_attached_image_keeps_its_sectors(tmp_path: Path) -> None:
+    """Also if a client writes something that looks like the other size."""
+    path = image(tmp_path / "image", 1 << 20)
+    (disk,) = (inventory := named(str(path))).disks.values()
+    disk.fd = os.open("/dev/null", os.O_RDONLY)
+    image(path, 1 << 20, 4096)
+    inventory.rescan()
+    assert disk.block == 512
+    disk.close()
+    inventory.rescan()
+    assert disk.block == 4096

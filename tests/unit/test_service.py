@@ -60,7 +60,8 @@ class Run:
 
     def __init__(self, *paths: str) -> None:
         made = storagetm.Machine()
-        inventory = storagetm.Inventory(paths, not paths, False)
+        stays = storagetm.Stays(storagetm.RUN + "disks", made.id)
+        inventory = storagetm.Inventory(paths, not paths, False, stays=stays)
         self.service = storagetm.Service(made, storagetm.NvmeTcp(made), inventory)
         self.service.view.beside_plymouth = False  # that of this computer
         if paths:
@@ -149,23 +150,38 @@ def test_second_instance(start: Start) -> None:
 # Waiting
 
 
-def test_lock_of_one_disk_delays_no_other(
+def later(run: Run, seconds: float) -> None:
+    """Lets time pass."""
+    run.service.started -= seconds
+    for disk in run.service.inventory.disks.values():
+        if disk.waiting_since:
+            disk.waiting_since -= seconds
+
+
+def test_start_waits_for_a_lock_for_a_while(
     start: Start, nvmet: Nvmet, machine: CapturedMachine, manager: Manager, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Whoever connects before a disk is there loses it, so that nothing is made until then."""
     run = start()
     with machine.path("open-254:16").open("w") as holder:
         fcntl.flock(holder, fcntl.LOCK_SH)
         run.service.synchronise(strict=True)
-        assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
+        assert nvmet.calls == []
         assert [d.name for d in run.service.pending()] == ["vdb"]
         assert manager.told() == []
-        # 10 s later
-        run.service.started -= storagetm.LOCK_WAIT_SEC + 1
-        run.disk("vdb").waiting_since -= storagetm.LOCK_WAIT_SEC + 1
+        run.service.show()
+        assert run.service.view.known["other disks"] == (  # type: ignore[union-attr]
+            "Exporting nothing yet, waiting for '/dev/vdb' (another process holds its lock)"
+        )
+        later(run, storagetm.LOCK_WAIT_SEC + 1)
         capfd.readouterr()
         run.service.synchronise()
+        assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
         run.service.synchronise()
-        assert manager.told() == ["READY=1"]
+        assert manager.told() == [
+            "STATUS=Exporting 0 disks at no address (the network is down), 1 waiting.",
+            "READY=1",
+        ]
         assert capfd.readouterr().err == (
             "'/dev/vdb' is not exported yet: another process holds its lock; it will be as soon as that is "
             "released\n"
@@ -176,13 +192,30 @@ def test_lock_of_one_disk_delays_no_other(
     assert manager.told() == []
 
 
+def test_lock_of_a_later_disk_delays_no_other(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
+    run = start()
+    run.service.synchronise(strict=True)
+    uevent = machine.path("/sys/class/block/vdb/uevent")
+    uevent.write_text(uevent.read_text().replace("DISKSEQ=2\n", "DISKSEQ=77\n"))
+    entry = machine.path("/run/udev/data/b254:16")
+    entry.write_text(entry.read_text().replace("by-diskseq/2\n", "by-diskseq/77\n"))
+    with machine.path("open-254:16").open("w") as holder:
+        run.disk("vdb").close()
+        fcntl.flock(holder, fcntl.LOCK_SH)
+        run.service.inventory.update(["vdb"])
+        run.service.synchronise()
+        assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
+    run.service.synchronise()
+    assert subsystems(nvmet) == ALL
+
+
 def test_udev_is_waited_for(start: Start, nvmet: Nvmet, machine: CapturedMachine, manager: Manager) -> None:
     entry = machine.path("/run/udev/data/b254:16")
     content = entry.read_bytes()
     entry.unlink()
     run = start()
     run.service.synchronise(strict=True)
-    assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
+    assert nvmet.calls == []
     assert run.disk("vdb").fd < 0
     assert manager.told() == []
     entry.write_bytes(content)
@@ -196,9 +229,104 @@ def test_udev_is_not_waited_for_for_ever(start: Start, nvmet: Nvmet, machine: Ca
     machine.path("/run/udev/data/b254:16").unlink()
     run = start()
     run.service.synchronise(strict=True)
-    run.disk("vdb").waiting_since -= storagetm.UDEV_WAIT_SEC + 1
+    assert nvmet.calls == []
+    later(run, storagetm.START_WAIT_SEC + 1)
+    run.service.synchronise()
+    assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
+    later(run, storagetm.UDEV_WAIT_SEC - storagetm.START_WAIT_SEC)
     run.service.synchronise()
     assert subsystems(nvmet) == ALL
+
+
+def unplug(machine: CapturedMachine, name: str) -> Callable[[str], None]:
+    """Takes a disk away. What is returned plugs it in again, with another sequence number."""
+    links = {
+        path: os.readlink(machine.path(path)) for path in (f"/sys/class/block/{name}", f"/sys/block/{name}")
+    }
+    for path in links:
+        machine.path(path).unlink()
+
+    def plug(sequence: str) -> None:
+        for path, target in links.items():
+            machine.path(path).symlink_to(target)
+        uevent = machine.path(f"/sys/class/block/{name}/uevent")
+        before = uevent.read_text().partition("DISKSEQ=")[2].partition("\n")[0]
+        uevent.write_text(uevent.read_text().replace(f"DISKSEQ={before}\n", f"DISKSEQ={sequence}\n"))
+        number = (machine.path(f"/sys/class/block/{name}") / "dev").read_text().strip()
+        entry = machine.path(f"/run/udev/data/b{number}")
+        entry.write_text(entry.read_text().replace(f"by-diskseq/{before}\n", f"by-diskseq/{sequence}\n"))
+
+    return plug
+
+
+def test_start_waits_for_disks_of_the_run_before(
+    start: Start, nvmet: Nvmet, machine: CapturedMachine
+) -> None:
+    """One that returns to its slot with its serial number is the same to clients that wait for it."""
+    first = start()
+    first.service.inventory.stays.kept = True
+    first.service.synchronise(strict=True)
+    before = nvmet.contents()
+    assert first.service.stop()
+    plug = unplug(machine, "sda")
+    second = start()
+    second.service.inventory.stays.kept = True
+    steps = len(nvmet.calls)
+    second.service.synchronise(strict=True)
+    assert nvmet.calls[steps:] == []
+    assert second.service.awaited == ["'/dev/sda' (exported until the last stop)"]
+    plug("4711")
+    second.service.inventory.update(["sda"])
+    second.service.synchronise()
+    assert nvmet.contents() == before
+    # It is awaited once.
+    assert second.service.stop()
+    unplug(machine, "sda")
+    third = start()
+    third.service.synchronise(strict=True)
+    later(third, storagetm.RETURN_WAIT_SEC + 1)
+    third.service.synchronise()
+    assert "sda" not in subsystems(nvmet)
+    third.kill()
+    fourth = start()
+    fourth.service.synchronise(strict=True)
+    assert fourth.service.awaited == []
+
+
+def test_another_disk_in_the_slot_is_not_the_awaited_one(
+    start: Start, nvmet: Nvmet, machine: CapturedMachine
+) -> None:
+    """It was there before the program, or says who it is: what waits for the old one never reaches it."""
+    run = start()
+    run.service.inventory.stays.kept = True
+    run.service.synchronise(strict=True)
+    before = nvmet.contents()
+    assert run.service.stop()
+    unplug(machine, "sda")("4711")
+    plug = unplug(machine, "sdb")
+    run = start()
+    run.service.inventory.stays.kept = True
+    run.service.synchronise(strict=True)
+    # What has another disk in its slot already cannot return.
+    assert run.service.awaited == ["'/dev/sdb' (exported until the last stop)"]
+    plug("4712")
+    entry = machine.path("/run/udev/data/b8:16")
+    entry.write_text(entry.read_text().replace("E:ID_SERIAL=", "E:ID_SERIAL=X"))
+    run.service.inventory.update(["sdb"])
+    later(run, storagetm.RETURN_WAIT_SEC + 1)
+    run.service.synchronise()
+    assert subsystems(nvmet) == ALL
+    after = nvmet.contents()
+    gone = {path.split("/")[2].rpartition(".")[2] for path in before.keys() - after.keys()}
+    assert gone == {"sda", "sdb"}
+
+
+def test_nothing_listens_before_all_can_be_linked(start: Start, nvmet: Nvmet) -> None:
+    run = start()
+    run.service.synchronise(strict=True)
+    kinds = [call.split()[0] for call in nvmet.calls]
+    assert kinds[-2 * len(ALL) :] == ["symlink"] * 2 * len(ALL)
+    assert "symlink" not in kinds[: -2 * len(ALL)]
 
 
 # Hot-plug
