@@ -120,7 +120,9 @@ UEVENT_GROUP_UDEV = 2
 # Limits of the NVMe base specification (2.0, figures 275 and 4.5) as the kernel's drivers/nvme/target
 # enforces them.
 NQN_MAX = 223
-NSID_MAX = 0x7FFFFFFF  # half of what there is: Linux' sysfs shows the others as negative numbers
+# Namespaces' numbers may have 32 bits. But Linux hosts search their list once for each free number below
+# the largest (nvme_scan_ns_list() in drivers/nvme/host/core.c), and with 31 bits were busy for minutes.
+NSID_MAX = 0xFFFF
 MODEL_MAX = 40
 SERIAL_MAX = 20
 FIRMWARE_MAX = 8
@@ -1060,7 +1062,7 @@ class Stays:
 
     A line for each: the namespace's number, then digests of the disk's tag, what its UUID is made from, its
     name, and its slot. No number is given twice. After a reboot a disk has the same one if it can be told
-    for sure by its serial number, and else another one: better to lose a disk than to become another.
+    for sure by its serial number, and else a random one: better to lose a disk than to become another.
     """
 
     def __init__(self, path: str = "", salt: bytes = b"") -> None:
@@ -1130,27 +1132,30 @@ class Stays:
             stay.name = disk.id_serial or disk.stable()
         return stay
 
-    def begin(self, disk: Disk, *, alone: bool) -> Stay:
-        """A disk's stay. `alone` is whether no other disk that is here has the same serial number."""
+    def choice(self, name: str, attempt: int = 0) -> int:
+        """The number that follows from a name."""
+        return 1 + int(self.digest("namespace", name, str(attempt))[:16], 16) % NSID_MAX
+
+    def begin(self, disk: Disk, *, alone: bool) -> Stay | None:
+        """A disk's stay. `alone` is whether no other disk that is here would have the same number.
+
+        None once all numbers are taken.
+        """
         while not (found := self.of(disk)):
+            if len(self.numbers) >= NSID_MAX:
+                return None
             tag, name = self.digest(self.boot, disk.tag), self.digest(disk.id_serial or disk.stable())
             slot = self.digest(disk.location())
-            number = self.returning(disk, name + slot) if alone else 0
-            if not number:
-                sure = alone and name not in self.taken and disk.lasts()
-                number = self.free_number(disk.identity() if sure else tag)
+            number = returned = self.returning(disk, name + slot) if alone else 0
+            if not number and alone and name not in self.taken and disk.lasts():
+                number = self.choice(disk.identity())
+            attempt = 0
+            while not number or (number in self.numbers and number != returned):
+                number, attempt = self.choice(tag, attempt), attempt + 1
             line = [tag, self.digest(disk.id_serial or disk.node), name, slot]
             self.add(number, *line)
             self.note(" ".join((str(number), *line)) + "\n")
         return found
-
-    def free_number(self, name: str) -> int:
-        """The first number that follows from `name` and that nothing has or had."""
-        for attempt in range(len(self.numbers) + 1000):
-            number = 1 + int(self.digest("namespace", name, str(attempt))[:16], 16) % NSID_MAX
-            if number not in self.numbers:
-                break
-        return number
 
     def returning(self, disk: Disk, origin: str) -> int:
         """The number of the awaited disk that this one is, which came back to its slot; 0 if it is none."""
@@ -2013,12 +2018,17 @@ class Inventory:
     def settle(self, disks: Iterable[Disk]) -> None:
         """Decides who those disks are to clients."""
         new = [d for d in disks if d.stay is None]
-        counts: dict[str, int] = {}
+        counts: dict[int, int] = {}
         for disk in self.disks.values() if new else ():
-            counts[disk.id_serial] = counts.get(disk.id_serial, 0) + 1
+            if disk.id_serial:
+                number = self.stays.choice(disk.identity())
+                counts[number] = counts.get(number, 0) + 1
         for disk in new:
-            alone = not disk.id_serial or counts[disk.id_serial] == 1
+            alone = not disk.id_serial or counts[self.stays.choice(disk.identity())] == 1
             disk.stay = self.stays.begin(disk, alone=alone)
+            if disk.stay is None:
+                disk.left_out = "this machine has seen more disks than there are namespaces; boot it again"
+                disk.close()
 
     def candidates(self) -> list[Disk]:
         """The disks that are to be exported, or are being waited for, in the order to show them."""

@@ -57,12 +57,15 @@ def run(path: str) -> storagetm.Stays:
 
 
 def number(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) -> int:
-    return stays.begin(disk, alone=alone).number
+    stay = stays.begin(disk, alone=alone)
+    assert stay
+    return stay.number
 
 
 def identities(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) -> set[str]:
     """All by which a client could take one disk for another."""
     disk.stay = stays.begin(disk, alone=alone)
+    assert disk.stay
     machine = storagetm.Machine.__new__(storagetm.Machine)
     machine.id, machine.os, machine.os_version = SALT, "debian", "13"
     transport = storagetm.NvmeTcp(machine, "quux")
@@ -83,12 +86,12 @@ def test_disk_with_a_serial_number_keeps_its_number(path: str, boot: Callable[[s
 
 def test_number_is_one_that_nvme_has(path: str) -> None:
     stays = run(path)
-    numbers = {number(stays, disk(f"sd{i}", f"DISK-{i}")) for i in range(200)}
-    assert len(numbers) == 200
-    assert all(0 < n < 0xFFFFFFFF for n in numbers)
+    numbers = {number(stays, disk(f"sd{i}", f"DISK-{i}")) for i in range(1000)}
+    assert len(numbers) == 1000
+    assert all(0 < n < 0x10000 for n in numbers)
     # Those of another machine are others.
     other = storagetm.Stays(path + ".other", bytes(16))
-    assert number(other, disk("sd0", "DISK-0")) not in numbers
+    assert number(other, disk("sd0", "DISK-0")) != number(stays, disk("sd0", "DISK-0"))
 
 
 @pytest.mark.parametrize("serial", ["", "READER"])
@@ -214,7 +217,35 @@ def test_numbers_that_clash(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stays = run(path)
     numbers = [number(stays, disk(f"sd{i}", f"DISK-{i}")) for i in range(5)]
     assert sorted(numbers) == [1, 2, 3, 4, 5]
+    assert stays.begin(disk("sdx", "DISK-X"), alone=True) is None
     assert [number(run(path), disk(f"sd{i}", f"DISK-{i}")) for i in range(5)] == numbers
+
+
+def test_disks_whose_numbers_would_clash_have_others_after_each_boot(
+    path: str, boot: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the one that is found first would get the other's."""
+    monkeypatch.setattr(storagetm, "NSID_MAX", 40)
+    inventory = storagetm.Inventory((), True, False, stays=run(path))
+    disks = [disk(f"sd{i}", f"DISK-{i}") for i in range(10)]
+    inventory.disks = {d.sysname: d for d in disks}
+    inventory.settle(disks)
+    choices = [inventory.stays.choice(d.identity()) for d in disks]
+    clashing = [d for d, n in zip(disks, choices) if choices.count(n) > 1]
+    assert 0 < len(clashing) < 10
+    for each, choice in zip(disks, choices):
+        assert each.stay
+        assert each in clashing or each.stay.number == choice
+    before = {d.sysname: d.stay and d.stay.number for d in disks}
+    monkeypatch.setattr(storagetm, "NSID_MAX", 40)
+    boot("second")
+    inventory.stays = run(path)
+    for each in disks:
+        each.stay = None
+    inventory.settle(reversed(disks))
+    after = {d.sysname: d.stay and d.stay.number for d in disks}
+    assert {n for n in before if before[n] == after[n]} >= {d.sysname for d in disks if d not in clashing}
+    assert sorted(set(after.values())) == sorted(after.values())  # type: ignore[type-var]
 
 
 def test_nothing_is_written_before_the_lock_is_held(path: str) -> None:
@@ -250,7 +281,7 @@ def test_any_bytes_as_notes(raw: bytes) -> None:
     stays = storagetm.Stays("", SALT)
     for found, *rest in stays.parse(raw):
         stays.add(int(found), *rest)
-    assert all(0 < stay.number < 0xFFFFFFFF for stay in stays.known.values())
+    assert all(0 < stay.number < 0x10000 for stay in stays.known.values())
     assert len(stays.numbers) <= len(stays.known)
     for tag, (origin, _) in stays.parse_awaited(raw).items():
         assert " " not in tag + origin

@@ -19,15 +19,16 @@ from tests.vm.nvmet import exporting
 MAKE_IMAGES = """
 set -e
 mkdir -p /var/tmp/images; cd /var/tmp/images
-truncate -s 20M fat
-mkfs.vfat -F 16 fat
+truncate -s 20M fat fat4k
+mkfs.vfat -F 16 fat; mkfs.vfat -S 4096 fat4k
 for image in mbr gpt gpt4k; do truncate -s 32M $image; done
 echo 'start=1MiB, size=20MiB, type=c' | sfdisk --quiet --label dos mbr
 echo 'start=1MiB, size=20MiB' | sfdisk --quiet --label gpt gpt
 loop=$(losetup --find --show --sector-size 4096 gpt4k)
 echo 'start=1MiB, size=20MiB' | sfdisk --quiet --label gpt $loop
 losetup --detach $loop
-for image in mbr gpt gpt4k; do dd if=fat of=$image bs=1M seek=1 conv=notrunc status=none; done
+for image in mbr gpt; do dd if=fat of=$image bs=1M seek=1 conv=notrunc status=none; done
+dd if=fat4k of=gpt4k bs=1M seek=1 conv=notrunc status=none
 truncate -s +300 mbr
 truncate -s 320M xfs; mkfs.xfs -q xfs
 """
@@ -35,7 +36,7 @@ NAMES = {"mbr": 512, "gpt": 512, "gpt4k": 4096, "xfs": 512}
 
 
 @pytest.fixture(scope="module")
-def images(target: Machine) -> Iterator[list[str]]:
+def files(target: Machine) -> Iterator[list[str]]:
     target.run(MAKE_IMAGES)
     yield [f"/var/tmp/images/{name}" for name in NAMES]
     target.run("rm -r /var/tmp/images")
@@ -49,10 +50,10 @@ def attached_images(client: Machine) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.parametrize("access", ["read-only", "snapshot", "read-write"])
-def test_image_has_its_own_sectors(target: Machine, client: Machine, images: list[str], access: str) -> None:
+def test_image_has_its_own_sectors(target: Machine, client: Machine, files: list[str], access: str) -> None:
     """In each mode: partitions are found, file systems mount, only bytes that are named are missing."""
     before = target.run("cd /var/tmp/images; sha256sum *").stdout
-    with exporting(target, "--nqn=quux", f"--{access}", *images) as service:
+    with exporting(target, "--nqn=quux", f"--{access}", *files) as service:
         assert "The last 300 bytes of '/var/tmp/images/mbr' are not exported" in service.output
         with attached_images(client) as nodes:
             for name, sector in NAMES.items():
@@ -79,22 +80,22 @@ def test_image_has_its_own_sectors(target: Machine, client: Machine, images: lis
     for name, sector in NAMES.items():
         offset = 0 if name == "xfs" else MIB
         target.run(
-            f"mount -o loop,ro,offset={offset} /var/tmp/images/{name} /mnt && "
-            "grep -q 'from the client' /mnt/file; s=$?; umount /mnt; exit $s"
+            f"loop=$(losetup --find --show --sector-size {sector} --offset {offset} /var/tmp/images/{name}); "
+            "mount -o ro $loop /mnt && grep -q 'from the client' /mnt/file; s=$?; umount /mnt; "
+            "losetup --detach $loop; exit $s"
         )
-        assert sector
     assert target.run("tail -c 300 /var/tmp/images/mbr | tr -d '\\0' | wc -c").stdout == "0\n"
     assert nvmet.left_over(target) == []
 
 
-def test_killed_with_an_image_attached(target: Machine, client: Machine, images: list[str]) -> None:
+def test_killed_with_an_image_attached(target: Machine, client: Machine, files: list[str]) -> None:
     """The next start takes over the loop device in between, and the stop leaves none."""
-    arguments = ["--nqn=quux", "--read-write", *images]
+    arguments = ["--nqn=quux", "--read-write", *files]
     service = nvmet.Service(target, arguments)
     before = service.start()
     with attached_images(client) as nodes:
         loops = target.run("losetup --noheadings --output NAME,BACK-FILE | sort").stdout
-        assert loops.count("/var/tmp/images/") == len(images)
+        assert loops.count("/var/tmp/images/") == len(files)
         service.kill("KILL")
         target.wait_run(f"systemctl is-failed --quiet {service.unit}")
         target.run(f"systemctl reset-failed {service.unit}")
