@@ -90,6 +90,7 @@ LOOP_SET_STATUS64 = 0x4C04
 KD_GRAPHICS = 1
 NETLINK_KOBJECT_UEVENT = 15
 NETLINK_ROUTE = 0
+NETLINK_SOCK_DIAG = 4
 NLM_F_DUMP = 0x300
 NLM_F_DUMP_INTR = 0x10
 NLM_F_REQUEST = 0x1
@@ -104,6 +105,8 @@ RTMGRP_IPV6_IFADDR = 0x100
 RTMGRP_LINK = 0x1
 RT_SCOPE_HOST = 254
 RT_SCOPE_LINK = 253
+SKNLGRP_INET6_TCP_DESTROY = 3
+SKNLGRP_INET_TCP_DESTROY = 1
 SO_RCVBUFFORCE = 33
 SIOCSIFFLAGS = 0x8914
 SOCK_CLOEXEC = 0o2000000
@@ -123,6 +126,7 @@ NQN_MAX = 223
 # Namespaces' numbers may have 32 bits. But Linux hosts search their list once for each free number below
 # the largest (nvme_scan_ns_list() in drivers/nvme/host/core.c), and with 31 bits were busy for minutes.
 NSID_MAX = 0xFFFF
+CNTLID_MIN, CNTLID_MAX = 1024, 0xFFEF  # of what has a limit; the kernel gives the lowest ones to all others
 MODEL_MAX = 40
 SERIAL_MAX = 20
 FIRMWARE_MAX = 8
@@ -140,6 +144,7 @@ PLYMOUTH_WAIT_SEC = 3  # for Plymouth to let go of the console
 REDRAW_SEC = 0.75  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
 THREADS = 16  # for what is mostly waiting for the kernel
+CLIENTS_MAX = 100  # that may be asked for, so that 600 disks have controllers' IDs of their own
 FILES_SURE = 500  # disks, each with a file open; systemd and shells allow 1024 unless told otherwise
 
 READ_ONLY = "read-only"  # kinds of access
@@ -1048,9 +1053,10 @@ class Stay:
     takes no second namespace with a UUID that it knows.
     """
 
-    __slots__ = ("name", "number", "origin", "own")
+    __slots__ = ("index", "name", "number", "origin", "own")
 
-    def __init__(self, number: int, own: str, origin: str = "") -> None:
+    def __init__(self, number: int, own: str, origin: str = "", index: int = 0) -> None:
+        self.index = index  # counts them from 0
         self.origin = origin  # the digests of name and slot
         self.number = number
         self.own = own
@@ -1118,7 +1124,8 @@ class Stays:
             return
         self.moves[move] = self.moves.get(move, 0) + 1
         repeated = uuid in self.taken or name in self.taken
-        self.known[tag] = Stay(number, self.digest(move, str(self.moves[move])) if repeated else "", move)
+        own = self.digest(move, str(self.moves[move])) if repeated else ""
+        self.known[tag] = Stay(number, own, move, len(self.numbers))
         self.numbers.add(number)
         self.taken |= {uuid, name}
 
@@ -1785,6 +1792,10 @@ class Access:
         self.rules = rules
         self.mode = mode or DEFAULT_ACCESS
 
+    def may_write(self) -> bool:
+        """Whether there may be a disk that clients can write to, now or later."""
+        return any(mode != READ_ONLY for mode in (self.mode, *(mode for _, mode in self.rules)))
+
     def of(self, disk: Disk) -> str:
         """What the first rule says that matches the node, a link, the serial number or the model."""
         if not self.rules:
@@ -2203,6 +2214,53 @@ def parse_uevent(raw: bytes) -> str:
         if line.startswith(b"DEVPATH="):
             return os.fsdecode(line[line.rfind(b"/") + 1 :]) if b"/" in line else ""
     return ""
+
+
+def parse_sockets(raw: bytes, ports: Container[int]) -> set[str]:
+    """The peers of all connections to these ports in /proc/net/tcp and tcp6 (proc(5)). Takes any bytes."""
+    found = set()
+    for line in raw.split(b"\n"):
+        fields = line.split()
+        if len(fields) < 4 or fields[3] != b"01":  # TCP_ESTABLISHED
+            continue
+        try:
+            if int(fields[1].rpartition(b":")[2], 16) not in ports:
+                continue
+            digits = fields[2].rpartition(b":")[0]
+            words = [int(digits[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(digits), 8)]
+            found.add(socket.inet_ntop(AF_INET6 if len(words) == 4 else AF_INET, b"".join(words)))
+        except (ValueError, OverflowError):
+            pass
+    return found
+
+
+class Clients:
+    """Who is attached, and word of connections that end (sock_diag(7)).
+
+    The kernel tells nobody of connections that begin. But who is turned away ends one.
+    """
+
+    def __init__(self) -> None:
+        self.socket = socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_SOCK_DIAG)
+        groups = 1 << (SKNLGRP_INET_TCP_DESTROY - 1) | 1 << (SKNLGRP_INET6_TCP_DESTROY - 1)
+        try:
+            self.socket.bind((0, groups))
+        except OSError as e:
+            debug(f"Failed to listen to the ends of connections, ignoring: {reason_of(e)}")
+
+    def changed(self) -> bool:
+        return bool(drain(self.socket))
+
+    @staticmethod
+    def attached(ports: Container[int]) -> list[str]:
+        """The addresses of all that have a connection to one of these TCP ports."""
+        found: set[str] = set()
+        for name in ("tcp", "tcp6"):
+            try:
+                found |= parse_sockets(read_bytes(f"{PROC}net/{name}"), ports)
+            except OSError as e:
+                debug(f"Failed to read which clients are attached, ignoring: {reason_of(e)}")
+        return sorted(found)
 
 
 class Uevents:
@@ -3493,9 +3551,19 @@ class NvmeTcp:
     }
     ATTEMPTS = 16
 
-    def __init__(self, machine: Machine, nqn: str = "", *, shared: bool = False) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        nqn: str = "",
+        *,
+        shared: bool = False,
+        clients: int = 1,
+        writable: bool = False,
+    ) -> None:
         self.machine = machine
         self.shared = shared
+        self.clients = clients  # how many may attach a disk that they can write to at a time; 0 for any
+        self.writable = writable  # whether there may be a disk that clients can write to
         self.prefix = nqn or self.NQN_STEM + machine.app_specific(self.NQN_APPLICATION)
         self.overrides = {
             name: os.environ.get(f"SYSTEMD_NVME_{name}", "")
@@ -3572,6 +3640,8 @@ class NvmeTcp:
 
     def why_refused(self, e: OSError) -> str:
         """Why the kernel would not do a step, where its own reason would mislead; or else empty."""
+        if e.errno in (errno.ENOENT, errno.EACCES) and "/attr_cntlid_" in str(e.filename):
+            return "this kernel cannot keep other clients away (Linux 5.8 can); see --clients=any"
         # nvmet_ns_enable(): not files of ours.
         if self.shared and e.errno == errno.EMFILE and str(e.filename).endswith("/enable"):
             return "the kernel allows no more namespaces in one subsystem (1024); see --subsystem=per-disk"
@@ -3667,14 +3737,29 @@ class NvmeTcp:
             )
         if self.shared:
             path = f"nvmet/subsystems/{self.prefix}"
-            identity = self.subsystem_entries(path, self.model(None), self.serial(None))
+            limit = self.limit(READ_WRITE if self.writable else READ_ONLY)
+            identity = self.subsystem_entries(path, self.model(None), self.serial(None), limit, 0)
             branches.append(
                 Branch("subsystem", [*identity, DefaultGroup(path + "/namespaces"), *self.links(path)])
             )
         return branches
 
-    def subsystem_entries(self, path: str, model: str, serial: str) -> list[Entry]:
+    def limit(self, access: str) -> int:
+        """How many clients may attach a disk at a time; 0 for any.
+
+        Most file systems break when two machines write to them.
+        """
+        return 0 if access == READ_ONLY else self.clients
+
+    def subsystem_entries(self, path: str, model: str, serial: str, limit: int, index: int) -> list[Entry]:
+        """All of a subsystem but its namespaces. `index` tells it from others that have a `limit`."""
         entries: list[Entry] = [Directory(path), Attribute(path + "/attr_allow_any_host", "1")]
+        if limit:
+            # The kernel refuses a host when all controllers' IDs between these are taken (Linux 5.8). One is
+            # taken whichever subsystem it is used in.
+            first = CNTLID_MIN + index % ((CNTLID_MAX - CNTLID_MIN + 1) // limit) * limit
+            entries.append(Attribute(path + "/attr_cntlid_min", str(first)))
+            entries.append(Attribute(path + "/attr_cntlid_max", str(first + limit - 1)))
         for name, value in (("model", model), ("firmware", self.firmware), ("serial", serial)):
             if value:
                 entries.append(OptionalAttribute(f"{path}/attr_{name}", value))
@@ -3717,7 +3802,8 @@ class NvmeTcp:
             *protection,
         ]
         if not self.shared:
-            identity = self.subsystem_entries(root, self.model(disk), self.serial(disk))
+            limit, index = self.limit(disk.access), disk.stay.index if disk.stay else 0
+            identity = self.subsystem_entries(root, self.model(disk), self.serial(disk), limit, index)
             entries = [*identity, *entries, *self.links(root)]
         return Branch(disk.tag, entries, claims=self.claims(disk))
 
@@ -3815,6 +3901,7 @@ class Report:
         self.memory = memory or Memory()
         self.refused = refused
         self.awaited = awaited
+        self.attached: list[str] = []  # addresses of clients
         self.title = f"Storage target mode: {machine.name} ({machine.os_name})"
         self.transport = transport
         self.addresses = transport.reachable(addresses)
@@ -3844,6 +3931,14 @@ class Report:
         full = any(full for _, _, full in self.memory.filled.values())
         text = f"snapshots use {size_text(used)} of {size_text(size)} of memory ({100 * used // size} %)"
         return before + text + (", which is full: writes fail" if full else "")
+
+    def attached_text(self) -> str:
+        """Who has disks, and why others may be turned away."""
+        limits = {self.transport.limit(d.access) for d in self.exported}
+        text = f"Attached from {', '.join(self.attached)}"
+        if limit := max(limits, default=0):
+            text += f"; what can be written to is for {limit} client{'s' if limit > 1 else ''} at a time"
+        return text
 
     def access_text(self, disk: Disk) -> str:
         """A disk's access as the screen has it."""
@@ -3887,6 +3982,8 @@ class Report:
             found[f"size {disk.key} {disk.tag}"] = f"'{disk.node}' has {disk.size} bytes"
         if self.refused:
             return {}
+        if self.attached:
+            found["clients"] = self.attached_text()
         for disk in self.exported:
             if self.access_text(disk) == SNAPSHOT_FULL:
                 found[f"full {disk.key}"] = (
@@ -3947,6 +4044,8 @@ class Report:
             blocks.append([*lines, ("", "")])
         if self.transport.shared and count:
             blocks.append([("", "")])
+        if self.attached:
+            blocks.append([("", line) for line in wrapped(self.attached_text() + ".", width)] + [("", "")])
         if fill := self.fill_text(""):
             full = any(full for _, _, full in self.memory.filled.values())
             blocks.append([("alert" if full else "", fill[0].upper() + fill[1:] + "."), ("", "")])
@@ -4258,6 +4357,7 @@ class Service:
                 self.inventory.rescan()
                 self.check_names()
             self.synchronise(strict=True)
+            self.clients = Clients()
             self.network = Network()
             self.addresses = self.network.addresses()
             self.open_view()
@@ -4544,7 +4644,7 @@ class Service:
     def loop(self) -> None:
         """Waits for news and acts on it, until a signal says to stop. Nothing wakes it up without reason."""
         poll = select.poll()
-        for source in (self.uevents.socket, self.network.socket, self.signals):
+        for source in (self.uevents.socket, self.network.socket, self.clients.socket, self.signals):
             poll.register(source, select.POLLIN)
         if self.view.keys >= 0:
             poll.register(self.view.keys, select.POLLIN)
@@ -4593,6 +4693,8 @@ class Service:
             except OSError as e:
                 warning(f"Failed to read this machine's addresses: {reason_of(e)}")
             self.dirty = True
+        if self.clients.socket.fileno() in ready and self.clients.changed():
+            self.dirty = True
         again = bool(self.tree.finished)
         if self.uevents.socket.fileno() in ready:
             names = self.uevents.changed()
@@ -4615,6 +4717,7 @@ class Service:
         report = Report(
             self.machine, self.transport, self.addresses, disks, self.memory, self.refused, self.awaited
         )
+        report.attached = self.clients.attached(self.transport.ports.values())
         self.view.show(report)
         if (status := report.status()) != self.status:
             self.status = status
@@ -4672,6 +4775,7 @@ class Options:
         self.store = 0  # for the changes of snapshots, in bytes; 0 for half of what is available
         self.rules: list[tuple[str, str]] = []  # glob and kind of access
         self.subsystem = ""  # PER_DISK or SHARED; empty if none was asked for
+        self.clients = -1  # at a time; 0 for any, -1 if nothing was asked for
         self.kernel_command_line = False
         self.refused = ""  # why nothing is exported although the service runs
         self.help = False
@@ -4706,6 +4810,12 @@ OPTIONS = (
         "subsystem",
         "=KIND",
         "One NVMe subsystem for each disk (per-disk, default)\nor one for all (shared)",
+    ),
+    (
+        "",
+        "clients",
+        "=N|any",
+        "Let N clients at a time attach a disk that they can\nwrite to (default: 1)",
     ),
     ("", "stacked", "", "Export idle arrays and volumes, and not their disks"),
     ("", "force", "", "Export the named devices even if they are in use"),
@@ -4800,6 +4910,12 @@ def set_option(options: Options, name: str, value: str) -> None:
         if value not in (PER_DISK, SHARED):
             raise UsageError(f"--subsystem={value} is neither {PER_DISK} nor {SHARED}")
         options.subsystem = value
+    elif name == "clients":
+        if value != "any" and not (
+            value.isascii() and value.isdecimal() and 0 < int(value[:4]) <= CLIENTS_MAX
+        ):
+            raise UsageError(f"--clients={value} is neither a number from 1 to {CLIENTS_MAX} nor any")
+        options.clients = 0 if value == "any" else int(value)
     elif name == "access":
         options.rules.append(parse_rule(value))
     else:
@@ -4885,6 +5001,7 @@ def add_options(options: Options, more: Options) -> None:
     options.store = options.store or more.store
     options.nqn = options.nqn or more.nqn
     options.subsystem = options.subsystem or more.subsystem
+    options.clients = more.clients if options.clients < 0 else options.clients
     options.all = max(options.all, more.all) if not options.devices else options.all
     for name in ("list_devices", "dry_run", "json", "force", "stacked", "help", "version"):
         setattr(options, name, getattr(options, name) or getattr(more, name))
@@ -5025,10 +5142,16 @@ def start(argv: Sequence[str]) -> int:
     if not options.dry_run and os.geteuid() != 0:
         raise UserError("Only root can export disks; run it as root, or see what it would do with --dry-run")
     machine = Machine()
-    transport = NvmeTcp(machine, options.nqn, shared=options.subsystem == SHARED)
+    access = Access(options.rules, options.mode)
+    transport = NvmeTcp(
+        machine,
+        options.nqn,
+        shared=options.subsystem == SHARED,
+        clients=1 if options.clients < 0 else options.clients,
+        writable=access.may_write(),
+    )
     if options.refused:
         options.devices, options.all = [], 0
-    access = Access(options.rules, options.mode)
     force = options.force or options.all > 1
     stays = Stays(f"{RUN}{transport.prefix}.disks", machine.id)
     everything = bool(options.all)

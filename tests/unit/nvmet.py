@@ -17,7 +17,14 @@ from typing import Any
 
 import pytest
 
-SUBSYSTEM = ("attr_allow_any_host", "attr_firmware", "attr_model", "attr_serial")
+SUBSYSTEM = (
+    "attr_allow_any_host",
+    "attr_cntlid_max",
+    "attr_cntlid_min",
+    "attr_firmware",
+    "attr_model",
+    "attr_serial",
+)
 NAMESPACE = ("buffered_io", "device_nguid", "device_path", "device_uuid", "enable", "revalidate_size")
 PORT = ("addr_adrfam", "addr_traddr", "addr_trsvcid", "addr_trtype")
 

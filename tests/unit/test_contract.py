@@ -459,6 +459,8 @@ def test_wanted_tree(busy: storagetm.NvmeTcp) -> None:
     assert [(type(e).__name__, e.path, e.value) for e in branch.entries] == [
         ("Directory", nqn, ""),
         ("Attribute", f"{nqn}/attr_allow_any_host", "1"),
+        ("Attribute", f"{nqn}/attr_cntlid_min", "1024"),
+        ("Attribute", f"{nqn}/attr_cntlid_max", "1024"),
         ("OptionalAttribute", f"{nqn}/attr_model", "Model (debian)"),
         ("OptionalAttribute", f"{nqn}/attr_firmware", "13"),
         ("OptionalAttribute", f"{nqn}/attr_serial", "A"),

@@ -416,3 +416,32 @@ def test_any_bytes_as_vpd_page(raw: bytes) -> None:
     for page in (raw, b"\0\x80" + raw, b"\0\x83\0\0" + raw):
         assert "\0" not in storagetm.parse_vpd_serial(page)
         assert "\0" not in storagetm.parse_vpd_name(page)[1]
+
+
+# Sockets
+
+TCP = b"""\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 010200C0:41DA 020200C0:D4F2 01 00000000:00000000 02:000A2C2B 00000000     0        0 17225 2 0 20 4 30 10 -1
+   1: 00000000:41DA 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 17218 1 0 100 0 0 10 0
+   2: 010200C0:0016 030200C0:D4F4 01 00000000:00000000 02:000A2C2B 00000000     0        0 17226 2 0 20 4 30 10 -1
+"""
+TCP6 = b"""\
+   0: 000080FE00000000FF005450563412FE:72EF 000080FE00000000FF00545078563412:AF4E 01 00000000:00000000 02:00 0 0 0 1
+"""
+
+
+@pytest.mark.skipif(sys.byteorder == "big", reason="captured on a little-endian machine")
+def test_who_is_attached() -> None:
+    """Those that are connected to the ports, and no others."""
+    assert storagetm.parse_sockets(TCP, {16858, 29423}) == {"192.0.2.2"}
+    assert storagetm.parse_sockets(TCP6, {16858, 29423}) == {"fe80::5054:ff:1234:5678"}
+    assert storagetm.parse_sockets(TCP + TCP6, {4420}) == set()
+
+
+@given(st.binary(max_size=300))
+@example(b"0: 0:41DA 0:0 01")
+@example(b"0: 0:41DA zz:0 01")
+@example(b"0: 0:41DA -1:0 01\n0: 0:41DA fffffffff:0 01\n0: 0:_ 00000000:0 01")
+def test_any_bytes_as_sockets(raw: bytes) -> None:
+    assert all(isinstance(x, str) for x in storagetm.parse_sockets(raw, {0x41DA}))

@@ -125,6 +125,8 @@ def test_create(nvmet: Nvmet, run: Run) -> None:
         "nvmet/subsystems": "directory",
         subsystem: "directory",
         f"{subsystem}/attr_allow_any_host": "1",
+        f"{subsystem}/attr_cntlid_max": "1024",
+        f"{subsystem}/attr_cntlid_min": "1024",
         f"{subsystem}/attr_firmware": "13",
         f"{subsystem}/attr_model": "Model (debian)",
         f"{subsystem}/attr_serial": "serial a",
@@ -171,13 +173,30 @@ def test_nothing_to_do(nvmet: Nvmet, tmp_path: Path) -> None:
 
 def test_attributes_that_the_kernel_lacks(nvmet: Nvmet, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = nvmet.contents()
-    monkeypatch.setattr(stand_in, "SUBSYSTEM", ("attr_allow_any_host", "attr_serial"))
+    kept = ("attr_allow_any_host", "attr_cntlid_max", "attr_cntlid_min", "attr_serial")
+    monkeypatch.setattr(stand_in, "SUBSYSTEM", kept)
     monkeypatch.setattr(stand_in, "NAMESPACE", ("device_path", "enable"))
     assert run(ABC) == {}
     assert "nvmet/ports/4421/subsystems/nqn.test.c" in nvmet.contents()
     assert changes(nvmet, lambda: run(ABC)) == []
     assert run([]) == {}
     assert nvmet.contents() == before
+
+
+def test_kernel_that_cannot_keep_other_clients_away(
+    nvmet: Nvmet, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is exported with less protection than asked for, unless that is asked for."""
+    before = nvmet.contents()
+    monkeypatch.setattr(stand_in, "SUBSYSTEM", ("attr_allow_any_host",))
+    failures = run(wanted([disk("a")]))
+    (problem,) = failures.values()
+    assert "see --clients=any" in transport(PORTS).why_refused(problem)
+    assert run([]) == {}
+    assert nvmet.contents() == before
+    made = transport(PORTS)
+    made.clients = 0
+    assert run([*made.common_branches(), made.disk_branch(disk("a"))]) == {}
 
 
 # Changes
@@ -292,7 +311,7 @@ def test_crash_while_creating(nvmet: Nvmet, run: Run) -> None:
     while nvmet.run_and_kill_at(number, lambda: run(AB)):
         check_recovery(nvmet, run, before, complete)
         number += 1
-    assert number == 2 * 5 + 2 * 11  # ports, and disks with two links each
+    assert number == 2 * 5 + 2 * 13  # ports, and disks with two links each
 
 
 def test_crash_while_removing(nvmet: Nvmet, run: Run) -> None:
@@ -403,7 +422,7 @@ def test_failure_while_patching(nvmet: Nvmet, tmp_path: Path) -> None:
 
 def test_hopeless_failure(nvmet: Nvmet, tmp_path: Path) -> None:
     session = Session(nvmet, tmp_path / "x.entries")
-    nvmet.fail_at(2 * 5 + 3 * 9, errno.EADDRINUSE)  # the first link
+    nvmet.fail_at(2 * 5 + 3 * 11, errno.EADDRINUSE)  # the first link
     failures = session.tree.reconcile(ABC, None, storagetm.NvmeTcp.concerns_port)
     assert list(failures) == ["nvmet/subsystems/nqn.test.a"]
     assert "nvmet/subsystems/nqn.test.a" not in session.tree.live

@@ -80,9 +80,9 @@ def test_image_has_its_own_sectors(target: Machine, client: Machine, files: list
     for name, sector in NAMES.items():
         offset = 0 if name == "xfs" else MIB
         target.run(
-            f"loop=$(losetup --find --show --sector-size {sector} --offset {offset} /var/tmp/images/{name}); "
-            "mount -o ro $loop /mnt && grep -q 'from the client' /mnt/file; s=$?; umount /mnt; "
-            "losetup --detach $loop; exit $s"
+            f"loop=$(losetup --find --show --sector-size {sector} --offset {offset} "
+            f"/var/tmp/images/{name}); mount -o ro $loop /mnt && "
+            "grep -q 'from the client' /mnt/file; s=$?; umount /mnt; losetup --detach $loop; exit $s"
         )
     assert target.run("tail -c 300 /var/tmp/images/mbr | tr -d '\\0' | wc -c").stdout == "0\n"
     assert nvmet.left_over(target) == []

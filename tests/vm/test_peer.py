@@ -135,14 +135,23 @@ class Comparison:
         one; `shared_serial` is what the peer gives to those without.
         """
         ours: set[str] = set()
+        limits = set()
         for nqn, serial in serials.items():
             path = f"subsystems/{nqn}/namespaces/1/device_path"
             # The peer opens the device, and names it by its own file descriptor.
             match = re.fullmatch(r"/proc/\d+/fd/\d+\n-> (.*)", self.peer[path])
             assert match
-            assert self.project[path].endswith(f"\n-> {match[1]}")
+            # A file has a loop device in between, or it would have the block size of its file system.
+            node = "/dev/loop" if match[1].startswith("/var/") else match[1]
+            assert f"\n-> {node}" in self.project[path]
             assert not self.project[path].startswith("/proc/")
             self.other.remove(path)
+            # One client at a time.
+            ids = [f"subsystems/{nqn}/attr_cntlid_{end}" for end in ("min", "max")]
+            assert [self.peer[i] for i in ids] == ["1\n", "65519\n"]
+            assert self.project[ids[0]] == self.project[ids[1]]
+            limits.add(self.project[ids[0]])
+            self.other -= set(ids)
             path = f"subsystems/{nqn}/attr_serial"
             if serial:
                 # The kernel fills it up with blanks.
@@ -152,6 +161,7 @@ class Comparison:
                 assert re.fullmatch(r"[0-9a-f]{20}\n", self.project[path])
                 ours.add(self.project[path])
                 self.other.remove(path)
+        assert len(limits) == len(serials)
         if shared_serial:
             assert shared_serial + "\n" not in ours
             assert len(ours) == sum(1 for s in serials.values() if not s)
