@@ -4717,7 +4717,7 @@ class Service:
         report = Report(
             self.machine, self.transport, self.addresses, disks, self.memory, self.refused, self.awaited
         )
-        report.attached = self.clients.attached(self.transport.ports.values())
+        report.attached = Clients.attached(self.transport.ports.values())
         self.view.show(report)
         if (status := report.status()) != self.status:
             self.status = status

@@ -61,6 +61,7 @@ class Run:
     def __init__(self, *paths: str) -> None:
         made = storagetm.Machine()
         stays = storagetm.Stays(storagetm.RUN + "disks", made.id)
+        stays.kept = True
         inventory = storagetm.Inventory(paths, not paths, False, stays=stays)
         self.service = storagetm.Service(made, storagetm.NvmeTcp(made), inventory)
         self.service.view.beside_plymouth = False  # that of this computer
@@ -264,13 +265,11 @@ def test_start_waits_for_disks_of_the_run_before(
 ) -> None:
     """One that returns to its slot with its serial number is the same to clients that wait for it."""
     first = start()
-    first.service.inventory.stays.kept = True
     first.service.synchronise(strict=True)
     before = nvmet.contents()
     assert first.service.stop()
     plug = unplug(machine, "sda")
     second = start()
-    second.service.inventory.stays.kept = True
     steps = len(nvmet.calls)
     second.service.synchronise(strict=True)
     assert nvmet.calls[steps:] == []
@@ -298,14 +297,12 @@ def test_another_disk_in_the_slot_is_not_the_awaited_one(
 ) -> None:
     """It was there before the program, or says who it is: what waits for the old one never reaches it."""
     run = start()
-    run.service.inventory.stays.kept = True
     run.service.synchronise(strict=True)
     before = nvmet.contents()
     assert run.service.stop()
     unplug(machine, "sda")("4711")
     plug = unplug(machine, "sdb")
     run = start()
-    run.service.inventory.stays.kept = True
     run.service.synchronise(strict=True)
     # What has another disk in its slot already cannot return.
     assert run.service.awaited == ["'/dev/sdb' (exported until the last stop)"]
