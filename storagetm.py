@@ -139,7 +139,7 @@ STORE_POLL_SEC = (0.05, 1)  # shortest and longest pause between two looks at ho
 STORE_FILL = 1 << 30  # bytes a second with which a client is expected to fill one
 LOCK_POLL_SEC = (0.02, 0.5)  # first and longest pause between two tries for a lock
 UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as sysfs describes it
-MEDIUM_POLL_MSEC = 2000  # between two looks of the kernel into a drive, where udev has not seen to that
+MEDIUM_POLL_MSEC = 2000  # between two looks into a drive
 PLYMOUTH_WAIT_SEC = 3  # for Plymouth to let go of the console
 REDRAW_SEC = 0.75  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
@@ -163,6 +163,7 @@ MEMORY_FILE = "/memfd:storagetm"  # as the kernel calls it
 STORE_MIN = 1 << 20  # bytes for the changes of snapshots
 
 UNKNOWN = "?"
+POLL_NOTE = "events_poll_msecs."  # before a drive's name: the file that keeps what the kernel had there
 
 NO_MEDIUM = "No medium found; insert one and it will be exported"
 
@@ -614,6 +615,7 @@ def plymouth_request(request: bytes, wait_sec: float = 0) -> None:
 # DM_UDEV_DISABLE_DM_RULES_FLAG, _SUBSYSTEM_RULES_FLAG, _DISK_RULES_FLAG, _OTHER_RULES_FLAG, and
 # _PRIMARY_SOURCE_FLAG, by which it remembers that).
 DM_COOKIE = (0x1 | 0x2 | 0x4 | 0x8 | 0x40) << 16
+SUSPENDING = _thread.allocate_lock()  # held by who suspends a device of ours, until it is resumed
 CONTROLS: dict[str, int] = {}  # descriptors of the devices that control others, by path; kept open
 
 
@@ -974,6 +976,10 @@ class Disk:
         if tag != self.tag:
             self.tag = tag
             self.stay = None
+
+    def is_drive(self) -> bool:
+        """Whether its medium may be exchanged without a word, as a card may. A CD's drive has a door."""
+        return self.removable and not self.sysname.startswith("sr") and " inode " not in self.tag
 
     def fingerprint(self) -> tuple[str, int, bool]:
         """What must change before an export that failed is tried again."""
@@ -1706,7 +1712,9 @@ def watch_medium(disk: Disk) -> None:
 
 def why_unfit(disk: Disk) -> str:
     """Why the kernel could not export a disk at all, whoever asks."""
-    if disk.removable and disk.sysname and (why := why_no_medium(disk)):
+    # Not of a drive whose medium is exported: to ask opens the way to the next one (see MediumWatch).
+    asked = disk.removable and disk.sysname and (disk.fd < 0 or not disk.is_drive())
+    if asked and (why := why_no_medium(disk)):
         return why
     if disk.size == 0 and disk.rest:
         return f"it has {disk.rest} bytes, less than one sector of {disk.block}"
@@ -2575,7 +2583,8 @@ class Mapping(Entry):
         try:
             # Clients find partitions by the numbers of sectors, which have to be as large as the disk's.
             block = self.block or logical_block_size(source)
-            loop, number = attach_loop(fd, read_only=not writable, block=block, direct=self.block > 0)
+            direct = writable or self.block > 0
+            loop, number = attach_loop(fd, read_only=not writable, block=block, direct=direct)
         finally:
             os.close(fd)
         opened.append(loop)
@@ -2645,8 +2654,8 @@ class MappedNode(Attribute):
 def mapping_target(disk: Disk, access: str) -> str:
     """The kind of device-mapper device between a disk and its export; empty if there is none."""
     if access == READ_WRITE:
-        # nvmet would give a file the block size of its file system.
-        return Mapping.READ_WRITE if disk.block else ""
+        # nvmet would give a file the block size of its file system, and cannot be stopped for a moment.
+        return Mapping.READ_WRITE if disk.block or disk.is_drive() else ""
     return Mapping.READ_ONLY if access == READ_ONLY else Mapping.SNAPSHOT
 
 
@@ -2760,6 +2769,100 @@ class Memory:
             self.filled[name] = self.filled[name][0], limit, False
         except OSError as e:
             debug(f"Failed to change the limit of '{name}', ignoring: {reason_of(e)}")
+
+
+class MediumWatch:
+    """Looks into drives whose media are exported, so that no client's command reaches the next medium.
+
+    When a medium was exchanged, the kernel fails all commands, but only until somebody asks whether it was:
+    then it lets them pass again (sd_check_events() in drivers/scsi/sd.c). So it is kept from asking itself,
+    as it does every 2 s. It is asked here, while all I/O is held back in our device over the drive. What has
+    waited then finds the same medium, or none at all. A drive may take long to answer, so that a thread does
+    it.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self.wake = wake
+        self.watched: dict[str, tuple[Disk, Mapping]] = {}  # by the kernel's name of the drive
+        self.mutex = _thread.allocate_lock()
+        self.runs = False
+
+    def watch(self, exported: Iterable[Disk]) -> None:
+        """Watches the drives among these disks, and no others."""
+        found = {}
+        for disk in exported:
+            if disk.is_drive() and disk.branch:
+                for mapping in disk.branch.kept(Mapping):
+                    if isinstance(mapping, Mapping):
+                        found[disk.sysname] = disk, mapping
+        with self.mutex:
+            self.watched = found
+        for name in [n for n in list_directory(RUN) if n.startswith(POLL_NOTE)]:
+            if name[len(POLL_NOTE) :] not in found:
+                self.restore(name[len(POLL_NOTE) :])
+        for name in found:
+            self.keep_from_asking(name)
+        if found and not self.runs:
+            self.runs = True
+            _thread.start_new_thread(self.run, ())
+
+    @staticmethod
+    def keep_from_asking(sysname: str) -> None:
+        """Switches the kernel's own looking off, and notes what it was."""
+        poll, note = sys_block(sysname) + "/events_poll_msecs", RUN + POLL_NOTE + sysname
+        try:
+            if not os.path.exists(note):
+                write_new_file(note, read_page(poll))
+            if read_attribute(poll) != "0":
+                write_attribute(poll, "0")
+        except OSError as e:
+            debug(f"Failed to keep the kernel from looking for media, ignoring: {reason_of(e)}")
+
+    @staticmethod
+    def restore(sysname: str) -> None:
+        try:
+            write_attribute(
+                sys_block(sysname) + "/events_poll_msecs", read_attribute(RUN + POLL_NOTE + sysname)
+            )
+        except OSError as e:
+            debug(f"Failed to have the kernel look for media again, ignoring: {reason_of(e)}")
+        try:
+            os.unlink(RUN + POLL_NOTE + sysname)
+        except OSError:
+            pass
+
+    def run(self) -> None:
+        while True:
+            time.sleep(MEDIUM_POLL_MSEC / 1000)
+            with self.mutex:
+                watched = list(self.watched.values())
+                self.runs = bool(watched)
+            if not watched:
+                return
+            for disk, mapping in watched:
+                try:
+                    if not self.is_same(disk, mapping):
+                        self.wake()
+                except OSError as e:
+                    debug(f"Failed to look into '{disk.node}', ignoring: {reason_of(e)}")
+
+    @staticmethod
+    def is_same(disk: Disk, mapping: Mapping) -> bool:
+        """Whether the medium is still in. If not, all I/O fails from now on. Raises OSError."""
+        with SUSPENDING:
+            same = False
+            dm_call(DM_DEV_SUSPEND, mapping.name, flags=DM_SUSPEND_FLAG | DM_SKIP_LOCKFS_FLAG)
+            try:
+                # This is what asks.
+                os.close(os.open(disk.node, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+                uevent = read_page(sys_device(disk.sysname) + "/uevent")
+                same = disk.tag == " ".join(parse_block_uevent(uevent))
+            finally:
+                if not same:
+                    sectors = mapping.source()[1]
+                    dm_call(DM_TABLE_LOAD, mapping.name, table=dm_table(sectors, "error", ""))
+                dm_call(DM_DEV_SUSPEND, mapping.name, flags=DM_SKIP_LOCKFS_FLAG)
+        return same
 
 
 def available_memory() -> int:
@@ -4322,6 +4425,7 @@ class Service:
         self.shared = 0.0  # when the memory was last divided, in seconds of the monotonic clock
         self.ledger = Ledger(f"{RUN}{transport.prefix}.entries")
         self.tree = Tree(CONFIGFS, self.ledger)
+        self.media = MediumWatch(lambda: self.tree.wake())
         self.addresses: list[Address] = []
         self.view: JournalView | Screen = JournalView()
         self.dirty = True  # something to show has changed
@@ -4478,6 +4582,7 @@ class Service:
         for disk in self.inventory.disks.values():
             root = self.transport.root(disk)
             disk.branch = None if root in self.tree.leaving else self.tree.live.get(root)
+        self.media.watch(self.inventory.disks.values())
         for root, problem in failures.items():
             self.fail(owners.get(root), root, problem, strict=strict)
         if passage or any(root in self.tree.live for root in failures):
@@ -4735,8 +4840,11 @@ class Service:
         while self.tree.leaving:  # a second signal ends this, too
             time.sleep(LOCK_POLL_SEC[0])
             self.tree.collect()
+        self.media.watch(())
         if self.opened:
-            self.inventory.stays.leave(d for d in self.inventory.disks.values() if d.branch)
+            # All others are new ones when they return.
+            stays = self.inventory.stays
+            stays.leave(d for d in self.inventory.disks.values() if d.branch and d.lasts())
         for root, problem in self.take_away([], None).items():
             error(f"Failed to remove '{CONFIGFS}{root}': {reason_of(problem)}; remove what is below it")
         for disk in self.inventory.disks.values():

@@ -104,7 +104,7 @@ def forget_disks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Lets no test know which disks others have plugged into the target."""
     yield
     if "shared_machines" in request.fixturenames:
-        request.getfixturevalue("target").run("rm -f /run/storagetm/*.disks")
+        request.getfixturevalue("target").run("rm -f /run/storagetm/*.disks*")
 
 
 @pytest.fixture

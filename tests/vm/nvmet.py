@@ -195,7 +195,7 @@ def remove(machine: Machine, *roots: str) -> None:
 def left_over(machine: Machine) -> list[str]:
     """What is in the tool's directory but locks, which stay for whoever waits for them, and who is who."""
     names = machine.run("ls -A /run/storagetm 2>/dev/null", check=False).stdout.splitlines()
-    return [name for name in names if not name.endswith((".lock", ".disks"))]
+    return [name for name in names if not name.endswith((".lock", ".disks", ".awaited"))]
 
 
 def number_of(machine: Machine, nqn: str) -> str:

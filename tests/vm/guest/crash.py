@@ -263,7 +263,7 @@ class Trial:
             raise Wrong(f"complete, but made anew: {anew}")
         self.check_end(run, 0)
         # Which namespace is whose is for the next start.
-        kept = (".lock", ".disks")
+        kept = (".lock", ".disks", ".awaited")
         if left_over := [name for name in os.listdir(OURS) if not name.endswith(kept)]:
             raise Wrong(f"left in {OURS}: {left_over}")
 
