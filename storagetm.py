@@ -2783,7 +2783,9 @@ class MediumWatch:
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self.wake = wake
-        self.watched: dict[str, tuple[Disk, Mapping]] = {}  # by the kernel's name of the drive
+        # Node, tag of the medium and what is over it, by the kernel's name of the drive. Not the disk, which
+        # may be read again while the thread looks.
+        self.watched: dict[str, tuple[str, str, Mapping]] = {}
         self.mutex = _thread.allocate_lock()
         self.runs = False
 
@@ -2794,7 +2796,7 @@ class MediumWatch:
             if disk.is_drive() and disk.branch:
                 for mapping in disk.branch.kept(Mapping):
                     if isinstance(mapping, Mapping):
-                        found[disk.sysname] = disk, mapping
+                        found[disk.sysname] = disk.node, disk.branch.tag, mapping
         with self.mutex:
             self.watched = found
         for name in [n for n in list_directory(RUN) if n.startswith(POLL_NOTE)]:
@@ -2835,28 +2837,27 @@ class MediumWatch:
         while True:
             time.sleep(MEDIUM_POLL_MSEC / 1000)
             with self.mutex:
-                watched = list(self.watched.values())
+                watched = list(self.watched.items())
                 self.runs = bool(watched)
             if not watched:
                 return
-            for disk, mapping in watched:
+            for sysname, (node, tag, mapping) in watched:
                 try:
-                    if not self.is_same(disk, mapping):
+                    if not self.is_same(sysname, node, tag, mapping):
                         self.wake()
                 except OSError as e:
-                    debug(f"Failed to look into '{disk.node}', ignoring: {reason_of(e)}")
+                    debug(f"Failed to look into '{node}', ignoring: {reason_of(e)}")
 
     @staticmethod
-    def is_same(disk: Disk, mapping: Mapping) -> bool:
+    def is_same(sysname: str, node: str, tag: str, mapping: Mapping) -> bool:
         """Whether the medium is still in. If not, all I/O fails from now on. Raises OSError."""
         with SUSPENDING:
             same = False
             dm_call(DM_DEV_SUSPEND, mapping.name, flags=DM_SUSPEND_FLAG | DM_SKIP_LOCKFS_FLAG)
             try:
                 # This is what asks.
-                os.close(os.open(disk.node, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-                uevent = read_page(sys_device(disk.sysname) + "/uevent")
-                same = disk.tag == " ".join(parse_block_uevent(uevent))
+                os.close(os.open(node, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+                same = tag == " ".join(parse_block_uevent(read_page(sys_device(sysname) + "/uevent")))
             finally:
                 if not same:
                     sectors = mapping.source()[1]
