@@ -145,7 +145,6 @@ DEFAULT_ACCESS = READ_ONLY
 # By what the kernel's names begin with.
 NETWORK_DISKS = {"nbd": "NBD", "rbd": "Ceph", "rnbd": "RNBD", "etherd!": "ATA over Ethernet"}
 NO_DISKS = {"loop": "a loop device", "zram": "a compressed RAM disk", "ram": "a RAM disk"}
-ENCODING = sys.getfilesystemencoding()
 MEMORY_FILE = "/memfd:storagetm"  # as the kernel calls it
 STORE_MIN = 1 << 20  # bytes for the changes of snapshots
 
@@ -353,8 +352,7 @@ def write_attribute(path: str, value: str) -> None:
     """Writes `value` in one write(2) to an existing file, as sysfs and configfs ask. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        # As os.fsencode() has it, which takes as long as the kernel does.
-        os.write(fd, value.encode(ENCODING, "surrogateescape"))
+        os.write(fd, utf8(value))
     finally:
         os.close(fd)
 
@@ -385,6 +383,15 @@ def shown(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def utf8(text: str) -> bytes:
+    """`text` in UTF-8, whatever the locale, with the bytes that were not UTF-8 when it was read.
+
+    What is shown, written and hashed is the same under each locale, and a letter that the locale lacks raises
+    no error. os.fsencode() does neither.
+    """
+    return text.encode("utf-8", "surrogateescape")
 
 
 def quoted(text: str) -> str:
@@ -522,12 +529,12 @@ def notify(state: str) -> None:
     """Tells the service manager, if there is one (sd_notify(3))."""
     name = os.environ.get("NOTIFY_SOCKET", "")
     if name[:1] in ("/", "@"):
-        send_datagram(name, os.fsencode(state))
+        send_datagram(name, utf8(state))
 
 
 def plymouth(message: str) -> None:
     """Has Plymouth show `message`, where it runs (protocol: ply-boot-protocol.h, "M", at most 254 bytes)."""
-    text = os.fsencode(message)[:253] + b"\0"
+    text = utf8(message)[:253] + b"\0"
     plymouth_request(b"M\x02" + bytes([len(text)]) + text)
 
 
@@ -687,7 +694,7 @@ class Log:
         line = f"<{priority}>{message}\n" if self.prefix else message + "\n"
         try:
             # Facts are output, the rest is about them; a closed descriptor never stops the service.
-            os.write(1 if 4 < priority < 7 else 2, os.fsencode(line))
+            os.write(1 if 4 < priority < 7 else 2, utf8(line))
         except OSError:
             pass
 
@@ -2072,7 +2079,7 @@ class Mapping(Entry):
     def path_for(cls, name: str, *made_of: str) -> str:
         """The path for a device that people know as `name`."""
         clean = "".join(c if c.isascii() and (c.isalnum() or c in "+-.=_") else "_" for c in name)
-        digest = sha256(os.fsencode("\0".join((name, *made_of)))).hexdigest()
+        digest = sha256(utf8("\0".join((name, *made_of)))).hexdigest()
         return f"dm/{cls.PREFIX}{clean[:80]}-{digest[:16]}"
 
     @property
@@ -2546,7 +2553,7 @@ class Ledger:
         self.append("-", branch.root)
 
     def append(self, *fields: str) -> None:
-        record = "\0".join((*fields, "\n")).encode(ENCODING, "surrogateescape")
+        record = utf8("\0".join((*fields, "\n")))
         with self.mutex:
             append(self.fd, record)
             self.records += 1
@@ -2931,7 +2938,7 @@ class NvmeHost:
     def connect(self, nqn: str, host_id: str) -> None:
         """The Fabrics command Connect, for the admin queue, without keep-alive."""
         data = bytes.fromhex(host_id) + b"\xff\xff" + bytes(238)
-        data += os.fsencode(nqn).ljust(256, b"\0")
+        data += utf8(nqn).ljust(256, b"\0")
         data += f"nqn.2014-08.org.nvmexpress:uuid:{dashed(host_id)}".encode().ljust(256, b"\0")
         queue_size = 31
         self.send(self.FABRICS, self.CONNECT, 0, queue_size, 0, data.ljust(1024, b"\0"))
@@ -3089,7 +3096,7 @@ class Numbers:
                 self.known = self.parse(read_bytes(self.path))
             except OSError as e:
                 debug(f"No numbers of namespaces in '{self.path}': {reason_of(e)}")
-        name = sha256(os.fsencode(disk.id_serial or disk.stable())).hexdigest()[:32]
+        name = sha256(utf8(disk.id_serial or disk.stable())).hexdigest()[:32]
         # Two disks may say that they are the same one.
         for twin in range(len(self.known) + 1):
             key = f"{name}-{twin}"
@@ -3160,7 +3167,7 @@ class NvmeTcp:
 
     def why_name(self, disk: Disk) -> str:
         """Why a disk cannot have an NQN; empty if it can."""
-        length = len(os.fsencode(self.nqn(disk)))
+        length = len(utf8(self.nqn(disk)))
         return (
             f"its NQN '{self.nqn(disk)}' has {length} bytes, {NQN_MAX} are allowed"
             if length > NQN_MAX
@@ -3169,7 +3176,7 @@ class NvmeTcp:
 
     def port_number(self, family: int) -> int:
         """The TCP port, and number in configfs, that follows from the NQN; even for IPv4, odd for IPv6."""
-        data = os.fsencode(self.prefix) + family.to_bytes(4, sys.byteorder)
+        data = utf8(self.prefix) + family.to_bytes(4, sys.byteorder)
         number = 1024 + siphash24(bytes.fromhex(self.PORT_KEY), data) % (65535 - 1024)
         return number & 0xFFFE | (family == AF_INET6)
 
@@ -3383,7 +3390,7 @@ class NvmeTcp:
         if disk is None:
             return str(sha256(self.machine.id + b"machine").hexdigest()[:SERIAL_MAX])
         if disk.made_up[0] != disk.tag:  # computed once: at its end, half of a disk has left sysfs already
-            digest = sha256(self.machine.id + b"serial" + os.fsencode(disk.id_serial or disk.stable()))
+            digest = sha256(self.machine.id + b"serial" + utf8(disk.id_serial or disk.stable()))
             disk.made_up = disk.tag, digest.hexdigest()[:SERIAL_MAX]
         return disk.made_up[1]
 
@@ -3393,12 +3400,12 @@ class NvmeTcp:
             if is_id128(override):
                 return dashed(override)
             warning("$SYSTEMD_NVME_UUID is not a UUID, ignoring it")
-        digest = sha256(self.machine.id + os.fsencode(disk.id_serial or disk.node)).digest()
+        digest = sha256(self.machine.id + utf8(disk.id_serial or disk.node)).digest()
         return dashed(uuid4_from(digest))
 
     def nguid(self, disk: Disk) -> str:
         """Made like the UUID, but different for disks without a serial number, and not to be overridden."""
-        digest = sha256(self.machine.id + b"nguid" + os.fsencode(disk.id_serial or disk.stable()))
+        digest = sha256(self.machine.id + b"nguid" + utf8(disk.id_serial or disk.stable()))
         return dashed(digest.hexdigest()[:32])
 
     # The client's side
@@ -4488,12 +4495,17 @@ def check_arguments(options: Options) -> None:
 
 
 def write_output(text: str) -> None:
-    try:
-        data = os.fsencode(text + "\n")
-        while data:
+    """Writes a line to standard output, whole. Raises UserError: half of what was asked for is a failure."""
+    data = utf8(text + "\n")
+    while data:
+        try:
             data = data[os.write(1, data) :]
-    except OSError as e:
-        debug(f"Failed to write the output, ignoring: {reason_of(e)}")
+        except BlockingIOError:  # another program may have set the pipe so
+            poll = select.poll()
+            poll.register(1, select.POLLOUT)
+            poll.poll()
+        except OSError as e:
+            raise UserError(f"Failed to write the output: {reason_of(e)}; what is there of it is not all") from e
 
 
 def write_json(value: object) -> None:
@@ -4595,8 +4607,27 @@ def start(argv: Sequence[str]) -> int:
     return Service(machine, transport, inventory, Memory(options.store), options.refused).run()
 
 
+def use_utf8() -> None:
+    """Starts the program once more in Python's UTF-8 mode, if the locale has another encoding.
+
+    The names of files are bytes. Python decodes them as the locale says, and everything else here is UTF-8:
+    the NQN of a disk and the path to open would depend on the locale. It cannot be changed later.
+    """
+    program = sys.argv[0]
+    if sys.getfilesystemencoding() == "utf-8" or not os.path.isfile(program):
+        return
+    try:
+        # Without $PATH, Python may not know where it is itself.
+        interpreter = sys.executable or os.readlink(PROC + "self/exe")
+        os.execv(interpreter, (interpreter, "-ISXutf8", program, *sys.argv[1:]))
+    except OSError as e:
+        debug(f"Failed to start again in UTF-8, going on without: {reason_of(e)}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0 after a clean stop, 1 on failure, 2 on wrong usage."""
+    if argv is None:
+        use_utf8()
     # With one of these closed, the next file opened would get its number, and all that is meant to be shown.
     while (fd := os.open("/dev/null", os.O_RDWR)) <= 2:
         pass
