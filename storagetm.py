@@ -128,6 +128,7 @@ STORE_FILL = 1 << 30  # bytes a second with which a client is expected to fill o
 LOCK_POLL_SEC = (0.02, 0.5)  # first and longest pause between two tries for a lock
 UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as sysfs describes it
 MEDIUM_POLL_MSEC = 2000  # between two looks of the kernel into a drive, where udev has not seen to that
+PLYMOUTH_MAX = 253  # bytes of a message, without the NUL that ends it
 PLYMOUTH_WAIT_SEC = 3  # for Plymouth to let go of the console
 REDRAW_SEC = 0.75  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
@@ -388,17 +389,83 @@ def shown(text: str) -> str:
 def utf8(text: str) -> bytes:
     """`text` in UTF-8, whatever the locale, with the bytes that were not UTF-8 when it was read.
 
-    What is shown, written and hashed is the same under each locale, and a letter that the locale lacks raises
-    no error. os.fsencode() does neither.
+    What is shown, written and hashed is then the same under each locale, and a letter that a locale lacks is
+    no error. os.fsencode() has it otherwise.
     """
     return text.encode("utf-8", "surrogateescape")
 
 
 def quoted(text: str) -> str:
     """`text` as one word of a POSIX shell."""
-    if text and all(c.isascii() and (c.isalnum() or c in "@%+=:,./-_") for c in text):
+    if text and all(map(is_plain, text)):
         return text
     return "'" + text.replace("'", "'\\''") + "'"
+
+
+def is_plain(c: str) -> bool:
+    """Whether a character is just itself to a shell."""
+    return c.isascii() and (c.isalnum() or c in "@%+=:,./-_")
+
+
+def typed(text: str) -> str:
+    """`text` as one word of a shell, in ASCII, so that it can be shown on any terminal and typed off it.
+
+    Other letters become $'\\303\\244', which POSIX has since 2024, and bash, zsh and busybox for long.
+    """
+    if text.isascii():
+        return quoted(text)
+    return "$'" + "".join(c if is_plain(c := chr(b)) else f"\\{b:03o}" for b in utf8(text)) + "'"
+
+
+def columns(text: str) -> int:
+    """The columns that `text` takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    try:
+        import unicodedata
+    except ImportError:  # on small systems
+        return sum(2 if c >= "\u1100" else 1 for c in text)  # rather too many than too few
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me") else 1 + (unicodedata.east_asian_width(c) in "FW")
+        for c in text
+    )
+
+
+def cut(text: str, width: int) -> str:
+    """As much of the beginning of `text` as fits into so many columns."""
+    if text.isascii():
+        return text[: max(0, width)]
+    taken = 0
+    for i, c in enumerate(text):
+        taken += columns(c)
+        if taken > width:
+            return text[:i]
+    return text
+
+
+def padded(text: str, width: int) -> str:
+    """`text` with blanks behind it, at least so many columns wide."""
+    return text + " " * (width - columns(text))
+
+
+def pieces(text: str, width: int) -> list[str]:
+    """`text` cut into pieces of so many columns at most; a letter that is wider is a piece by itself."""
+    found = []
+    while text:
+        found.append(cut(text, width) or text[0])
+        text = text[len(found[-1]) :]
+    return found
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """`text` in lines of so many columns at most, broken between words where that can be done."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and columns(lines[-1]) + 1 + columns(word) <= width:
+            lines[-1] += " " + word
+        else:
+            lines += pieces(word, width)
+    return lines[1:] or lines
 
 
 def reason_of(error: OSError) -> str:
@@ -533,8 +600,8 @@ def notify(state: str) -> None:
 
 
 def plymouth(message: str) -> None:
-    """Has Plymouth show `message`, where it runs (protocol: ply-boot-protocol.h, "M", at most 254 bytes)."""
-    text = utf8(message)[:253] + b"\0"
+    """Has Plymouth show `message`, where it runs (protocol: ply-boot-protocol.h, "M")."""
+    text = utf8(message)[:PLYMOUTH_MAX] + b"\0"
     plymouth_request(b"M\x02" + bytes([len(text)]) + text)
 
 
@@ -815,7 +882,9 @@ class Machine:
         release = read_assignments(ETC + "os-release", "/usr/lib/os-release")
         self.os = release.get("IMAGE_ID") or release.get("ID") or ""
         self.os_version = release.get("IMAGE_VERSION") or release.get("VERSION_ID") or ""
-        self.os_name = release.get("PRETTY_NAME") or self.os or "Linux"
+        # dracut's own os-release may speak of dracut alone; its module leaves a copy of the system's.
+        made_on = read_assignments(ETC + "storagetm/os-release")
+        self.os_name = made_on.get("PRETTY_NAME") or release.get("PRETTY_NAME") or self.os or "Linux"
 
     @property
     def name(self) -> str:
@@ -1682,20 +1751,52 @@ class Inventory:
 # Addresses
 
 
-class Address:
-    """An address that another machine can use, `interface` being this machine's name of where it is."""
+HARDWARE = 0  # what is behind an interface
+SOFTWARE = 1
+BRIDGE_PORT = 2
 
-    __slots__ = ("family", "interface", "link_local", "text")
+
+class Address:
+    """An address that another machine can use, `interface` being this machine's name of where it is.
+
+    `kind` is HARDWARE, SOFTWARE or BRIDGE_PORT.
+    """
+
+    __slots__ = ("family", "interface", "kind", "link_local", "text")
 
     def __init__(self, family: int, text: str, interface: str, link_local: bool) -> None:
         self.family = family
         self.text = text
         self.interface = interface
         self.link_local = link_local
+        self.kind = HARDWARE
 
-    def rank(self) -> tuple[bool, bool, str, str]:
-        """IPv4 first, then global IPv6, then link-local IPv6."""
-        return self.family == AF_INET6, self.link_local, self.interface, self.text
+    def rank(self) -> tuple[int, bool, bool, str, str]:
+        """Interfaces with hardware first; on either kind IPv4, then global IPv6, then link-local IPv6."""
+        return self.kind, self.family == AF_INET6, self.link_local, self.interface, self.text
+
+
+def interface_kind(name: str, depth: int = 0) -> int:
+    """Whether packets from other machines can come in at an interface, as far as sysfs tells.
+
+    That is, whether it is an adapter, or a bond, bridge, VLAN or the like with an adapter below. A port of a
+    bridge or bond hands all of them over to that.
+    """
+    base = f"{SYS}class/net/{name}"
+    if depth == 0 and os.path.exists(base + "/master") and device_type(base + "/master") != "vrf":
+        return BRIDGE_PORT
+    if os.path.exists(base + "/device"):
+        return HARDWARE
+    if depth < 8 and device_type(base) not in ("vxlan", "geneve"):
+        for entry in list_directory(base):
+            if entry.startswith("lower_") and interface_kind(entry[6:], depth + 1) == HARDWARE:
+                return HARDWARE
+    return SOFTWARE
+
+
+def device_type(base: str) -> str:
+    """What kind of virtual interface it is ("bridge", "bond", "vlan", ...); empty for an adapter."""
+    return read_assignments(base + "/uevent").get("DEVTYPE", "")
 
 
 def parse_messages(raw: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -1779,11 +1880,16 @@ class Network:
             if link and link[1] & IFF_UP and link[1] & IFF_RUNNING and not link[1] & IFF_LOOPBACK:
                 names[link[0]] = link[2]
         found = []
+        kinds = {name: interface_kind(name) for name in names.values()}
         for kind, body in bodies:
             parsed = parse_address(body) if kind == RTM_NEWADDR else None
             if parsed and parsed[0] in names:
-                parsed[1].interface = names[parsed[0]]
-                found.append(parsed[1])
+                index, address = parsed
+                address.interface = names[index]
+                address.kind = kinds[address.interface]
+                # A bridge answers for the IPv4 addresses of its ports, too, but not for IPv6.
+                if address.kind != BRIDGE_PORT or address.family == AF_INET:
+                    found.append(address)
         return sorted(found, key=Address.rank)
 
     @staticmethod
@@ -3166,13 +3272,27 @@ class NvmeTcp:
         return f"{subsystem}/namespaces/{disk.number}" if self.shared else subsystem
 
     def why_name(self, disk: Disk) -> str:
-        """Why a disk cannot have an NQN; empty if it can."""
+        """Why a disk cannot have an NQN that clients can use; empty if it can."""
+        if "," in self.nqn(disk):
+            return "its name has a comma, which no client can have in an NQN; rename it"
+        return self.why_too_long(disk)
+
+    def why_too_long(self, disk: Disk) -> str:
+        """Why the disk's NQN does not fit; empty if it does."""
         length = len(utf8(self.nqn(disk)))
         return (
             f"its NQN '{self.nqn(disk)}' has {length} bytes, {NQN_MAX} are allowed"
             if length > NQN_MAX
             else ""
         )
+
+    def check_names(self, disks: Iterable[Disk], *, named: bool) -> None:
+        """Raises UserError if --nqn= is too long for one of these, or a named one has an unusable name."""
+        for disk in disks:
+            if why := self.why_too_long(disk):
+                raise UsageError(f"--nqn= is too long for '{disk.node}': {why}")
+            if named and (why := self.why_name(disk)):
+                raise UserError(f"Failed to export '{disk.node}': {why}")
 
     def port_number(self, family: int) -> int:
         """The TCP port, and number in configfs, that follows from the NQN; even for IPv4, odd for IPv6."""
@@ -3497,12 +3617,18 @@ class Report:
     def for_all(self, address: Address) -> tuple[str, str]:
         """The command that attaches all disks, and what may be on a line of its own."""
         if self.transport.shared:
-            return self.transport.connect(address, "connect"), f"-n {quoted(self.transport.prefix)}"
+            return self.transport.connect(address, "connect"), f"-n {typed(self.transport.prefix)}"
         return self.transport.connect(address, "connect-all"), ""
 
     def for_plymouth(self) -> str:
-        lines = [" ".join(filter(None, self.for_all(a))) for a in self.addresses]
-        return min(lines, key=len) if lines else "Storage target mode: the network is down"
+        """The shortest command for all disks, at an address of the best kind there is."""
+        if not self.addresses:
+            return "Storage target mode: the network is down"
+        best = [a for a in self.addresses if a.kind == self.addresses[0].kind]
+        line = min((" ".join(filter(None, self.for_all(a))) for a in best), key=len)
+        if len(line) > PLYMOUTH_MAX:
+            line = min((self.transport.connect(a, "connect-all") for a in best), key=len)
+        return line
 
     def facts(self) -> dict[str, str]:
         """What a journal should have, each fact under a key of its own."""
@@ -3560,11 +3686,7 @@ class Report:
         elif self.addresses:
             blocks.append([("", "To attach one disk:"), ("", "")])
         for disk in self.exported:
-            access = self.access_text(disk)
-            number = f"{disk.number:>4}  " if self.transport.shared else ""
-            about = f"{number}{disk.node:<12} {size_text(disk.size):>8}  {access:<13} "
-            about = f"{(about + disk.model.replace('_', ' '))[:57]:<57}  {self.serial_text(disk)}"
-            lines = [(disk.access, about[: width - 1])]
+            lines = [(disk.access, line) for line in self.about(disk, width)]
             if self.transport.shared:
                 blocks.append(lines)
                 continue
@@ -3572,7 +3694,7 @@ class Report:
                 command = self.transport.connect(self.addresses[0], "connect")
                 lines += [
                     ("command", line)
-                    for line in folded(command, width, f"-n {quoted(self.transport.nqn(disk))}")
+                    for line in folded(command, width, f"-n {typed(self.transport.nqn(disk))}")
                 ]
             blocks.append([*lines, ("", "")])
         if self.transport.shared and count:
@@ -3582,8 +3704,28 @@ class Report:
             blocks.append([("alert" if full else "", fill[0].upper() + fill[1:] + "."), ("", "")])
         if self.others:
             blocks.append([("", "Not exported:")])
-            blocks += [[("dim", f"{d.node:<13} {why}"[: width - 1])] for d, why in self.others]
+            blocks += [[("dim", line) for line in self.why_not(d, why, width)] for d, why in self.others]
         return blocks
+
+    def about(self, disk: Disk, width: int) -> list[str]:
+        """What there is to say of an exported disk, in columns. A long path has a line of its own."""
+        number = f"{disk.number:>4}  " if self.transport.shared else ""
+        middle = f" {size_text(disk.size):>8}  {self.access_text(disk):<13} "
+        node, lines = padded(number + disk.node, len(number) + 12), []
+        room = min(width - 1, 57) - len(middle)
+        if columns(node) > room:
+            lines, node = pieces(node.rstrip(), width - 1), " " * min(len(number) + 12, room)
+        left = cut(node + middle + disk.model.replace("_", " "), 57)
+        return [*lines, cut(f"{padded(left, 57)}  {self.serial_text(disk)}", width - 1)]
+
+    @staticmethod
+    def why_not(disk: Disk, why: str, width: int) -> list[str]:
+        """What there is to say of a disk that is not exported. The whole reason: its end says what to do."""
+        short = columns(disk.node) < 14 and width > 40
+        indent = " " * (14 if short else 4)
+        first, *rest = wrapped(why, width - 1 - len(indent))
+        first = padded(disk.node, 14) + first if short else indent + first
+        return [*([] if short else pieces(disk.node, width - 1)), first, *(indent + line for line in rest)]
 
 
 def folded(command: str, width: int, more: str = "") -> list[str]:
@@ -3624,7 +3766,7 @@ class PlainView(JournalView):
 
     def show(self, report: Report) -> None:
         lines = ["", report.title, ""] + [text for block in report.blocks(80) for _, text in block]
-        info("\n".join(lines).encode("ascii", "replace").decode())
+        info("\n".join(map(one_line, lines)).encode("ascii", "replace").decode())
 
 
 class Screen:
@@ -3734,31 +3876,40 @@ class Screen:
 
     def drawn(self, report: Report, width: int, height: int) -> str:
         """The bytes that draw the page, each line cleared behind its end, so that nothing flickers."""
-        messages = [
-            line
-            for m in self.messages
-            for line in [m[i : i + width - 1] for i in range(0, len(m), width - 1)]
+        messages = [line for m in self.messages for line in pieces(one_line(m), width - 1)]
+        messages = messages[max(0, len(messages) - max(0, height - 8)) :]
+        room = max(1, height - 4 - len(messages))
+        blocks = [
+            [(style, line) for style, text in b for line in fitting(text, width)]
+            for b in report.blocks(width)
         ]
-        room = max(4, height - 4 - len(messages))
-        pages = paginated(report.blocks(width), width, room)
+        pages = paginated(blocks, width, room)
         self.pages = len(pages)
         self.page = min(self.page, self.pages - 1)
         turn = f"  Page {self.page + 1} of {self.pages} (Space: next, b: back)" if self.pages > 1 else ""
         lines = [
-            ("title", f" {report.title}"[: width - 1].ljust(width - 1)),
+            ("title", padded(cut(f" {one_line(report.title)}", width - 1), width - 1)),
             ("", ""),
             *pages[self.page],
             *[("", "")] * (room - sum(rows_of(text, width) for _, text in pages[self.page])),
             *[("alert", m) for m in messages],
-            ("", ""),
-            ("dim", f"Ctrl-C stops exporting.{turn}"[: width - 1]),
         ]
-        # After a full row the cursor is still on its last character, and clearing would take that.
-        drawn = [
-            self.styled(style, text) + ("" if text and len(text) % width == 0 else "\x1b[K")
-            for style, text in lines
-        ]
-        return "\x1b[H" + "\r\n".join(drawn) + "\x1b[J"
+        hint = self.styled("dim", cut(f"Ctrl-C stops exporting.{turn}", width - 1))
+        drawn, row = "\x1b[H", 1
+        for style, text in lines:
+            rows = rows_of(text, width)
+            if row + rows > max(2, height):
+                break
+            styled = self.styled(style, text)
+            if not text.isascii():
+                # Terminals differ in how wide some letters are. A line that turns out too wide must not go
+                # on in the next row: on the last one, all would move up.
+                styled = f"\x1b[?7l{styled}\x1b[?7h"
+            # After a full row the cursor is still on its last character, and clearing would take that.
+            clear = "" if text and columns(text) % width == 0 else "\x1b[K"
+            drawn += f"\x1b[{row};1H{styled}{clear}"
+            row += rows
+        return drawn + (f"\x1b[{row};1H\x1b[J\x1b[{height};1H{hint}\x1b[K" if row <= height else "")
 
     def styled(self, style: str, text: str) -> str:
         code = self.STYLES.get(style, "")
@@ -3794,9 +3945,20 @@ class Screen:
             self.level.restore()
 
 
+def one_line(text: str) -> str:
+    """`text` without what would move a cursor."""
+    return shown(text).replace("\n", " ")
+
+
+def fitting(text: str, width: int) -> list[str]:
+    """`text` in lines that no terminal wraps; but ASCII in one, since commands are pasted whole."""
+    text = one_line(text)
+    return [text] if text.isascii() else pieces(text, width - 1)
+
+
 def rows_of(text: str, width: int) -> int:
-    """The rows that a line takes on a terminal that wraps it."""
-    return max(1, -(-len(text) // width))
+    """The rows that a line of fitting() takes on a terminal."""
+    return max(1, -(-len(text) // width)) if text.isascii() else 1
 
 
 def paginated(blocks: Iterable[list[tuple[str, str]]], width: int, room: int) -> list[list[tuple[str, str]]]:
@@ -3860,7 +4022,7 @@ class Service:
             error(self.refused)
         elif not self.inventory.all:
             self.inventory.check_named()
-            self.check_names()
+            self.transport.check_names(self.inventory.candidates(), named=not self.inventory.all)
         prepare_kernel()
         self.ledger.lock()
         self.tree.adopt()
@@ -3873,7 +4035,7 @@ class Service:
             self.uevents = Uevents()
             if self.inventory.all:
                 self.inventory.rescan()
-                self.check_names()
+                self.transport.check_names(self.inventory.candidates(), named=not self.inventory.all)
             self.synchronise(strict=True)
             self.network = Network()
             self.addresses = self.network.addresses()
@@ -3898,12 +4060,6 @@ class Service:
             os.sched_setscheduler(0, os.SCHED_RR if urgent else os.SCHED_OTHER, os.sched_param(int(urgent)))
         except OSError as e:
             debug(f"Failed to change the priority, ignoring: {reason_of(e)}")
-
-    def check_names(self) -> None:
-        """Raises UsageError if the NQN is too long for one of the disks."""
-        for disk in self.inventory.candidates():
-            if why := self.transport.why_name(disk):
-                raise UsageError(f"--nqn= is too long for '{disk.node}': {why}")
 
     # Wanted, live, difference
 
@@ -4472,6 +4628,9 @@ def check_nqn(nqn: str) -> None:
         raise UsageError("--nqn= is not UTF-8") from e
     if "/" in nqn:
         raise UsageError(f"--nqn={nqn} has a '/' in it")
+    if "," in nqn:
+        # They hand it to their kernels in a list that has commas in between (drivers/nvme/host/fabrics.c).
+        raise UsageError(f"--nqn={nqn} has a comma in it, and no client could attach that")
     if not nqn.isprintable():
         raise UsageError("--nqn= has control characters in it")
     if length + 2 > NQN_MAX:
@@ -4505,7 +4664,7 @@ def write_output(text: str) -> None:
             poll.register(1, select.POLLOUT)
             poll.poll()
         except OSError as e:
-            raise UserError(f"Failed to write the output: {reason_of(e)}; what is there of it is not all") from e
+            raise UserError(f"Failed to write the output: {reason_of(e)}; it is incomplete") from e
 
 
 def write_json(value: object) -> None:
@@ -4562,10 +4721,9 @@ def dry_run(options: Options, transport: NvmeTcp, inventory: Inventory) -> int:
     transport.choose_ports(tree.live)
     branches = transport.common_branches()
     code = 0
-    for disk in inventory.candidates():
-        if why := transport.why_name(disk):
-            raise UsageError(f"--nqn= is too long for '{disk.node}': {why}")
-        branches.append(transport.disk_branch(disk))
+    disks = inventory.candidates()
+    transport.check_names(disks, named=not inventory.all)
+    branches += [transport.disk_branch(disk) for disk in disks if not transport.why_name(disk)]
     if tree.lacks(branches, WriteProtection):
         transport.choose_passage(tree.live)
         branches.insert(0, transport.passage_branch(opened=True))
