@@ -87,7 +87,17 @@ LOOP_GET_STATUS64 = 0x4C05
 LOOP_SET_STATUS64 = 0x4C04
 KD_GRAPHICS = 1
 NETLINK_KOBJECT_UEVENT = 15
+NETLINK_NETFILTER = 12
 NETLINK_ROUTE = 0
+NFTA_CHAIN_HOOK = 4
+NFTA_CHAIN_POLICY = 5
+NFTA_CHAIN_USE = 6
+NFTA_HOOK_HOOKNUM = 1
+NFT_MSG_GETCHAIN = 10 << 8 | 4  # with NFNL_SUBSYS_NFTABLES
+NFT_MSG_NEWCHAIN = 10 << 8 | 3
+NF_DROP = 0
+NF_INET_LOCAL_IN = 1
+NLA_TYPE_MASK = 0x3FFF
 NLM_F_DUMP = 0x300
 NLM_F_DUMP_INTR = 0x10
 NLM_F_REQUEST = 0x1
@@ -125,6 +135,7 @@ LOCK_WAIT_SEC = 10  # a lock held longer than this is named, and READY=1 no long
 DM_BUSY_SEC = 2  # until what somebody else has open for a moment is free
 STORE_POLL_SEC = (0.05, 1)  # shortest and longest pause between two looks at how full the snapshots are
 STORE_FILL = 1 << 30  # bytes a second with which a client is expected to fill one
+COURTESY_SEC = (10, 600)  # first and longest pause until hosts are told again that a disk is read-only
 LOCK_POLL_SEC = (0.02, 0.5)  # first and longest pause between two tries for a lock
 UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as sysfs describes it
 MEDIUM_POLL_MSEC = 2000  # between two looks of the kernel into a drive, where udev has not seen to that
@@ -200,6 +211,12 @@ class ifaddrmsg(ctypes.Structure):
         ("ifa_scope", ctypes.c_uint8),
         ("ifa_index", ctypes.c_uint32),
     ]
+
+
+class nfgenmsg(ctypes.Structure):
+    """Body of all messages about packet filters (include/uapi/linux/netfilter/nfnetlink.h)."""
+
+    _fields_ = [("nfgen_family", ctypes.c_uint8), ("version", ctypes.c_uint8), ("res_id", ctypes.c_uint16)]
 
 
 class rtattr(ctypes.Structure):
@@ -1821,7 +1838,7 @@ def parse_attributes(raw: bytes) -> dict[int, bytes]:
         header = rtattr.from_buffer_copy(raw, offset)
         if header.rta_len < size or offset + header.rta_len > len(raw):
             break
-        found[header.rta_type] = raw[offset + size : offset + header.rta_len]
+        found[header.rta_type & NLA_TYPE_MASK] = raw[offset + size : offset + header.rta_len]
         offset += (header.rta_len + 3) & ~3
     return found
 
@@ -1893,14 +1910,16 @@ class Network:
         return sorted(found, key=Address.rank)
 
     @staticmethod
-    def dump(kind: int, body: ctypes.Structure) -> tuple[list[tuple[int, bytes]], bool]:
+    def dump(
+        kind: int, body: ctypes.Structure, protocol: int = NETLINK_ROUTE
+    ) -> tuple[list[tuple[int, bytes]], bool]:
         """All messages that answer a dump request, and whether they fit together (NLM_F_DUMP_INTR)."""
         found: list[tuple[int, bytes]] = []
         consistent = True
         header = nlmsghdr(
             ctypes.sizeof(nlmsghdr) + ctypes.sizeof(body), kind, NLM_F_REQUEST | NLM_F_DUMP, 1, 0
         )
-        s = socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE)
+        s = socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, protocol)
         try:
             s.settimeout(5)
             s.connect((0, 0))
@@ -1916,6 +1935,40 @@ class Network:
                     found.append((answer, content))
         finally:
             s.close()
+
+
+def filters_input() -> bool:
+    """Whether this machine has rules for packets that come in, which may keep clients out.
+
+    What the rules say, only the firewall's own tools could tell.
+    """
+    for name in ("ip_tables_names", "ip6_tables_names"):
+        if "filter" in read_attribute(f"{PROC}net/{name}").split():
+            return True
+    if not os.path.isdir(SYS + "module/nf_tables"):
+        return False  # and to ask would load it
+    try:
+        chains, _ = Network.dump(NFT_MSG_GETCHAIN, nfgenmsg(), NETLINK_NETFILTER)
+    except OSError as e:
+        debug(f"Failed to ask for packet filters, ignoring: {reason_of(e)}")
+        return False
+    return any(kind == NFT_MSG_NEWCHAIN and is_input_filter(body) for kind, body in chains)
+
+
+def is_input_filter(body: bytes) -> bool:
+    """Whether an NFT_MSG_NEWCHAIN message is about a chain that may drop what comes in. Takes any bytes."""
+    if body[:1] not in (b"\x01", b"\x02", b"\x0a"):  # NFPROTO_INET, _IPV4 and _IPV6
+        return False
+    attributes = parse_attributes(body[ctypes.sizeof(nfgenmsg) :])
+
+    def number(raw: bytes) -> int:
+        return int.from_bytes(raw, "big") if len(raw) == 4 else -1
+
+    hook = parse_attributes(attributes.get(NFTA_CHAIN_HOOK, b""))
+    return number(hook.get(NFTA_HOOK_HOOKNUM, b"")) == NF_INET_LOCAL_IN and (
+        number(attributes.get(NFTA_CHAIN_POLICY, b"")) == NF_DROP
+        or number(attributes.get(NFTA_CHAIN_USE, b"")) > 0  # the number of its rules
+    )
 
 
 def drain(s: socket.socket) -> list[bytes]:
@@ -3007,6 +3060,7 @@ class NvmeHost:
     """
 
     TIMEOUT_SEC = 20  # for an answer; a kernel that is busy with many disks takes its time
+    CONNECT_SEC = 3  # for a connection, which waits for nobody; a lost packet is sent again after 1 s
     ICREQ, ICRESP, COMMAND, RESPONSE, DATA = 0, 1, 4, 5, 7  # types of PDU
     FABRICS = 0x7F
     PROPERTY_SET, CONNECT, PROPERTY_GET = 0, 1, 4
@@ -3022,8 +3076,9 @@ class NvmeHost:
         self.buffer = b""  # what has arrived and is not yet looked at
         self.socket = socket.socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC)
         try:
-            self.socket.settimeout(self.TIMEOUT_SEC)
+            self.socket.settimeout(self.CONNECT_SEC)
             self.socket.connect(address)
+            self.socket.settimeout(self.TIMEOUT_SEC)
             self.initialize()
             self.connect(nqn, host_id)
             self.enable()
@@ -3135,7 +3190,8 @@ class WriteProtection(Entry):
     """Namespace Write Protect for the only namespace of a subsystem.
 
     Hosts may take it back, so it is courtesy to them, and says nothing about what is live. It can only be
-    asked for by a host, that is us, over the passage that the transport has open.
+    asked for by a host, that is us, over the passage that the transport has open. Where that fails, the disk
+    is exported all the same, since what protects it is below; the transport notes it.
     """
 
     amendable = slow = holds = True
@@ -3153,6 +3209,17 @@ class WriteProtection(Entry):
             pass
 
     def make(self, root: str) -> None:
+        if time.monotonic() < self.transport.unreachable_until:
+            self.transport.untold[self.path] = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            return
+        try:
+            self.ask(root)
+            self.transport.untold.pop(self.path, None)
+        except OSError as e:
+            self.transport.note_untold(self.path, e)
+
+    def ask(self, root: str) -> None:
+        """Asks the kernel for it. Raises OSError."""
         subsystem, _, namespace = self.path.partition("/namespaces/")
         nqn = subsystem.rpartition("/")[2]
         address = self.transport.open_passage(root, subsystem)
@@ -3260,6 +3327,10 @@ class NvmeTcp:
         self.passage = 0  # number of the port that is only there for ourselves
         self.passage_port = 0  # its TCP port, once something is linked there
         self.host_id = ""  # as which we come in there
+        self.untold: dict[
+            str, OSError
+        ] = {}  # by path: what failed of telling hosts that a disk is read-only
+        self.unreachable_until = 0.0  # when to connect to ourselves again, where that could not be done
 
     # Names
 
@@ -3406,6 +3477,29 @@ class NvmeTcp:
         self.passage_port = self.passage_port or int(read_attribute(port + "/addr_trsvcid"))
         return "127.0.0.1", self.passage_port
 
+    def note_untold(self, path: str, e: OSError) -> None:
+        """Notes that hosts are not told of a namespace that it is read-only, and why."""
+        self.untold[path] = e if e.errno else OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        if self.untold[path].errno not in (errno.EIO, errno.EPROTO):
+            # It would be the same for the other disks, and take the time once more.
+            self.unreachable_until = time.monotonic() + COURTESY_SEC[0]
+
+    def why_untold(self, path: str) -> str:
+        """The same for people."""
+        problem = self.untold[path]
+        if problem.errno in (errno.EIO, errno.EPROTO):
+            nqn = path.rpartition("/namespaces/")[0].rpartition("/")[2]
+            return (
+                f"Failed to tell clients that '{nqn}' is read-only: {reason_of(problem)}; their writes fail"
+            )
+        way_out = "let this machine's firewall accept all packets on 'lo'"
+        if problem.errno == errno.EADDRNOTAVAIL:
+            way_out = "give 'lo' the address 127.0.0.1"
+        return (
+            f"Failed to tell clients which disks are read-only: {reason_of(problem)}; {way_out}. "
+            "Their writes fail all the same"
+        )
+
     # The wanted tree
 
     def common_branches(self) -> list[Branch]:
@@ -3528,6 +3622,13 @@ class NvmeTcp:
         digest = sha256(self.machine.id + b"nguid" + utf8(disk.id_serial or disk.stable()))
         return dashed(digest.hexdigest()[:32])
 
+    def firewall_text(self) -> str:
+        """What a firewall on this machine has to let in."""
+        ports = " and ".join(str(n) for n in self.ports.values())
+        return (
+            f"This machine has a firewall, which must let in TCP port{'s' * (len(self.ports) > 1)} {ports}"
+        )
+
     # The client's side
 
     def reachable(self, addresses: Sequence[Address]) -> list[Address]:
@@ -3571,6 +3672,7 @@ class Report:
     ) -> None:
         self.memory = memory or Memory()
         self.refused = refused
+        self.firewall = ""  # what it has to let in, where there is one
         self.title = f"Storage target mode: {machine.name} ({machine.os_name})"
         self.transport = transport
         self.addresses = transport.reachable(addresses)
@@ -3649,6 +3751,8 @@ class Report:
             found[f"size {disk.key} {disk.tag}"] = f"'{disk.node}' has {disk.size} bytes"
         if self.refused:
             return {}
+        if self.firewall:
+            found["firewall"] = self.firewall
         for disk in self.exported:
             if self.access_text(disk) == SNAPSHOT_FULL:
                 found[f"full {disk.key}"] = (
@@ -3679,6 +3783,8 @@ class Report:
                         ("dim", "    (INTERFACE: the other machine's interface to this one, see 'ip link')")
                     )
                 blocks.append([*lines, ("", "")])
+        if self.firewall and count:
+            blocks.append([("", f"{self.firewall}."), ("", "")])
         if not count:
             blocks.append([("alert", "No disk is exported; plug one in, and it will be."), ("", "")])
         elif self.transport.shared:
@@ -4015,6 +4121,9 @@ class Service:
         self.status = ""
         self.splash = ""
         self.pause = LOCK_POLL_SEC[0]
+        self.untold: set[str] = set()  # what has been said of clients that are not told of the protection
+        self.tell_again = 0.0  # when that is tried again, in seconds of the monotonic clock; 0 for never
+        self.tell_pause = COURTESY_SEC[0]
 
     def run(self) -> int:
         """Returns the exit code. Raises UserError for what prevents the start."""
@@ -4082,6 +4191,7 @@ class Service:
             self.apply(disks, strict=strict)
         finally:
             self.set_urgent(False)
+        self.note_untold()
         try:
             self.ledger.shorten(self.tree.live.values(), CONFIGFS)
         except OSError as e:
@@ -4118,7 +4228,8 @@ class Service:
             self.share_memory()
         for disk in self.inventory.disks.values():
             root = self.transport.root(disk)
-            disk.branch = None if root in self.tree.leaving else self.tree.live.get(root)
+            gone = root in self.tree.leaving or root in failures
+            disk.branch = None if gone else self.tree.live.get(root)
         for root, problem in failures.items():
             self.fail(owners.get(root), root, problem, strict=strict)
         if passage or any(root in self.tree.live for root in failures):
@@ -4202,6 +4313,36 @@ class Service:
         # What an earlier run exported stays while the lock that died with it is waited for.
         live = self.tree.live.get(self.transport.root(disk))
         return live if live and live.tag == disk.tag else None
+
+    def note_untold(self) -> None:
+        """Says once if clients are not told which disks are read-only, and sets when to try that again."""
+        untold = self.transport.untold
+        live = (
+            {e.path for b in self.tree.live.values() for e in b.kept(WriteProtection)} if untold else set()
+        )
+        for path in set(untold) - live:
+            del untold[path]
+        messages = set(map(self.transport.why_untold, untold))
+        for message in sorted(messages - self.untold):
+            warning(message)
+        if self.untold and not messages:
+            info("Clients are told again which disks are read-only")
+        self.untold = messages
+        now = time.monotonic()
+        if not messages:
+            self.tell_again, self.tell_pause = 0.0, COURTESY_SEC[0]
+        elif self.tell_again <= now:
+            self.tell_again, self.tell_pause = (
+                now + self.tell_pause,
+                min(2 * self.tell_pause, COURTESY_SEC[1]),
+            )
+
+    def tell(self) -> None:
+        """Tries again what could not be done: as if it had been found like that at the start."""
+        for root, branch in list(self.tree.live.items()):
+            if any(e.path in self.transport.untold for e in branch.kept(WriteProtection)):
+                self.tree.live[root] = Branch(branch.tag, branch.entries, adopted=True)
+        self.synchronise()
 
     def pending(self) -> list[Disk]:
         return [d for d in self.inventory.candidates() if d.waiting and d.fd < 0 and not d.failed]
@@ -4297,6 +4438,11 @@ class Service:
                 deadlines.append(self.shown + REDRAW_SEC)
             if self.pending():
                 deadlines.append(now + self.pause)
+            if self.tell_again:
+                if self.tell_again <= now:
+                    self.tell()
+                    now = time.monotonic()
+                deadlines.append(self.tell_again or now)
             if self.memory.filled:
                 if now - self.shared >= self.memory.pause:
                     self.share_memory()
@@ -4347,6 +4493,8 @@ class Service:
         self.dirty = False
         disks = self.inventory.disks.values()
         report = Report(self.machine, self.transport, self.addresses, disks, self.memory, self.refused)
+        if filters_input():
+            report.firewall = self.transport.firewall_text()
         self.view.show(report)
         if (status := report.status()) != self.status:
             self.status = status
