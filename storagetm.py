@@ -759,13 +759,8 @@ class Log:
 
     def __init__(self) -> None:
         self.debug = os.environ.get("SYSTEMD_LOG_LEVEL", "") in ("debug", "7")
-        self.prefix = False
-        try:
-            # Whatever a service starts inherits the variable, and may write elsewhere (systemd.exec(5)).
-            st = os.fstat(2)
-            self.prefix = os.environ.get("JOURNAL_STREAM", "") == f"{st.st_dev}:{st.st_ino}"
-        except OSError:
-            pass
+        self.journal = {fd for fd in (1, 2) if is_journal(fd)}
+        self.errors = 2  # descriptor for what is wrong
         self.screen: Callable[[str], None] | None = None
 
     def __call__(self, priority: int, message: str) -> None:
@@ -773,14 +768,30 @@ class Log:
             return
         if self.screen and priority < 7:
             self.screen(message)
-            if os.isatty(2):
+            if os.isatty(self.errors):
                 return
-        line = f"<{priority}>{message}\n" if self.prefix else message + "\n"
+        self.write(priority, message)
+
+    def write(self, priority: int, message: str) -> None:
+        """Past the screen."""
+        # Facts are output, the rest is about them.
+        fd = 1 if 4 < priority < 7 else self.errors
         try:
-            # Facts are output, the rest is about them; a closed descriptor never stops the service.
-            os.write(1 if 4 < priority < 7 else 2, utf8(line))
+            os.write(fd, utf8(f"<{priority}>{message}\n" if fd in self.journal else message + "\n"))
         except OSError:
-            pass
+            pass  # a closed descriptor never stops the service
+
+
+def is_journal(fd: int) -> bool:
+    """Whether what is written there goes to the journal (systemd.exec(5), "$JOURNAL_STREAM")."""
+    stream = os.environ.get("JOURNAL_STREAM", "")
+    try:
+        st = os.fstat(fd)
+    except OSError:
+        return False
+    # It names standard error alone, where output is another socket. Programs that a service starts inherit
+    # the variable, and may write elsewhere.
+    return stream == f"{st.st_dev}:{st.st_ino}" or (stream != "" and stat.S_ISSOCK(st.st_mode))
 
 
 log = Log()
@@ -3844,9 +3855,6 @@ def folded(command: str, width: int, more: str = "") -> list[str]:
 class JournalView:
     """For all that is no terminal: lines, each fact once."""
 
-    keys = -1
-    terminal = 1
-    unsent = b""
     beside_plymouth = True
 
     def __init__(self) -> None:
@@ -3857,10 +3865,10 @@ class JournalView:
         for key, line in facts.items():
             # A disk's first size is in its first line.
             if self.known.get(key) != line and not (key.startswith("size ") and key not in self.known):
-                info(line)
+                log.write(6, line)
         for key, line in self.known.items():
             if key not in facts and not key.startswith(("size ", "other ", "network")):
-                info(f"No longer: {line}")
+                log.write(6, f"No longer: {line}")
         self.known = facts
 
     def close(self) -> None:
@@ -3870,13 +3878,25 @@ class JournalView:
 class PlainView(JournalView):
     """For a terminal that cannot move its cursor: the whole text again after each change, plain ASCII."""
 
+    def __init__(self, path: str = "") -> None:
+        super().__init__()
+        self.terminal = 1
+        if path:
+            self.terminal = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+
     def show(self, report: Report) -> None:
         lines = ["", report.title, ""] + [text for block in report.blocks(80) for _, text in block]
-        info("\n".join(map(one_line, lines)).encode("ascii", "replace").decode())
+        try:
+            os.write(self.terminal, "\n".join([*map(one_line, lines), ""]).encode("ascii", "replace"))
+        except OSError as e:
+            debug(f"Failed to write to the terminal, ignoring: {reason_of(e)}")
 
 
 class Screen:
-    """A full screen on a terminal, redrawn in place. Space and `b` turn pages, where there are several."""
+    """A full screen on a terminal, redrawn in place. Space and `b` turn pages, where there are several.
+
+    Without a `path` the terminal is the one that the program was started on.
+    """
 
     STYLES: ClassVar[dict[str, str]] = {
         "title": "\x1b[7m",
@@ -3889,14 +3909,16 @@ class Screen:
     }
     MESSAGES = 3
 
-    def __init__(self) -> None:
+    def __init__(self, path: str = "") -> None:
+        self.path = path
         self.keys = -1  # descriptor to read keys from
         self.page = 0
         self.pages = 1
         self.report: Report | None = None
         self.messages: list[str] = []
         self.colour = not os.environ.get("NO_COLOR")
-        self.saved: list[Any] | None = None
+        self.saved: list[Any] | None = None  # the terminal's settings
+        self.settings = -1  # descriptor to put them back with
         self.level: ConsoleLevel | None = None
         self.gone = False
         self.terminal = 1  # descriptor to write to
@@ -3907,13 +3929,13 @@ class Screen:
         try:
             # Opened anew, so that only this writing never blocks: after Ctrl-S a terminal takes no more.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            self.terminal = os.open(os.ttyname(1), flags)
+            self.terminal = os.open(path or os.ttyname(1), flags)
         except OSError as e:
             debug(f"Failed to open the terminal, using what is there: {reason_of(e)}")
         try:
             # A pseudo terminal never gets kernel messages; the console, serial lines and virtual terminals
             # may.
-            if not os.ttyname(1).startswith("/dev/pts/"):
+            if not (path or os.ttyname(1)).startswith("/dev/pts/"):
                 self.level = ConsoleLevel()
                 self.level.lower()
                 # It may take longer, and would write what it is told into the screen.
@@ -3926,17 +3948,22 @@ class Screen:
     def take_keys(self) -> None:
         """Reads keys unbuffered and without echo, which would tear the screen, if this terminal is ours."""
         try:
-            if not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp():
+            if not self.path and (not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp()):
                 return
             import termios
 
             # Opened anew, so that only this reading never blocks: another program may take the key first.
-            keys = os.open(os.ttyname(0), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-            self.saved = termios.tcgetattr(0)
-            mode = termios.tcgetattr(0)
-            mode[3] = mode[3] & ~(termios.ICANON | termios.ECHO) | termios.ISIG
-            termios.tcsetattr(0, termios.TCSANOW, mode)
-            self.keys = keys
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            keys = os.open(self.path or os.ttyname(0), flags)
+            self.saved = termios.tcgetattr(keys)
+            mode = termios.tcgetattr(keys)
+            mode[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG)
+            # Ctrl-C is a signal, which also ends a stop that hangs, on the one terminal that controls this
+            # process. On others it is a key.
+            if not self.path or take_terminal(keys):
+                mode[3] |= termios.ISIG
+            termios.tcsetattr(keys, termios.TCSANOW, mode)
+            self.keys = self.settings = keys
         except (OSError, ImportError) as e:
             debug(f"Failed to set up the terminal's keys, ignoring: {e}")
         except Exception as e:  # termios.error is no OSError
@@ -3953,6 +3980,8 @@ class Screen:
         if not typed:
             self.keys = -1
             return
+        if b"\x03" in typed:
+            os.kill(os.getpid(), signal.SIGINT)
         # Keys pressed quickly, or held down, are read together.
         forward = sum(map(typed.count, (b" ", b"n", b"j", b"\x1b[6~", b"\x1b[B", b"\x1b[C", b"\r", b"\n")))
         back = sum(map(typed.count, (b"b", b"p", b"k", b"\x1b[5~", b"\x1b[A", b"\x1b[D")))
@@ -3971,13 +4000,14 @@ class Screen:
         width, height = self.size()
         self.write(self.drawn(report, width, height))
 
-    @staticmethod
-    def size() -> tuple[int, int]:
+    def size(self) -> tuple[int, int]:
         """Columns and rows. A serial line does not know its own."""
         try:
-            columns, rows = os.get_terminal_size(1)
+            columns, rows = os.get_terminal_size(self.terminal)
         except OSError:
             columns = rows = 0
+        if self.path and not (columns and rows):
+            columns, rows = configured_size(self.path)
         return columns or 80, rows or 24
 
     def drawn(self, report: Report, width: int, height: int) -> str:
@@ -4044,11 +4074,90 @@ class Screen:
             import termios
 
             try:
-                termios.tcsetattr(0, termios.TCSANOW, self.saved)
+                termios.tcsetattr(self.settings, termios.TCSANOW, self.saved)
             except Exception as e:  # termios.error is no OSError
                 debug(f"Failed to put back the terminal's settings, ignoring: {e}")
         if self.level:
             self.level.restore()
+
+
+class Views:
+    """All places where the report is shown."""
+
+    def __init__(self, *views: JournalView | Screen) -> None:
+        self.views = views
+        self.screens = [view for view in views if isinstance(view, Screen)]
+        # Whether it may also be told to Plymouth, which does not disturb what is shown then.
+        self.beside_plymouth = all(view.beside_plymouth for view in views)
+
+    @property
+    def messages(self) -> list[str]:
+        """The last messages, if it is on screens that they are."""
+        return self.screens[0].messages if self.screens else []
+
+    def add_message(self, message: str) -> None:
+        for screen in self.screens:
+            screen.add_message(message)
+
+    def show(self, report: Report) -> None:
+        for view in self.views:
+            view.show(report)
+
+    def close(self) -> None:
+        for view in self.views:
+            view.close()
+
+
+def consoles() -> list[str]:
+    """The nodes of the machine's consoles that work, the main one first; else that of a virtual terminal.
+
+    Where there is no hardware behind a serial line, the kernel has the console all the same, and each write
+    to its terminal fails.
+    """
+    found: list[str] = []
+    for name in reversed(read_attribute(SYS + "class/tty/console/active").split()):
+        if name == "tty0":  # which stands for the one in the foreground
+            name = read_attribute(SYS + "class/tty/tty0/active") or name
+        # The null console takes whatever is written.
+        if not name.startswith("ttynull") and is_working_terminal(DEV + name):
+            found.append(DEV + name)
+    return found or [path for path in [DEV + "tty1"] if is_working_terminal(path)]
+
+
+def is_working_terminal(path: str) -> bool:
+    """Whether there is a terminal at `path` that can be written to."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"")
+            return os.isatty(fd)
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+
+
+def take_terminal(fd: int) -> bool:
+    """Makes a terminal the one that controls this process, if neither has another one already."""
+    import termios
+
+    try:
+        fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
+    except OSError as e:
+        debug(f"Failed to make a terminal the controlling one, ignoring: {reason_of(e)}")
+        return False
+    return True
+
+
+def configured_size(path: str) -> tuple[int, int]:
+    """Columns and rows of a terminal as the kernel command line has them for systemd, or else 0."""
+    try:
+        words = dict(w.partition("=")[::2] for w in split_command_line(read_bytes(PROC + "cmdline")))
+    except OSError:
+        return 0, 0
+    texts = [words.get(f"systemd.tty.{name}.{os.path.basename(path)}", "") for name in ("columns", "rows")]
+    columns, rows = (int(text) if text.isdecimal() and len(text) < 5 else 0 for text in texts)
+    return columns, rows
 
 
 def one_line(text: str) -> str:
@@ -4102,17 +4211,20 @@ class Service:
         inventory: Inventory,
         memory: Memory | None = None,
         refused: str = "",
+        *,
+        on_consoles: bool = False,
     ) -> None:
         self.machine = machine
         self.transport = transport
         self.inventory = inventory
+        self.on_consoles = on_consoles  # whether to show the screen on the machine's consoles
         self.memory = memory or Memory()
         self.refused = refused  # why nothing is exported, if it is not to be
         self.shared = 0.0  # when the memory was last divided, in seconds of the monotonic clock
         self.ledger = Ledger(f"{RUN}{transport.prefix}.entries")
         self.tree = Tree(CONFIGFS, self.ledger)
         self.addresses: list[Address] = []
-        self.view: JournalView | Screen = JournalView()
+        self.view = Views(JournalView())
         self.dirty = True  # something to show has changed
         self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
         self.started = time.monotonic()
@@ -4154,8 +4266,8 @@ class Service:
         finally:
             clean = self.stop()
             self.view.close()
-            log.screen = None
-            for message in getattr(self.view, "messages", []) if failed else []:
+            log.screen, log.errors = None, 2
+            for message in self.view.messages if failed else []:
                 error(message)
         return 0 if clean else 1
 
@@ -4404,14 +4516,22 @@ class Service:
     stop_asked = False
 
     def open_view(self) -> None:
-        if not os.isatty(1):
-            log.prefix = True
-        elif os.environ.get("TERM", "dumb") == "dumb":
-            self.view = PlainView()
-        else:
-            self.view = Screen()
-            self.view.changed = self.set_dirty
+        own = os.isatty(1)
+        term = os.environ.get("TERM", "dumb" if own else "")
+        paths = [""] if own else consoles() if self.on_consoles else []
+        views: list[JournalView | Screen] = [] if own else [JournalView()]
+        for path in paths:
+            try:
+                views.append(PlainView(path) if term == "dumb" else Screen(path))
+            except OSError as e:
+                debug(f"Failed to open '{path}', ignoring: {reason_of(e)}")
+        self.view = Views(*views)
+        for screen in self.view.screens:
+            screen.changed = self.set_dirty
+        if self.view.screens:
             log.screen = self.view.add_message
+            # Standard error may be on the console as well.
+            log.errors = 2 if own else 1
 
     def set_dirty(self) -> None:
         self.dirty = True
@@ -4421,10 +4541,11 @@ class Service:
         poll = select.poll()
         for source in (self.uevents.socket, self.network.socket, self.signals):
             poll.register(source, select.POLLIN)
-        if self.view.keys >= 0:
-            poll.register(self.view.keys, select.POLLIN)
+        for screen in self.view.screens:
+            if screen.keys >= 0:
+                poll.register(screen.keys, select.POLLIN)
         # What the service manager prints on the console about this very start is drawn over a little later.
-        redraws = [time.monotonic() + 1, time.monotonic() + 4] if isinstance(self.view, Screen) else []
+        redraws = [time.monotonic() + 1, time.monotonic() + 4] if self.view.screens else []
         while not self.stop_asked:
             now = time.monotonic()
             if redraws and redraws[0] <= now:
@@ -4448,18 +4569,20 @@ class Service:
                     self.share_memory()
                 deadlines.append(self.shared + self.memory.pause)
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
-            if self.view.unsent:
-                poll.register(self.view.terminal, select.POLLOUT)
+            unsent = [screen for screen in self.view.screens if screen.unsent]
+            for screen in unsent:
+                poll.register(screen.terminal, select.POLLOUT)
             ready = {fd for fd, _ in poll.poll(timeout)}
-            if self.view.unsent and isinstance(self.view, Screen):
-                poll.unregister(self.view.terminal)
-                if self.view.terminal in ready:
-                    self.view.send()
-            keys = self.view.keys
-            if keys >= 0 and keys in ready and isinstance(self.view, Screen):
-                self.view.read_keys()
-                if self.view.keys < 0:
-                    poll.unregister(keys)
+            for screen in unsent:
+                poll.unregister(screen.terminal)
+                if screen.terminal in ready:
+                    screen.send()
+            for screen in self.view.screens:
+                keys = screen.keys
+                if keys >= 0 and keys in ready:
+                    screen.read_keys()
+                    if screen.keys < 0:
+                        poll.unregister(keys)
             if self.signals in ready:
                 os.read(self.signals, 4096)
                 self.dirty = True
@@ -4550,6 +4673,7 @@ class Options:
         self.rules: list[tuple[str, str]] = []  # glob and kind of access
         self.subsystem = ""  # PER_DISK or SHARED; empty if none was asked for
         self.kernel_command_line = False
+        self.console = False
         self.refused = ""  # why nothing is exported although the service runs
         self.help = False
         self.version = False
@@ -4589,6 +4713,7 @@ OPTIONS = (
     ("", "dry-run", "", "Show each step and do none; needs no root"),
     ("", "json", "", "With --list-devices or --dry-run: as JSON"),
     ("", "kernel-command-line", "", "Take rd.storagetm.OPTION there for --OPTION, too"),
+    ("", "console", "", "Show the screen on this machine's consoles, where\nthe output is no terminal"),
     ("h", "help", "", "Show this help"),
     ("", "version", "", "Show the version"),
 )
@@ -4762,7 +4887,7 @@ def add_options(options: Options, more: Options) -> None:
     options.nqn = options.nqn or more.nqn
     options.subsystem = options.subsystem or more.subsystem
     options.all = max(options.all, more.all) if not options.devices else options.all
-    for name in ("list_devices", "dry_run", "json", "force", "help", "version"):
+    for name in ("list_devices", "dry_run", "json", "force", "console", "help", "version"):
         setattr(options, name, getattr(options, name) or getattr(more, name))
 
 
@@ -4910,7 +5035,14 @@ def start(argv: Sequence[str]) -> int:
     inventory = Inventory(options.devices, bool(options.all), force, access)
     if options.dry_run:
         return dry_run(options, transport, inventory)
-    return Service(machine, transport, inventory, Memory(options.store), options.refused).run()
+    return Service(
+        machine,
+        transport,
+        inventory,
+        Memory(options.store),
+        options.refused,
+        on_consoles=options.console,
+    ).run()
 
 
 def use_utf8() -> None:
