@@ -89,8 +89,18 @@ LOOP_GET_STATUS64 = 0x4C05
 LOOP_SET_STATUS64 = 0x4C04
 KD_GRAPHICS = 1
 NETLINK_KOBJECT_UEVENT = 15
+NETLINK_NETFILTER = 12
 NETLINK_ROUTE = 0
 NETLINK_SOCK_DIAG = 4
+NFTA_CHAIN_HOOK = 4
+NFTA_CHAIN_POLICY = 5
+NFTA_CHAIN_USE = 6
+NFTA_HOOK_HOOKNUM = 1
+NFT_MSG_GETCHAIN = 10 << 8 | 4  # with NFNL_SUBSYS_NFTABLES
+NFT_MSG_NEWCHAIN = 10 << 8 | 3
+NF_DROP = 0
+NF_INET_LOCAL_IN = 1
+NLA_TYPE_MASK = 0x3FFF
 NLM_F_DUMP = 0x300
 NLM_F_DUMP_INTR = 0x10
 NLM_F_REQUEST = 0x1
@@ -137,9 +147,11 @@ RETURN_WAIT_SEC = 20  # and for one that was exported until the last stop
 DM_BUSY_SEC = 2  # until what somebody else has open for a moment is free
 STORE_POLL_SEC = (0.05, 1)  # shortest and longest pause between two looks at how full the snapshots are
 STORE_FILL = 1 << 30  # bytes a second with which a client is expected to fill one
+COURTESY_SEC = (10, 600)  # first and longest pause until hosts are told again that a disk is read-only
 LOCK_POLL_SEC = (0.02, 0.5)  # first and longest pause between two tries for a lock
 UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as sysfs describes it
 MEDIUM_POLL_MSEC = 2000  # between two looks into a drive
+PLYMOUTH_MAX = 253  # bytes of a message, without the NUL that ends it
 PLYMOUTH_WAIT_SEC = 3  # for Plymouth to let go of the console
 REDRAW_SEC = 0.75  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
@@ -158,7 +170,6 @@ DEFAULT_ACCESS = READ_ONLY
 # By what the kernel's names begin with.
 NETWORK_DISKS = {"nbd": "NBD", "rbd": "Ceph", "rnbd": "RNBD", "etherd!": "ATA over Ethernet"}
 NO_DISKS = {"loop": "a loop device", "zram": "a compressed RAM disk", "ram": "a RAM disk"}
-ENCODING = sys.getfilesystemencoding()
 MEMORY_FILE = "/memfd:storagetm"  # as the kernel calls it
 STORE_MIN = 1 << 20  # bytes for the changes of snapshots
 
@@ -216,6 +227,12 @@ class ifaddrmsg(ctypes.Structure):
         ("ifa_scope", ctypes.c_uint8),
         ("ifa_index", ctypes.c_uint32),
     ]
+
+
+class nfgenmsg(ctypes.Structure):
+    """Body of all messages about packet filters (include/uapi/linux/netfilter/nfnetlink.h)."""
+
+    _fields_ = [("nfgen_family", ctypes.c_uint8), ("version", ctypes.c_uint8), ("res_id", ctypes.c_uint16)]
 
 
 class rtattr(ctypes.Structure):
@@ -381,8 +398,7 @@ def write_attribute(path: str, value: str) -> None:
     """Writes `value` in one write(2) to an existing file, as sysfs and configfs ask. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        # As os.fsencode() has it, which takes as long as the kernel does.
-        os.write(fd, value.encode(ENCODING, "surrogateescape"))
+        os.write(fd, utf8(value))
     finally:
         os.close(fd)
 
@@ -415,11 +431,86 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
+def utf8(text: str) -> bytes:
+    """`text` in UTF-8, whatever the locale, with the bytes that were not UTF-8 when it was read.
+
+    What is shown, written and hashed is then the same under each locale, and a letter that a locale lacks is
+    no error. os.fsencode() has it otherwise.
+    """
+    return text.encode("utf-8", "surrogateescape")
+
+
 def quoted(text: str) -> str:
     """`text` as one word of a POSIX shell."""
-    if text and all(c.isascii() and (c.isalnum() or c in "@%+=:,./-_") for c in text):
+    if text and all(map(is_plain, text)):
         return text
     return "'" + text.replace("'", "'\\''") + "'"
+
+
+def is_plain(c: str) -> bool:
+    """Whether a character is just itself to a shell."""
+    return c.isascii() and (c.isalnum() or c in "@%+=:,./-_")
+
+
+def typed(text: str) -> str:
+    """`text` as one word of a shell, in ASCII, so that it can be shown on any terminal and typed off it.
+
+    Other letters become $'\\303\\244', which POSIX has since 2024, and bash, zsh and busybox for long.
+    """
+    if text.isascii():
+        return quoted(text)
+    return "$'" + "".join(c if is_plain(c := chr(b)) else f"\\{b:03o}" for b in utf8(text)) + "'"
+
+
+def columns(text: str) -> int:
+    """The columns that `text` takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    try:
+        import unicodedata
+    except ImportError:  # on small systems
+        return sum(2 if c >= "\u1100" else 1 for c in text)  # rather too many than too few
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me") else 1 + (unicodedata.east_asian_width(c) in "FW")
+        for c in text
+    )
+
+
+def cut(text: str, width: int) -> str:
+    """As much of the beginning of `text` as fits into so many columns."""
+    if text.isascii():
+        return text[: max(0, width)]
+    taken = 0
+    for i, c in enumerate(text):
+        taken += columns(c)
+        if taken > width:
+            return text[:i]
+    return text
+
+
+def padded(text: str, width: int) -> str:
+    """`text` with blanks behind it, at least so many columns wide."""
+    return text + " " * (width - columns(text))
+
+
+def pieces(text: str, width: int) -> list[str]:
+    """`text` cut into pieces of so many columns at most; a letter that is wider is a piece by itself."""
+    found = []
+    while text:
+        found.append(cut(text, width) or text[0])
+        text = text[len(found[-1]) :]
+    return found
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """`text` in lines of so many columns at most, broken between words where that can be done."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and columns(lines[-1]) + 1 + columns(word) <= width:
+            lines[-1] += " " + word
+        else:
+            lines += pieces(word, width)
+    return lines[1:] or lines
 
 
 def reason_of(error: OSError) -> str:
@@ -455,7 +546,7 @@ def birth_time(path: str) -> str:
     libc = ctypes.CDLL(None)
     answer = statx()
     try:
-        failed = libc.statx(AT_FDCWD, os.fsencode(path), 0, STATX_BTIME, ctypes.byref(answer))
+        failed = libc.statx(AT_FDCWD, utf8(path), 0, STATX_BTIME, ctypes.byref(answer))
     except AttributeError:  # musl before 1.2.5
         failed = -1
     if failed or not answer.stx_mask & STATX_BTIME:
@@ -563,12 +654,12 @@ def notify(state: str) -> None:
     """Tells the service manager, if there is one (sd_notify(3))."""
     name = os.environ.get("NOTIFY_SOCKET", "")
     if name[:1] in ("/", "@"):
-        send_datagram(name, os.fsencode(state))
+        send_datagram(name, utf8(state))
 
 
 def plymouth(message: str) -> None:
-    """Has Plymouth show `message`, where it runs (protocol: ply-boot-protocol.h, "M", at most 254 bytes)."""
-    text = os.fsencode(message)[:253] + b"\0"
+    """Has Plymouth show `message`, where it runs (protocol: ply-boot-protocol.h, "M")."""
+    text = utf8(message)[:PLYMOUTH_MAX] + b"\0"
     plymouth_request(b"M\x02" + bytes([len(text)]) + text)
 
 
@@ -715,13 +806,8 @@ class Log:
 
     def __init__(self) -> None:
         self.debug = os.environ.get("SYSTEMD_LOG_LEVEL", "") in ("debug", "7")
-        self.prefix = False
-        try:
-            # Whatever a service starts inherits the variable, and may write elsewhere (systemd.exec(5)).
-            st = os.fstat(2)
-            self.prefix = os.environ.get("JOURNAL_STREAM", "") == f"{st.st_dev}:{st.st_ino}"
-        except OSError:
-            pass
+        self.journal = {fd for fd in (1, 2) if is_journal(fd)}
+        self.errors = 2  # descriptor for what is wrong
         self.screen: Callable[[str], None] | None = None
 
     def __call__(self, priority: int, message: str) -> None:
@@ -729,14 +815,30 @@ class Log:
             return
         if self.screen and priority < 7:
             self.screen(message)
-            if os.isatty(2):
+            if os.isatty(self.errors):
                 return
-        line = f"<{priority}>{message}\n" if self.prefix else message + "\n"
+        self.write(priority, message)
+
+    def write(self, priority: int, message: str) -> None:
+        """Past the screen."""
+        # Facts are output, the rest is about them.
+        fd = 1 if 4 < priority < 7 else self.errors
         try:
-            # Facts are output, the rest is about them; a closed descriptor never stops the service.
-            os.write(1 if 4 < priority < 7 else 2, os.fsencode(line))
+            os.write(fd, utf8(f"<{priority}>{message}\n" if fd in self.journal else message + "\n"))
         except OSError:
-            pass
+            pass  # a closed descriptor never stops the service
+
+
+def is_journal(fd: int) -> bool:
+    """Whether what is written there goes to the journal (systemd.exec(5), "$JOURNAL_STREAM")."""
+    stream = os.environ.get("JOURNAL_STREAM", "")
+    try:
+        st = os.fstat(fd)
+    except OSError:
+        return False
+    # It names standard error alone, where output is another socket. Programs that a service starts inherit
+    # the variable, and may write elsewhere.
+    return stream == f"{st.st_dev}:{st.st_ino}" or (stream != "" and stat.S_ISSOCK(st.st_mode))
 
 
 log = Log()
@@ -855,7 +957,9 @@ class Machine:
         release = read_assignments(ETC + "os-release", "/usr/lib/os-release")
         self.os = release.get("IMAGE_ID") or release.get("ID") or ""
         self.os_version = release.get("IMAGE_VERSION") or release.get("VERSION_ID") or ""
-        self.os_name = release.get("PRETTY_NAME") or self.os or "Linux"
+        # dracut's own os-release may speak of dracut alone; its module leaves a copy of the system's.
+        made_on = read_assignments(ETC + "storagetm/os-release")
+        self.os_name = made_on.get("PRETTY_NAME") or release.get("PRETTY_NAME") or self.os or "Linux"
 
     @property
     def name(self) -> str:
@@ -1090,7 +1194,7 @@ class Stays:
         self.kept = False  # whether what is new goes into the file
 
     def digest(self, *parts: str) -> str:
-        return str(sha256(self.salt + "\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32])
+        return str(sha256(self.salt + utf8("\0".join(parts))).hexdigest()[:32])
 
     def read(self) -> None:
         self.boot = read_attribute(PROC + "sys/kernel/random/boot_id") or "?"
@@ -1198,7 +1302,7 @@ class Stays:
         tags = [(self.digest(self.boot, d.tag), d.node) for d in disks]
         lines = [f"{tag} {self.known[tag].origin} {node}\n" for tag, node in tags if tag in self.known]
         try:
-            write_new_file(self.path + ".awaited", "".join(lines).encode("utf-8", "surrogateescape"))
+            write_new_file(self.path + ".awaited", utf8("".join(lines)))
         except OSError as e:
             debug(f"Failed to note which disks were exported, ignoring: {reason_of(e)}")
 
@@ -2058,20 +2162,52 @@ class Inventory:
 # Addresses
 
 
-class Address:
-    """An address that another machine can use, `interface` being this machine's name of where it is."""
+HARDWARE = 0  # what is behind an interface
+SOFTWARE = 1
+BRIDGE_PORT = 2
 
-    __slots__ = ("family", "interface", "link_local", "text")
+
+class Address:
+    """An address that another machine can use, `interface` being this machine's name of where it is.
+
+    `kind` is HARDWARE, SOFTWARE or BRIDGE_PORT.
+    """
+
+    __slots__ = ("family", "interface", "kind", "link_local", "text")
 
     def __init__(self, family: int, text: str, interface: str, link_local: bool) -> None:
         self.family = family
         self.text = text
         self.interface = interface
         self.link_local = link_local
+        self.kind = HARDWARE
 
-    def rank(self) -> tuple[bool, bool, str, str]:
-        """IPv4 first, then global IPv6, then link-local IPv6."""
-        return self.family == AF_INET6, self.link_local, self.interface, self.text
+    def rank(self) -> tuple[int, bool, bool, str, str]:
+        """Interfaces with hardware first; on either kind IPv4, then global IPv6, then link-local IPv6."""
+        return self.kind, self.family == AF_INET6, self.link_local, self.interface, self.text
+
+
+def interface_kind(name: str, depth: int = 0) -> int:
+    """Whether packets from other machines can come in at an interface, as far as sysfs tells.
+
+    That is, whether it is an adapter, or a bond, bridge, VLAN or the like with an adapter below. A port of a
+    bridge or bond hands all of them over to that.
+    """
+    base = f"{SYS}class/net/{name}"
+    if depth == 0 and os.path.exists(base + "/master") and device_type(base + "/master") != "vrf":
+        return BRIDGE_PORT
+    if os.path.exists(base + "/device"):
+        return HARDWARE
+    if depth < 8 and device_type(base) not in ("vxlan", "geneve"):
+        for entry in list_directory(base):
+            if entry.startswith("lower_") and interface_kind(entry[6:], depth + 1) == HARDWARE:
+                return HARDWARE
+    return SOFTWARE
+
+
+def device_type(base: str) -> str:
+    """What kind of virtual interface it is ("bridge", "bond", "vlan", ...); empty for an adapter."""
+    return read_assignments(base + "/uevent").get("DEVTYPE", "")
 
 
 def parse_messages(raw: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -2096,7 +2232,7 @@ def parse_attributes(raw: bytes) -> dict[int, bytes]:
         header = rtattr.from_buffer_copy(raw, offset)
         if header.rta_len < size or offset + header.rta_len > len(raw):
             break
-        found[header.rta_type] = raw[offset + size : offset + header.rta_len]
+        found[header.rta_type & NLA_TYPE_MASK] = raw[offset + size : offset + header.rta_len]
         offset += (header.rta_len + 3) & ~3
     return found
 
@@ -2155,22 +2291,29 @@ class Network:
             if link and link[1] & IFF_UP and link[1] & IFF_RUNNING and not link[1] & IFF_LOOPBACK:
                 names[link[0]] = link[2]
         found = []
+        kinds = {name: interface_kind(name) for name in names.values()}
         for kind, body in bodies:
             parsed = parse_address(body) if kind == RTM_NEWADDR else None
             if parsed and parsed[0] in names:
-                parsed[1].interface = names[parsed[0]]
-                found.append(parsed[1])
+                index, address = parsed
+                address.interface = names[index]
+                address.kind = kinds[address.interface]
+                # A bridge answers for the IPv4 addresses of its ports, too, but not for IPv6.
+                if address.kind != BRIDGE_PORT or address.family == AF_INET:
+                    found.append(address)
         return sorted(found, key=Address.rank)
 
     @staticmethod
-    def dump(kind: int, body: ctypes.Structure) -> tuple[list[tuple[int, bytes]], bool]:
+    def dump(
+        kind: int, body: ctypes.Structure, protocol: int = NETLINK_ROUTE
+    ) -> tuple[list[tuple[int, bytes]], bool]:
         """All messages that answer a dump request, and whether they fit together (NLM_F_DUMP_INTR)."""
         found: list[tuple[int, bytes]] = []
         consistent = True
         header = nlmsghdr(
             ctypes.sizeof(nlmsghdr) + ctypes.sizeof(body), kind, NLM_F_REQUEST | NLM_F_DUMP, 1, 0
         )
-        s = socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE)
+        s = socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, protocol)
         try:
             s.settimeout(5)
             s.connect((0, 0))
@@ -2186,6 +2329,40 @@ class Network:
                     found.append((answer, content))
         finally:
             s.close()
+
+
+def filters_input() -> bool:
+    """Whether this machine has rules for packets that come in, which may keep clients out.
+
+    What the rules say, only the firewall's own tools could tell.
+    """
+    for name in ("ip_tables_names", "ip6_tables_names"):
+        if "filter" in read_attribute(f"{PROC}net/{name}").split():
+            return True
+    if not os.path.isdir(SYS + "module/nf_tables"):
+        return False  # and to ask would load it
+    try:
+        chains, _ = Network.dump(NFT_MSG_GETCHAIN, nfgenmsg(), NETLINK_NETFILTER)
+    except OSError as e:
+        debug(f"Failed to ask for packet filters, ignoring: {reason_of(e)}")
+        return False
+    return any(kind == NFT_MSG_NEWCHAIN and is_input_filter(body) for kind, body in chains)
+
+
+def is_input_filter(body: bytes) -> bool:
+    """Whether an NFT_MSG_NEWCHAIN message is about a chain that may drop what comes in. Takes any bytes."""
+    if body[:1] not in (b"\x01", b"\x02", b"\x0a"):  # NFPROTO_INET, _IPV4 and _IPV6
+        return False
+    attributes = parse_attributes(body[ctypes.sizeof(nfgenmsg) :])
+
+    def number(raw: bytes) -> int:
+        return int.from_bytes(raw, "big") if len(raw) == 4 else -1
+
+    hook = parse_attributes(attributes.get(NFTA_CHAIN_HOOK, b""))
+    return number(hook.get(NFTA_HOOK_HOOKNUM, b"")) == NF_INET_LOCAL_IN and (
+        number(attributes.get(NFTA_CHAIN_POLICY, b"")) == NF_DROP
+        or number(attributes.get(NFTA_CHAIN_USE, b"")) > 0  # the number of its rules
+    )
 
 
 def drain(s: socket.socket) -> list[bytes]:
@@ -2510,7 +2687,7 @@ class Mapping(Entry):
     def path_for(cls, name: str, *made_of: str) -> str:
         """The path for a device that people know as `name`."""
         clean = "".join(c if c.isascii() and (c.isalnum() or c in "+-.=_") else "_" for c in name)
-        digest = sha256(os.fsencode("\0".join((name, *made_of)))).hexdigest()
+        digest = sha256(utf8("\0".join((name, *made_of)))).hexdigest()
         return f"dm/{cls.PREFIX}{clean[:80]}-{digest[:16]}"
 
     @property
@@ -3100,7 +3277,7 @@ class Ledger:
         self.append("-", branch.root)
 
     def append(self, *fields: str) -> None:
-        record = "\0".join((*fields, "\n")).encode(ENCODING, "surrogateescape")
+        record = utf8("\0".join((*fields, "\n")))
         with self.mutex:
             append(self.fd, record)
             self.records += 1
@@ -3474,6 +3651,7 @@ class NvmeHost:
     """
 
     TIMEOUT_SEC = 20  # for an answer; a kernel that is busy with many disks takes its time
+    CONNECT_SEC = 3  # for a connection, which waits for nobody; a lost packet is sent again after 1 s
     ICREQ, ICRESP, COMMAND, RESPONSE, DATA = 0, 1, 4, 5, 7  # types of PDU
     FABRICS = 0x7F
     PROPERTY_SET, CONNECT, PROPERTY_GET = 0, 1, 4
@@ -3489,8 +3667,9 @@ class NvmeHost:
         self.buffer = b""  # what has arrived and is not yet looked at
         self.socket = socket.socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC)
         try:
-            self.socket.settimeout(self.TIMEOUT_SEC)
+            self.socket.settimeout(self.CONNECT_SEC)
             self.socket.connect(address)
+            self.socket.settimeout(self.TIMEOUT_SEC)
             self.initialize()
             self.connect(nqn, host_id)
             self.enable()
@@ -3511,7 +3690,7 @@ class NvmeHost:
     def connect(self, nqn: str, host_id: str) -> None:
         """The Fabrics command Connect, for the admin queue, without keep-alive."""
         data = bytes.fromhex(host_id) + b"\xff\xff" + bytes(238)
-        data += os.fsencode(nqn).ljust(256, b"\0")
+        data += utf8(nqn).ljust(256, b"\0")
         data += f"nqn.2014-08.org.nvmexpress:uuid:{dashed(host_id)}".encode().ljust(256, b"\0")
         queue_size = 31
         self.send(self.FABRICS, self.CONNECT, 0, queue_size, 0, data.ljust(1024, b"\0"))
@@ -3602,7 +3781,8 @@ class WriteProtection(Entry):
     """Namespace Write Protect for the only namespace of a subsystem.
 
     Hosts may take it back, so it is courtesy to them, and says nothing about what is live. It can only be
-    asked for by a host, that is us, over the passage that the transport has open.
+    asked for by a host, that is us, over the passage that the transport has open. Where that fails, the disk
+    is exported all the same, since what protects it is below; the transport notes it.
     """
 
     amendable = slow = holds = True
@@ -3620,6 +3800,17 @@ class WriteProtection(Entry):
             pass
 
     def make(self, root: str) -> None:
+        if time.monotonic() < self.transport.unreachable_until:
+            self.transport.untold[self.path] = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            return
+        try:
+            self.ask(root)
+            self.transport.untold.pop(self.path, None)
+        except OSError as e:
+            self.transport.note_untold(self.path, e)
+
+    def ask(self, root: str) -> None:
+        """Asks the kernel for it. Raises OSError."""
         subsystem, _, namespace = self.path.partition("/namespaces/")
         nqn = subsystem.rpartition("/")[2]
         address = self.transport.open_passage(root, subsystem)
@@ -3679,6 +3870,10 @@ class NvmeTcp:
         self.passage = 0  # number of the port that is only there for ourselves
         self.passage_port = 0  # its TCP port, once something is linked there
         self.host_id = ""  # as which we come in there
+        self.untold: dict[
+            str, OSError
+        ] = {}  # by path: what failed of telling hosts that a disk is read-only
+        self.unreachable_until = 0.0  # when to connect to ourselves again, where that could not be done
 
     # Names
 
@@ -3696,17 +3891,31 @@ class NvmeTcp:
         return disk.stay.number if disk.stay else 0
 
     def why_name(self, disk: Disk) -> str:
-        """Why a disk cannot have an NQN; empty if it can."""
-        length = len(os.fsencode(self.nqn(disk)))
+        """Why a disk cannot have an NQN that clients can use; empty if it can."""
+        if "," in self.nqn(disk):
+            return "its name has a comma, which no client can have in an NQN; rename it"
+        return self.why_too_long(disk)
+
+    def why_too_long(self, disk: Disk) -> str:
+        """Why the disk's NQN does not fit; empty if it does."""
+        length = len(utf8(self.nqn(disk)))
         return (
             f"its NQN '{self.nqn(disk)}' has {length} bytes, {NQN_MAX} are allowed"
             if length > NQN_MAX
             else ""
         )
 
+    def check_names(self, disks: Iterable[Disk], *, named: bool) -> None:
+        """Raises UserError if --nqn= is too long for one of these, or a named one has an unusable name."""
+        for disk in disks:
+            if why := self.why_too_long(disk):
+                raise UsageError(f"--nqn= is too long for '{disk.node}': {why}")
+            if named and (why := self.why_name(disk)):
+                raise UserError(f"Failed to export '{disk.node}': {why}")
+
     def port_number(self, family: int) -> int:
         """The TCP port, and number in configfs, that follows from the NQN; even for IPv4, odd for IPv6."""
-        data = os.fsencode(self.prefix) + family.to_bytes(4, sys.byteorder)
+        data = utf8(self.prefix) + family.to_bytes(4, sys.byteorder)
         number = 1024 + siphash24(bytes.fromhex(self.PORT_KEY), data) % (65535 - 1024)
         return number & 0xFFFE | (family == AF_INET6)
 
@@ -3817,6 +4026,29 @@ class NvmeTcp:
                 self.passage_port = 0
         self.passage_port = self.passage_port or int(read_attribute(port + "/addr_trsvcid"))
         return "127.0.0.1", self.passage_port
+
+    def note_untold(self, path: str, e: OSError) -> None:
+        """Notes that hosts are not told of a namespace that it is read-only, and why."""
+        self.untold[path] = e if e.errno else OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        if self.untold[path].errno not in (errno.EIO, errno.EPROTO):
+            # It would be the same for the other disks, and take the time once more.
+            self.unreachable_until = time.monotonic() + COURTESY_SEC[0]
+
+    def why_untold(self, path: str) -> str:
+        """The same for people."""
+        problem = self.untold[path]
+        if problem.errno in (errno.EIO, errno.EPROTO):
+            nqn = path.rpartition("/namespaces/")[0].rpartition("/")[2]
+            return (
+                f"Failed to tell clients that '{nqn}' is read-only: {reason_of(problem)}; their writes fail"
+            )
+        way_out = "let this machine's firewall accept all packets on 'lo'"
+        if problem.errno == errno.EADDRNOTAVAIL:
+            way_out = "give 'lo' the address 127.0.0.1"
+        return (
+            f"Failed to tell clients which disks are read-only: {reason_of(problem)}; {way_out}. "
+            "Their writes fail all the same"
+        )
 
     # The wanted tree
 
@@ -3934,7 +4166,7 @@ class NvmeTcp:
         given = self.overrides["SERIAL"] or (disk.serial if disk and not self.own(disk) else "")
         if given and (text := nvme_string(given, SERIAL_MAX)):
             return text
-        name = b"serial" + os.fsencode(self.name(disk)) if disk else b"machine"
+        name = b"serial" + utf8(self.name(disk)) if disk else b"machine"
         return str(sha256(self.machine.id + name).hexdigest()[:SERIAL_MAX])
 
     def uuid(self, disk: Disk) -> str:
@@ -3944,11 +4176,11 @@ class NvmeTcp:
                 return dashed(override)
             warning("$SYSTEMD_NVME_UUID is not a UUID, ignoring it")
         name = self.own(disk) or disk.id_serial or disk.node
-        return dashed(uuid4_from(sha256(self.machine.id + os.fsencode(name)).digest()))
+        return dashed(uuid4_from(sha256(self.machine.id + utf8(name)).digest()))
 
     def nguid(self, disk: Disk) -> str:
         """Made like the UUID, but different for disks without a serial number, and not to be overridden."""
-        digest = sha256(self.machine.id + b"nguid" + os.fsencode(self.name(disk)))
+        digest = sha256(self.machine.id + b"nguid" + utf8(self.name(disk)))
         return dashed(digest.hexdigest()[:32])
 
     @staticmethod
@@ -3959,6 +4191,13 @@ class NvmeTcp:
     @staticmethod
     def name(disk: Disk) -> str:
         return disk.stay.name if disk.stay else disk.id_serial or disk.stable()
+
+    def firewall_text(self) -> str:
+        """What a firewall on this machine has to let in."""
+        ports = " and ".join(str(n) for n in self.ports.values())
+        return (
+            f"This machine has a firewall, which must let in TCP port{'s' * (len(self.ports) > 1)} {ports}"
+        )
 
     # The client's side
 
@@ -4006,6 +4245,7 @@ class Report:
         self.refused = refused
         self.awaited = awaited
         self.attached: list[str] = []  # addresses of clients
+        self.firewall = ""  # what it has to let in, where there is one
         self.title = f"Storage target mode: {machine.name} ({machine.os_name})"
         self.transport = transport
         self.addresses = transport.reachable(addresses)
@@ -4060,12 +4300,18 @@ class Report:
     def for_all(self, address: Address) -> tuple[str, str]:
         """The command that attaches all disks, and what may be on a line of its own."""
         if self.transport.shared:
-            return self.transport.connect(address, "connect"), f"-n {quoted(self.transport.prefix)}"
+            return self.transport.connect(address, "connect"), f"-n {typed(self.transport.prefix)}"
         return self.transport.connect(address, "connect-all"), ""
 
     def for_plymouth(self) -> str:
-        lines = [" ".join(filter(None, self.for_all(a))) for a in self.addresses]
-        return min(lines, key=len) if lines else "Storage target mode: the network is down"
+        """The shortest command for all disks, at an address of the best kind there is."""
+        if not self.addresses:
+            return "Storage target mode: the network is down"
+        best = [a for a in self.addresses if a.kind == self.addresses[0].kind]
+        line = min((" ".join(filter(None, self.for_all(a))) for a in best), key=len)
+        if len(line) > PLYMOUTH_MAX:
+            line = min((self.transport.connect(a, "connect-all") for a in best), key=len)
+        return line
 
     def facts(self) -> dict[str, str]:
         """What a journal should have, each fact under a key of its own."""
@@ -4081,13 +4327,15 @@ class Report:
             described = ", ".join(filter(None, about))
             where = self.transport.nqn(disk)
             if self.transport.shared:
-                where += f", namespace {self.transport.number(disk)}"
+                where += f", namespace {self.transport.number(disk):#x}"
             found[f"disk {disk.key} {disk.tag}"] = f"Exporting '{disk.node}' ({described}) as {where}"
             found[f"size {disk.key} {disk.tag}"] = f"'{disk.node}' has {disk.size} bytes"
         if self.refused:
             return {}
         if self.attached:
             found["clients"] = self.attached_text()
+        if self.firewall:
+            found["firewall"] = self.firewall
         for disk in self.exported:
             if self.access_text(disk) == SNAPSHOT_FULL:
                 found[f"full {disk.key}"] = (
@@ -4121,6 +4369,8 @@ class Report:
                         ("dim", "    (INTERFACE: the other machine's interface to this one, see 'ip link')")
                     )
                 blocks.append([*lines, ("", "")])
+        if self.firewall and count:
+            blocks.append([("", f"{self.firewall}."), ("", "")])
         if self.awaited:
             text = f"No disk is exported yet, waiting for {', '.join(self.awaited)}."
             blocks.append([("alert", line) for line in wrapped(text, width)] + [("", "")])
@@ -4131,11 +4381,7 @@ class Report:
         elif self.addresses:
             blocks.append([("", "To attach one disk:"), ("", "")])
         for disk in self.exported:
-            access = self.access_text(disk)
-            number = f"{self.transport.number(disk):>10}  " if self.transport.shared else ""
-            about = f"{number}{disk.node:<12} {size_text(disk.size):>8}  {access:<13} "
-            about = f"{(about + disk.model.replace('_', ' '))[:57]:<57}  {self.serial_text(disk)}"
-            lines = [(disk.access, about[: width - 1])]
+            lines = [(disk.access, line) for line in self.about(disk, width)]
             if self.transport.shared:
                 blocks.append(lines)
                 continue
@@ -4143,7 +4389,7 @@ class Report:
                 command = self.transport.connect(self.addresses[0], "connect")
                 lines += [
                     ("command", line)
-                    for line in folded(command, width, f"-n {quoted(self.transport.nqn(disk))}")
+                    for line in folded(command, width, f"-n {typed(self.transport.nqn(disk))}")
                 ]
             blocks.append([*lines, ("", "")])
         if self.transport.shared and count:
@@ -4155,18 +4401,28 @@ class Report:
             blocks.append([("alert" if full else "", fill[0].upper() + fill[1:] + "."), ("", "")])
         if others := [(d, why) for d, why in self.others if why]:
             blocks.append([("", "Not exported:")])
-            blocks += [[("dim", f"{d.node:<13} {why}"[: width - 1])] for d, why in others]
+            blocks += [[("dim", line) for line in self.why_not(d, why, width)] for d, why in others]
         return blocks
 
+    def about(self, disk: Disk, width: int) -> list[str]:
+        """What there is to say of an exported disk, in columns. A long path has a line of its own."""
+        number = f"{self.transport.number(disk):#6x} " if self.transport.shared else ""
+        middle = f" {size_text(disk.size):>8}  {self.access_text(disk):<13} "
+        node, lines = padded(number + disk.node, len(number) + 12), []
+        room = min(width - 1, 57) - len(middle)
+        if columns(node) > room:
+            lines, node = pieces(node.rstrip(), width - 1), " " * min(len(number) + 12, room)
+        left = cut(node + middle + disk.model.replace("_", " "), 57)
+        return [*lines, cut(f"{padded(left, 57)}  {self.serial_text(disk)}", width - 1)]
 
-def wrapped(text: str, width: int) -> list[str]:
-    """Lines of whole words."""
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and len(lines[-1]) + len(word) + 2 > width:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return lines
+    @staticmethod
+    def why_not(disk: Disk, why: str, width: int) -> list[str]:
+        """What there is to say of a disk that is not exported. The whole reason: its end says what to do."""
+        short = columns(disk.node) < 14 and width > 40
+        indent = " " * (14 if short else 4)
+        first, *rest = wrapped(why, width - 1 - len(indent))
+        first = padded(disk.node, 14) + first if short else indent + first
+        return [*([] if short else pieces(disk.node, width - 1)), first, *(indent + line for line in rest)]
 
 
 def folded(command: str, width: int, more: str = "") -> list[str]:
@@ -4179,9 +4435,6 @@ def folded(command: str, width: int, more: str = "") -> list[str]:
 class JournalView:
     """For all that is no terminal: lines, each fact once."""
 
-    keys = -1
-    terminal = 1
-    unsent = b""
     beside_plymouth = True
 
     def __init__(self) -> None:
@@ -4192,10 +4445,10 @@ class JournalView:
         for key, line in facts.items():
             # A disk's first size is in its first line.
             if self.known.get(key) != line and not (key.startswith("size ") and key not in self.known):
-                info(line)
+                log.write(6, line)
         for key, line in self.known.items():
             if key not in facts and not key.startswith(("size ", "other ", "network")):
-                info(f"No longer: {line}")
+                log.write(6, f"No longer: {line}")
         self.known = facts
 
     def close(self) -> None:
@@ -4205,13 +4458,25 @@ class JournalView:
 class PlainView(JournalView):
     """For a terminal that cannot move its cursor: the whole text again after each change, plain ASCII."""
 
+    def __init__(self, path: str = "") -> None:
+        super().__init__()
+        self.terminal = 1
+        if path:
+            self.terminal = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+
     def show(self, report: Report) -> None:
         lines = ["", report.title, ""] + [text for block in report.blocks(80) for _, text in block]
-        info("\n".join(lines).encode("ascii", "replace").decode())
+        try:
+            os.write(self.terminal, "\n".join([*map(one_line, lines), ""]).encode("ascii", "replace"))
+        except OSError as e:
+            debug(f"Failed to write to the terminal, ignoring: {reason_of(e)}")
 
 
 class Screen:
-    """A full screen on a terminal, redrawn in place. Space and `b` turn pages, where there are several."""
+    """A full screen on a terminal, redrawn in place. Space and `b` turn pages, where there are several.
+
+    Without a `path` the terminal is the one that the program was started on.
+    """
 
     STYLES: ClassVar[dict[str, str]] = {
         "title": "\x1b[7m",
@@ -4224,14 +4489,16 @@ class Screen:
     }
     MESSAGES = 3
 
-    def __init__(self) -> None:
+    def __init__(self, path: str = "") -> None:
+        self.path = path
         self.keys = -1  # descriptor to read keys from
         self.page = 0
         self.pages = 1
         self.report: Report | None = None
         self.messages: list[str] = []
         self.colour = not os.environ.get("NO_COLOR")
-        self.saved: list[Any] | None = None
+        self.saved: list[Any] | None = None  # the terminal's settings
+        self.settings = -1  # descriptor to put them back with
         self.level: ConsoleLevel | None = None
         self.gone = False
         self.terminal = 1  # descriptor to write to
@@ -4242,13 +4509,13 @@ class Screen:
         try:
             # Opened anew, so that only this writing never blocks: after Ctrl-S a terminal takes no more.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            self.terminal = os.open(os.ttyname(1), flags)
+            self.terminal = os.open(path or os.ttyname(1), flags)
         except OSError as e:
             debug(f"Failed to open the terminal, using what is there: {reason_of(e)}")
         try:
             # A pseudo terminal never gets kernel messages; the console, serial lines and virtual terminals
             # may.
-            if not os.ttyname(1).startswith("/dev/pts/"):
+            if not (path or os.ttyname(1)).startswith("/dev/pts/"):
                 self.level = ConsoleLevel()
                 self.level.lower()
                 # It may take longer, and would write what it is told into the screen.
@@ -4261,17 +4528,22 @@ class Screen:
     def take_keys(self) -> None:
         """Reads keys unbuffered and without echo, which would tear the screen, if this terminal is ours."""
         try:
-            if not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp():
+            if not self.path and (not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp()):
                 return
             import termios
 
             # Opened anew, so that only this reading never blocks: another program may take the key first.
-            keys = os.open(os.ttyname(0), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-            self.saved = termios.tcgetattr(0)
-            mode = termios.tcgetattr(0)
-            mode[3] = mode[3] & ~(termios.ICANON | termios.ECHO) | termios.ISIG
-            termios.tcsetattr(0, termios.TCSANOW, mode)
-            self.keys = keys
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            keys = os.open(self.path or os.ttyname(0), flags)
+            self.saved = termios.tcgetattr(keys)
+            mode = termios.tcgetattr(keys)
+            mode[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG)
+            # Ctrl-C is a signal, which also ends a stop that hangs, on the one terminal that controls this
+            # process. On others it is a key.
+            if not self.path or take_terminal(keys):
+                mode[3] |= termios.ISIG
+            termios.tcsetattr(keys, termios.TCSANOW, mode)
+            self.keys = self.settings = keys
         except (OSError, ImportError) as e:
             debug(f"Failed to set up the terminal's keys, ignoring: {e}")
         except Exception as e:  # termios.error is no OSError
@@ -4288,6 +4560,8 @@ class Screen:
         if not typed:
             self.keys = -1
             return
+        if b"\x03" in typed:
+            os.kill(os.getpid(), signal.SIGINT)
         # Keys pressed quickly, or held down, are read together.
         forward = sum(map(typed.count, (b" ", b"n", b"j", b"\x1b[6~", b"\x1b[B", b"\x1b[C", b"\r", b"\n")))
         back = sum(map(typed.count, (b"b", b"p", b"k", b"\x1b[5~", b"\x1b[A", b"\x1b[D")))
@@ -4306,42 +4580,52 @@ class Screen:
         width, height = self.size()
         self.write(self.drawn(report, width, height))
 
-    @staticmethod
-    def size() -> tuple[int, int]:
+    def size(self) -> tuple[int, int]:
         """Columns and rows. A serial line does not know its own."""
         try:
-            columns, rows = os.get_terminal_size(1)
+            columns, rows = os.get_terminal_size(self.terminal)
         except OSError:
             columns = rows = 0
+        if self.path and not (columns and rows):
+            columns, rows = configured_size(self.path)
         return columns or 80, rows or 24
 
     def drawn(self, report: Report, width: int, height: int) -> str:
         """The bytes that draw the page, each line cleared behind its end, so that nothing flickers."""
-        messages = [
-            line
-            for m in self.messages
-            for line in [m[i : i + width - 1] for i in range(0, len(m), width - 1)]
+        messages = [line for m in self.messages for line in pieces(one_line(m), width - 1)]
+        messages = messages[max(0, len(messages) - max(0, height - 8)) :]
+        room = max(1, height - 4 - len(messages))
+        blocks = [
+            [(style, line) for style, text in b for line in fitting(text, width)]
+            for b in report.blocks(width)
         ]
-        room = max(4, height - 4 - len(messages))
-        pages = paginated(report.blocks(width), width, room)
+        pages = paginated(blocks, width, room)
         self.pages = len(pages)
         self.page = min(self.page, self.pages - 1)
         turn = f"  Page {self.page + 1} of {self.pages} (Space: next, b: back)" if self.pages > 1 else ""
         lines = [
-            ("title", f" {report.title}"[: width - 1].ljust(width - 1)),
+            ("title", padded(cut(f" {one_line(report.title)}", width - 1), width - 1)),
             ("", ""),
             *pages[self.page],
             *[("", "")] * (room - sum(rows_of(text, width) for _, text in pages[self.page])),
             *[("alert", m) for m in messages],
-            ("", ""),
-            ("dim", f"Ctrl-C stops exporting.{turn}"[: width - 1]),
         ]
-        # After a full row the cursor is still on its last character, and clearing would take that.
-        drawn = [
-            self.styled(style, text) + ("" if text and len(text) % width == 0 else "\x1b[K")
-            for style, text in lines
-        ]
-        return "\x1b[H" + "\r\n".join(drawn) + "\x1b[J"
+        hint = self.styled("dim", cut(f"Ctrl-C stops exporting.{turn}", width - 1))
+        drawn, row = "\x1b[H", 1
+        for style, text in lines:
+            rows = rows_of(text, width)
+            if row + rows > max(2, height):
+                break
+            styled = self.styled(style, text)
+            if not text.isascii():
+                # Terminals differ in how wide some letters are. A line that turns out too wide must not go
+                # on in the next row: on the last one, all would move up.
+                styled = f"\x1b[?7l{styled}\x1b[?7h"
+            # After a full row the cursor is still on its last character, and clearing would take that.
+            clear = "" if text and columns(text) % width == 0 else "\x1b[K"
+            drawn += f"\x1b[{row};1H{styled}{clear}"
+            row += rows
+        return drawn + (f"\x1b[{row};1H\x1b[J\x1b[{height};1H{hint}\x1b[K" if row <= height else "")
 
     def styled(self, style: str, text: str) -> str:
         code = self.STYLES.get(style, "")
@@ -4370,16 +4654,106 @@ class Screen:
             import termios
 
             try:
-                termios.tcsetattr(0, termios.TCSANOW, self.saved)
+                termios.tcsetattr(self.settings, termios.TCSANOW, self.saved)
             except Exception as e:  # termios.error is no OSError
                 debug(f"Failed to put back the terminal's settings, ignoring: {e}")
         if self.level:
             self.level.restore()
 
 
+class Views:
+    """All places where the report is shown."""
+
+    def __init__(self, *views: JournalView | Screen) -> None:
+        self.views = views
+        self.screens = [view for view in views if isinstance(view, Screen)]
+        # Whether it may also be told to Plymouth, which does not disturb what is shown then.
+        self.beside_plymouth = all(view.beside_plymouth for view in views)
+
+    @property
+    def messages(self) -> list[str]:
+        """The last messages, if it is on screens that they are."""
+        return self.screens[0].messages if self.screens else []
+
+    def add_message(self, message: str) -> None:
+        for screen in self.screens:
+            screen.add_message(message)
+
+    def show(self, report: Report) -> None:
+        for view in self.views:
+            view.show(report)
+
+    def close(self) -> None:
+        for view in self.views:
+            view.close()
+
+
+def consoles() -> list[str]:
+    """The nodes of the machine's consoles that work, the main one first; else that of a virtual terminal.
+
+    Where there is no hardware behind a serial line, the kernel has the console all the same, and each write
+    to its terminal fails.
+    """
+    found: list[str] = []
+    for name in reversed(read_attribute(SYS + "class/tty/console/active").split()):
+        if name == "tty0":  # which stands for the one in the foreground
+            name = read_attribute(SYS + "class/tty/tty0/active") or name
+        # The null console takes whatever is written.
+        if not name.startswith("ttynull") and is_working_terminal(DEV + name):
+            found.append(DEV + name)
+    return found or [path for path in [DEV + "tty1"] if is_working_terminal(path)]
+
+
+def is_working_terminal(path: str) -> bool:
+    """Whether there is a terminal at `path` that can be written to."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"")
+            return os.isatty(fd)
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+
+
+def take_terminal(fd: int) -> bool:
+    """Makes a terminal the one that controls this process, if neither has another one already."""
+    import termios
+
+    try:
+        fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
+    except OSError as e:
+        debug(f"Failed to make a terminal the controlling one, ignoring: {reason_of(e)}")
+        return False
+    return True
+
+
+def configured_size(path: str) -> tuple[int, int]:
+    """Columns and rows of a terminal as the kernel command line has them for systemd, or else 0."""
+    try:
+        words = dict(w.partition("=")[::2] for w in split_command_line(read_bytes(PROC + "cmdline")))
+    except OSError:
+        return 0, 0
+    texts = [words.get(f"systemd.tty.{name}.{os.path.basename(path)}", "") for name in ("columns", "rows")]
+    columns, rows = (int(text) if text.isdecimal() and len(text) < 5 else 0 for text in texts)
+    return columns, rows
+
+
+def one_line(text: str) -> str:
+    """`text` without what would move a cursor."""
+    return shown(text).replace("\n", " ")
+
+
+def fitting(text: str, width: int) -> list[str]:
+    """`text` in lines that no terminal wraps; but ASCII in one, since commands are pasted whole."""
+    text = one_line(text)
+    return [text] if text.isascii() else pieces(text, width - 1)
+
+
 def rows_of(text: str, width: int) -> int:
-    """The rows that a line takes on a terminal that wraps it."""
-    return max(1, -(-len(text) // width))
+    """The rows that a line of fitting() takes on a terminal."""
+    return max(1, -(-len(text) // width)) if text.isascii() else 1
 
 
 def paginated(blocks: Iterable[list[tuple[str, str]]], width: int, room: int) -> list[list[tuple[str, str]]]:
@@ -4417,10 +4791,13 @@ class Service:
         inventory: Inventory,
         memory: Memory | None = None,
         refused: str = "",
+        *,
+        on_consoles: bool = False,
     ) -> None:
         self.machine = machine
         self.transport = transport
         self.inventory = inventory
+        self.on_consoles = on_consoles  # whether to show the screen on the machine's consoles
         self.memory = memory or Memory()
         self.refused = refused  # why nothing is exported, if it is not to be
         self.shared = 0.0  # when the memory was last divided, in seconds of the monotonic clock
@@ -4428,7 +4805,7 @@ class Service:
         self.tree = Tree(CONFIGFS, self.ledger)
         self.media = MediumWatch(lambda: self.tree.wake())
         self.addresses: list[Address] = []
-        self.view: JournalView | Screen = JournalView()
+        self.view = Views(JournalView())
         self.dirty = True  # something to show has changed
         self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
         self.started = time.monotonic()
@@ -4439,6 +4816,9 @@ class Service:
         self.status = ""
         self.splash = ""
         self.pause = LOCK_POLL_SEC[0]
+        self.untold: set[str] = set()  # what has been said of clients that are not told of the protection
+        self.tell_again = 0.0  # when that is tried again, in seconds of the monotonic clock; 0 for never
+        self.tell_pause = COURTESY_SEC[0]
 
     def run(self) -> int:
         """Returns the exit code. Raises UserError for what prevents the start."""
@@ -4446,7 +4826,7 @@ class Service:
             error(self.refused)
         elif not self.inventory.all:
             self.inventory.check_named()
-            self.check_names()
+            self.transport.check_names(self.inventory.candidates(), named=not self.inventory.all)
         prepare_kernel()
         self.ledger.lock()
         self.tree.adopt()
@@ -4460,7 +4840,7 @@ class Service:
             self.uevents = Uevents()
             if self.inventory.all:
                 self.inventory.rescan()
-                self.check_names()
+                self.transport.check_names(self.inventory.candidates(), named=not self.inventory.all)
             self.synchronise(strict=True)
             self.clients = Clients()
             self.network = Network()
@@ -4471,8 +4851,8 @@ class Service:
         finally:
             clean = self.stop()
             self.view.close()
-            log.screen = None
-            for message in getattr(self.view, "messages", []) if failed else []:
+            log.screen, log.errors = None, 2
+            for message in self.view.messages if failed else []:
                 error(message)
         return 0 if clean else 1
 
@@ -4486,12 +4866,6 @@ class Service:
             os.sched_setscheduler(0, os.SCHED_RR if urgent else os.SCHED_OTHER, os.sched_param(int(urgent)))
         except OSError as e:
             debug(f"Failed to change the priority, ignoring: {reason_of(e)}")
-
-    def check_names(self) -> None:
-        """Raises UsageError if the NQN is too long for one of the disks."""
-        for disk in self.inventory.candidates():
-            if why := self.transport.why_name(disk):
-                raise UsageError(f"--nqn= is too long for '{disk.node}': {why}")
 
     # Wanted, live, difference
 
@@ -4528,6 +4902,7 @@ class Service:
             self.apply(disks, strict=strict)
         finally:
             self.set_urgent(False)
+        self.note_untold()
         try:
             self.ledger.shorten(self.tree.live.values(), CONFIGFS)
         except OSError as e:
@@ -4582,7 +4957,8 @@ class Service:
             self.share_memory()
         for disk in self.inventory.disks.values():
             root = self.transport.root(disk)
-            disk.branch = None if root in self.tree.leaving else self.tree.live.get(root)
+            gone = root in self.tree.leaving or root in failures
+            disk.branch = None if gone else self.tree.live.get(root)
         self.media.watch(self.inventory.disks.values())
         for root, problem in failures.items():
             self.fail(owners.get(root), root, problem, strict=strict)
@@ -4675,6 +5051,36 @@ class Service:
         live = self.tree.live.get(self.transport.root(disk))
         return live if live and live.tag == disk.tag else None
 
+    def note_untold(self) -> None:
+        """Says once if clients are not told which disks are read-only, and sets when to try that again."""
+        untold = self.transport.untold
+        live = (
+            {e.path for b in self.tree.live.values() for e in b.kept(WriteProtection)} if untold else set()
+        )
+        for path in set(untold) - live:
+            del untold[path]
+        messages = set(map(self.transport.why_untold, untold))
+        for message in sorted(messages - self.untold):
+            warning(message)
+        if self.untold and not messages:
+            info("Clients are told again which disks are read-only")
+        self.untold = messages
+        now = time.monotonic()
+        if not messages:
+            self.tell_again, self.tell_pause = 0.0, COURTESY_SEC[0]
+        elif self.tell_again <= now:
+            self.tell_again, self.tell_pause = (
+                now + self.tell_pause,
+                min(2 * self.tell_pause, COURTESY_SEC[1]),
+            )
+
+    def tell(self) -> None:
+        """Tries again what could not be done: as if it had been found like that at the start."""
+        for root, branch in list(self.tree.live.items()):
+            if any(e.path in self.transport.untold for e in branch.kept(WriteProtection)):
+                self.tree.live[root] = Branch(branch.tag, branch.entries, adopted=True)
+        self.synchronise()
+
     def pending(self) -> list[Disk]:
         return [d for d in self.inventory.candidates() if d.waiting and d.fd < 0 and not d.failed]
 
@@ -4735,14 +5141,22 @@ class Service:
     stop_asked = False
 
     def open_view(self) -> None:
-        if not os.isatty(1):
-            log.prefix = True
-        elif os.environ.get("TERM", "dumb") == "dumb":
-            self.view = PlainView()
-        else:
-            self.view = Screen()
-            self.view.changed = self.set_dirty
+        own = os.isatty(1)
+        term = os.environ.get("TERM", "dumb" if own else "")
+        paths = [""] if own else consoles() if self.on_consoles else []
+        views: list[JournalView | Screen] = [] if own else [JournalView()]
+        for path in paths:
+            try:
+                views.append(PlainView(path) if term == "dumb" else Screen(path))
+            except OSError as e:
+                debug(f"Failed to open '{path}', ignoring: {reason_of(e)}")
+        self.view = Views(*views)
+        for screen in self.view.screens:
+            screen.changed = self.set_dirty
+        if self.view.screens:
             log.screen = self.view.add_message
+            # Standard error may be on the console as well.
+            log.errors = 2 if own else 1
 
     def set_dirty(self) -> None:
         self.dirty = True
@@ -4752,10 +5166,11 @@ class Service:
         poll = select.poll()
         for source in (self.uevents.socket, self.network.socket, self.clients.socket, self.signals):
             poll.register(source, select.POLLIN)
-        if self.view.keys >= 0:
-            poll.register(self.view.keys, select.POLLIN)
+        for screen in self.view.screens:
+            if screen.keys >= 0:
+                poll.register(screen.keys, select.POLLIN)
         # What the service manager prints on the console about this very start is drawn over a little later.
-        redraws = [time.monotonic() + 1, time.monotonic() + 4] if isinstance(self.view, Screen) else []
+        redraws = [time.monotonic() + 1, time.monotonic() + 4] if self.view.screens else []
         while not self.stop_asked:
             now = time.monotonic()
             if redraws and redraws[0] <= now:
@@ -4769,23 +5184,30 @@ class Service:
                 deadlines.append(self.shown + REDRAW_SEC)
             if self.pending() or not self.opened:
                 deadlines.append(now + self.pause)
+            if self.tell_again:
+                if self.tell_again <= now:
+                    self.tell()
+                    now = time.monotonic()
+                deadlines.append(self.tell_again or now)
             if self.memory.filled:
                 if now - self.shared >= self.memory.pause:
                     self.share_memory()
                 deadlines.append(self.shared + self.memory.pause)
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
-            if self.view.unsent:
-                poll.register(self.view.terminal, select.POLLOUT)
+            unsent = [screen for screen in self.view.screens if screen.unsent]
+            for screen in unsent:
+                poll.register(screen.terminal, select.POLLOUT)
             ready = {fd for fd, _ in poll.poll(timeout)}
-            if self.view.unsent and isinstance(self.view, Screen):
-                poll.unregister(self.view.terminal)
-                if self.view.terminal in ready:
-                    self.view.send()
-            keys = self.view.keys
-            if keys >= 0 and keys in ready and isinstance(self.view, Screen):
-                self.view.read_keys()
-                if self.view.keys < 0:
-                    poll.unregister(keys)
+            for screen in unsent:
+                poll.unregister(screen.terminal)
+                if screen.terminal in ready:
+                    screen.send()
+            for screen in self.view.screens:
+                keys = screen.keys
+                if keys >= 0 and keys in ready:
+                    screen.read_keys()
+                    if screen.keys < 0:
+                        poll.unregister(keys)
             if self.signals in ready:
                 os.read(self.signals, 4096)
                 self.dirty = True
@@ -4824,6 +5246,8 @@ class Service:
             self.machine, self.transport, self.addresses, disks, self.memory, self.refused, self.awaited
         )
         report.attached = Clients.attached(self.transport.ports.values())
+        if filters_input():
+            report.firewall = self.transport.firewall_text()
         self.view.show(report)
         if (status := report.status()) != self.status:
             self.status = status
@@ -4886,6 +5310,7 @@ class Options:
         self.subsystem = ""  # PER_DISK or SHARED; empty if none was asked for
         self.clients = -1  # at a time; 0 for any, -1 if nothing was asked for
         self.kernel_command_line = False
+        self.console = False
         self.refused = ""  # why nothing is exported although the service runs
         self.help = False
         self.version = False
@@ -4932,6 +5357,7 @@ OPTIONS = (
     ("", "dry-run", "", "Show each step and do none; needs no root"),
     ("", "json", "", "With --list-devices or --dry-run: as JSON"),
     ("", "kernel-command-line", "", "Take rd.storagetm.OPTION there for --OPTION, too"),
+    ("", "console", "", "Show the screen on this machine's consoles, where\nthe output is no terminal"),
     ("h", "help", "", "Show this help"),
     ("", "version", "", "Show the version"),
 )
@@ -5112,7 +5538,7 @@ def add_options(options: Options, more: Options) -> None:
     options.subsystem = options.subsystem or more.subsystem
     options.clients = more.clients if options.clients < 0 else options.clients
     options.all = max(options.all, more.all) if not options.devices else options.all
-    for name in ("list_devices", "dry_run", "json", "force", "stacked", "help", "version"):
+    for name in ("list_devices", "dry_run", "json", "force", "stacked", "console", "help", "version"):
         setattr(options, name, getattr(options, name) or getattr(more, name))
 
 
@@ -5126,6 +5552,9 @@ def check_nqn(nqn: str) -> None:
         raise UsageError("--nqn= is not UTF-8") from e
     if "/" in nqn:
         raise UsageError(f"--nqn={nqn} has a '/' in it")
+    if "," in nqn:
+        # They hand it to their kernels in a list that has commas in between (drivers/nvme/host/fabrics.c).
+        raise UsageError(f"--nqn={nqn} has a comma in it, and no client could attach that")
     if not nqn.isprintable():
         raise UsageError("--nqn= has control characters in it")
     if length + 2 > NQN_MAX:
@@ -5153,12 +5582,17 @@ def check_arguments(options: Options) -> None:
 
 
 def write_output(text: str) -> None:
-    try:
-        data = os.fsencode(text + "\n")
-        while data:
+    """Writes a line to standard output, whole. Raises UserError: half of what was asked for is a failure."""
+    data = utf8(text + "\n")
+    while data:
+        try:
             data = data[os.write(1, data) :]
-    except OSError as e:
-        debug(f"Failed to write the output, ignoring: {reason_of(e)}")
+        except BlockingIOError:  # another program may have set the pipe so
+            poll = select.poll()
+            poll.register(1, select.POLLOUT)
+            poll.poll()
+        except OSError as e:
+            raise UserError(f"Failed to write the output: {reason_of(e)}; it is incomplete") from e
 
 
 def write_json(value: object) -> None:
@@ -5216,11 +5650,11 @@ def dry_run(options: Options, transport: NvmeTcp, inventory: Inventory) -> int:
     transport.choose_ports(tree.live)
     branches = transport.common_branches()
     code = 0
-    for disk in inventory.candidates():
-        if why := transport.why_name(disk):
-            raise UsageError(f"--nqn= is too long for '{disk.node}': {why}")
-        inventory.settle([disk])
-        branches.append(transport.disk_branch(disk))
+    disks = inventory.candidates()
+    transport.check_names(disks, named=not inventory.all)
+    disks = [d for d in disks if not transport.why_name(d)]
+    inventory.settle(disks)
+    branches += map(transport.disk_branch, disks)
     if tree.lacks(branches, WriteProtection):
         transport.choose_passage(tree.live)
         branches.insert(0, transport.passage_branch(opened=True))
@@ -5267,11 +5701,37 @@ def start(argv: Sequence[str]) -> int:
     inventory = Inventory(options.devices, everything, force, access, stays, stacked=options.stacked)
     if options.dry_run:
         return dry_run(options, transport, inventory)
-    return Service(machine, transport, inventory, Memory(options.store), options.refused).run()
+    return Service(
+        machine,
+        transport,
+        inventory,
+        Memory(options.store),
+        options.refused,
+        on_consoles=options.console,
+    ).run()
+
+
+def use_utf8() -> None:
+    """Starts the program once more in Python's UTF-8 mode, if the locale has another encoding.
+
+    The names of files are bytes. Python decodes them as the locale says, and everything else here is UTF-8:
+    the NQN of a disk and the path to open would depend on the locale. It cannot be changed later.
+    """
+    program = sys.argv[0]
+    if sys.getfilesystemencoding() == "utf-8" or not os.path.isfile(program):
+        return
+    try:
+        # Without $PATH, Python may not know where it is itself.
+        interpreter = sys.executable or os.readlink(PROC + "self/exe")
+        os.execv(interpreter, (interpreter, "-ISXutf8", program, *sys.argv[1:]))
+    except OSError as e:
+        debug(f"Failed to start again in UTF-8, going on without: {reason_of(e)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0 after a clean stop, 1 on failure, 2 on wrong usage."""
+    if argv is None:
+        use_utf8()
     # With one of these closed, the next file opened would get its number, and all that is meant to be shown.
     while (fd := os.open("/dev/null", os.O_RDWR)) <= 2:
         pass

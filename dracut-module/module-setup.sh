@@ -79,6 +79,12 @@ install() {
         exit 1
     fi
 
+    # What the screen calls this system. In the os-release of an image, dracut may have its own name only.
+    if [[ -e $dracutsysrootdir/etc/os-release ]]; then
+        mkdir -p "$initdir"/etc/storagetm
+        grep '^PRETTY_NAME=' "$dracutsysrootdir"/etc/os-release > "$initdir"/etc/storagetm/os-release
+    fi
+
     # networkd, not enabled: only the target wants it.
     inst_multiple -o \
         "$systemdnetwork"/99-default.link \

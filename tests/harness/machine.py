@@ -827,10 +827,12 @@ class Machine:
 
     def console_tail(self, lines: int = 40) -> str:
         """The last lines that the serial console has shown, without what controls the terminal."""
+        # Each row of a screen that is drawn in place begins with the cursor's way there.
+        console = re.sub(rb"\x1b\[\d+;1H", b"\n", bytes(self._console))
         text = re.sub(
             rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])|\r",
             b"",
-            bytes(self._console),
+            console,
         )
         return "\n".join(text.decode(errors="replace").splitlines()[-lines:])
 

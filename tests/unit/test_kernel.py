@@ -89,7 +89,7 @@ def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_closed_output() -> None:
-    code = "import storagetm; storagetm.info('x'); storagetm.error('y'); storagetm.write_output('z')"
+    code = "import storagetm; storagetm.info('x'); storagetm.error('y')"
     script = f'cd "$1"; exec "$2" -c "{code}" >&- 2>&-'
     command = ["sh", "-c", script, "sh", str(Path(storagetm.__file__).parent), sys.executable]
     assert subprocess.run(command, check=False).returncode == 0

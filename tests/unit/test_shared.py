@@ -64,13 +64,13 @@ def test_shown() -> None:
     text = "\n".join(line for block in report.blocks(80) for _, line in block)
     assert "nvme connect -t tcp -a 192.0.2.1 -s 16858 -n quux" in " ".join(text.split())
     assert "connect-all" not in text
-    assert "   1  /dev/sda " in text
-    assert "   2  /dev/sdb " in text
+    assert "   0x1 /dev/sda " in text
+    assert "   0x2 /dev/sdb " in text
     # Clients see no serial numbers of disks, so that one that is made up would tell nobody anything.
     assert re.search("sda .*DISK-ONE", text)
     assert re.search("sdb .*TWO", text)
     assert transport.serial(disks[1]) not in text
     facts = "\n".join(report.facts().values())
     assert "Exporting '/dev/sdb'" in facts
-    assert "as quux, namespace 2" in facts
+    assert "as quux, namespace 0x2" in facts
     assert transport.serial(disks[1]) not in facts

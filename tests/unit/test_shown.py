@@ -499,7 +499,7 @@ def test_messages_to_people(log: storagetm.Log, capfd: pytest.CaptureFixture[str
 
 
 def test_messages_to_the_journal(log: storagetm.Log, capfd: pytest.CaptureFixture[str]) -> None:
-    log.prefix = log.debug = True
+    log.journal, log.debug = {1, 2}, True
     for priority in (3, 4, 6, 7):
         log(priority, f"text {priority}")
     assert tuple(capfd.readouterr()) == ("<6>text 6\n", "<3>text 3\n<4>text 4\n<7>text 7\n")
@@ -508,12 +508,12 @@ def test_messages_to_the_journal(log: storagetm.Log, capfd: pytest.CaptureFixtur
 def test_whether_messages_go_to_the_journal(
     log: storagetm.Log, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert not log.prefix
+    assert not log.journal
     st = os.fstat(2)
     monkeypatch.setenv("JOURNAL_STREAM", f"{st.st_dev}:{st.st_ino}")
-    assert storagetm.Log().prefix
+    assert 2 in storagetm.Log().journal
     monkeypatch.setenv("JOURNAL_STREAM", f"{st.st_dev}:{st.st_ino + 1}")
-    assert not storagetm.Log().prefix
+    assert 2 not in storagetm.Log().journal
     assert tuple(capfd.readouterr()) == ("", "")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from storagetm import NvmeHost
 from tests.harness.images import RELEASES
 from tests.harness.machine import MIB, Disk, Machine, Nic, Wire
 from tests.vm import nvmet
@@ -22,6 +23,7 @@ from tests.vm.initiator import TARGET_ADDRESS, Reader, attached, where, write_co
 from tests.vm.nvmet import NVMET, Service, exporting, left_over
 
 HOSTILE = Path(__file__).parent / "guest/hostile.py"
+FIREWALL = Path(__file__).parent / "guest/firewall.py"
 COMMANDS = 20000
 SIZE = 8 * MIB  # of the disk that is attacked, in bytes
 NQN = "quux"  # before the disks' names
@@ -497,6 +499,43 @@ def test_gone_while_dead(target: Machine, tmp_path: Path) -> None:
     listed = json.loads(target.run([TOOL, "--list-devices", "--json"]).stdout)
     assert not [d for d in listed if d["node"].startswith("/dev/dm-")]
     service.stop()
+
+
+def test_firewall(target: Machine, client: Machine, prey: tuple[str, Path]) -> None:
+    """One that drops packets to the machine itself, too: disks are exported all the same, and protected.
+
+    Hosts cannot be told then that it is read-only. That is made up for once the firewall lets it.
+    """
+    node, path = prey
+    before = digest(path)
+    target.put("/run/firewall.py", FIREWALL)
+    loopback = "tc qdisc add dev lo clsact && tc filter add dev lo ingress matchall action drop"
+    target.run(f"python3 /run/firewall.py up && {loopback}")
+    ports = "This machine has a firewall, which must let in TCP ports 16858 and 29423"
+    try:
+        begin = time.monotonic()
+        with exporting(target, f"--nqn={NQN}", "--all") as service:
+            assert time.monotonic() - begin < NvmeHost.TIMEOUT_SEC
+            service.wait_output(f"^{ports}$")
+            target.run("python3 /run/firewall.py down")
+            with attached(client, f"{NQN}.{node[5:]}", PORT) as attachment:
+                disk = attachment.node
+                assert client.run(f"blockdev --getro {disk}").stdout == "0\n"
+                client.run(f"! dd if=/dev/zero of={disk} bs=64k count=1 oflag=direct")
+                target.run("tc qdisc del dev lo clsact")
+                service.wait_output("^Clients are told again which disks are read-only$")
+                client.wait_run(f"test $(blockdev --getro {disk}) = 1")
+                assert attachment.identity().split()[0] == attachment.controller
+            # One word of it and no more; nothing said that had to be taken back.
+            journal = service.journal()
+            assert [line for priority, line in journal if priority < 6] == [
+                "Failed to tell clients which disks are read-only: Connection timed out; let this machine's "
+                "firewall accept all packets on 'lo'. Their writes fail all the same"
+            ]
+            assert not [line for _, line in journal if line.startswith("No longer: Exporting")]
+    finally:
+        target.run("python3 /run/firewall.py down; tc qdisc del dev lo clsact", check=False)
+    assert digest(path) == before
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -16,6 +16,7 @@ import pytest
 
 from tests.harness.machine import CommandError, Disk, Machine, Nic, Process, Wire
 from tests.vm.conftest import TOOL, BootMachine, prepare
+from tests.vm.disks import expected_uuid, uuids
 from tests.vm.nvmet import Service, exported, exporting, names
 
 PRINTK = "/proc/sys/kernel/printk"
@@ -89,6 +90,21 @@ def check_following(target: Machine, console: Service) -> None:
     target.run("ip address change 2001:db8::1/64 dev eth0 preferred_lft 0")
     wait_commands(target, [*both, local])
     target.run("ip address delete 2001:db8::1/64 dev eth0; ip address delete 198.51.100.7/24 dev eth0")
+    wait_commands(target, [ipv4, local])
+
+    # What has no hardware comes behind what has, whatever its name. A bridge has that of its port; of the
+    # port's own addresses, those remain that the bridge answers for, at the end.
+    target.run(
+        "ip link add aaa0 type dummy && ip address add 172.17.0.1/16 dev aaa0 && ip link set aaa0 up &&"
+        "sysctl -q net.ipv6.conf.aaa0.disable_ipv6=1"
+    )
+    wait_commands(target, [ipv4, local, command("172.17.0.1")])
+    target.run(
+        "ip link add zzz0 type bridge && ip address add 198.51.100.7/24 dev zzz0 && ip link set zzz0 up &&"
+        "sysctl -q net.ipv6.conf.zzz0.disable_ipv6=1 && ip link set eth0 master zzz0"
+    )
+    wait_commands(target, [command("198.51.100.7"), command("172.17.0.1"), ipv4])
+    target.run("ip link delete zzz0; ip link delete aaa0")
     wait_commands(target, [ipv4, local])
 
     # The address stays while the interface is down, but nobody gets there.
@@ -305,23 +321,65 @@ def on_terminal(machine: Machine, *arguments: str, term: str) -> Process:
     )
 
 
-def test_dumb_terminal(target: Machine) -> None:
-    """Plain ASCII, whatever the machine is called, and nothing that moves a cursor."""
-    target.run("echo 'PRETTY_HOSTNAME=Büro' > /etc/machine-info")
+def test_dumb_terminal(target: Machine, client: Machine) -> None:
+    """Plain ASCII, whatever the machine and its disks are called, and nothing that moves a cursor.
+
+    A command that names such a disk can be typed as it stands.
+    """
+    target.run("echo 'PRETTY_HOSTNAME=Büro' > /etc/machine-info; truncate -s 1M /run/büro.img")
     try:
-        process = on_terminal(target, "--nqn=quux", "/dev/nvme0n1", term="dumb")
+        process = on_terminal(target, "--nqn=quux", "/dev/nvme0n1", "/run/büro.img", term="dumb")
         process.wait_output("-n quux.nvme0n1")
+        typed = process.wait_output(r"(nvme connect -t .*(?:\\\r\n)?.*-n \$'quux\.b.*ro\.img')\r$")[1]
+        client.run(f"modprobe nvme-tcp; {typed}".replace("\r", ""))
+        client.run("grep -x quux.büro.img /sys/class/nvme/nvme*/subsysnqn; nvme disconnect-all")
         target.run("ip address add 198.51.100.7/24 dev eth0")
         process.wait_output(" 198.51.100.7 ")
         output = process.output
         process.kill()
         assert process.wait() == 0
     finally:
-        target.run("rm /etc/machine-info; ip address delete 198.51.100.7/24 dev eth0")
+        client.run("nvme disconnect-all")
+        target.run("rm /etc/machine-info /run/büro.img; ip address delete 198.51.100.7/24 dev eth0")
     assert output.isascii()
     assert all(c.isprintable() or c in "\r\n" for c in output)
     assert "Storage target mode: B?ro (Debian" in output
     assert f"\n  {command('192.0.2.1')}\r\n" in output
+    assert not names(target)
+
+
+def test_locale(target: Machine) -> None:
+    """One that is not UTF-8: letters that it lacks end nothing, and a disk is the same as ever.
+
+    They are in a mount point, in a file's name, and in the serial number of a disk that comes later.
+    """
+    serial = "SÉRIE-№7"
+    with exporting(target, "--nqn=quux", "--all") as service:
+        target.add_disk(Disk("letters", serial=serial))
+        try:
+            target.wait_until(lambda: expected_uuid(target, serial) in uuids(target))
+        finally:
+            target.remove_disk("letters")
+    target.run(
+        "mkdir /mnt/Łódź && mkfs.ext4 -q /dev/nvme0n1 && mount /dev/nvme0n1 /mnt/Łódź &&"
+        "truncate -s 1M /run/日本 && losetup -f /run/日本"
+    )
+    # Python takes the locale C for UTF-8 unless told not to, and the machine has no other ones.
+    service = Service(
+        target,
+        ["LC_ALL=C", "python3", "-ISXutf8=0", TOOL, "--nqn=quux", "--all"],
+        program="/usr/bin/env",
+    )
+    try:
+        service.start()
+        service.wait_output("^Not exporting '/dev/nvme0n1': .* mounted on '/mnt/Łódź'$")
+        target.add_disk(Disk("letters", serial=serial))
+        target.wait_until(lambda: expected_uuid(target, serial) in uuids(target))
+    finally:
+        target.remove_disk("letters")
+        service.stop()
+        target.run("losetup -D; umount /mnt/Łódź; rmdir /mnt/Łódź; rm /run/日本; wipefs -qa /dev/nvme0n1")
+    assert "Traceback" not in service.output
     assert not names(target)
 
 

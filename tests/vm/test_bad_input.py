@@ -41,6 +41,11 @@ BAD_DEVICES = {
         "new\nline",
         "its name has control characters; rename it",
     ),
+    "comma": (
+        "truncate -s 1M a,b.img",
+        "/root/bad/a,b.img",
+        "its name has a comma, which no client can have in an NQN; rename it",
+    ),
     "not-utf-8": (
         "truncate -s 1M $'\\xff'",
         "\udcff",

@@ -287,20 +287,26 @@ def shared(pair: Pair) -> Iterator[None]:
 def test_shared(pair: Pair) -> None:
     """The command on the screen attaches all disks, whose numbers are there, too, and so do later ones."""
     screen = pair.screen(
-        r"^  nvme connect .* -a 169\.254\.", r"^Namespaces:", r"^ +1  /dev/sda .*", r"^ +2  /dev/vda .*"
+        r"^  nvme connect .* -a 169\.254\.",
+        r"^Namespaces:",
+        r"^ *0x\w+ /dev/sda .*",
+        r"^ *0x\w+ /dev/vda .*",
     )
     (command,) = re.findall(r"^  (nvme connect .* -a 169\.254(?:.*\\\n)*.*)", screen, re.MULTILINE)
     try:
         pair.client.run(command)
-        pair.client.wait_until(lambda: namespaces(pair.client, PREFIX).keys() == {1, 2})
+        numbers = {
+            name: int(n, 16) for n, name in re.findall(r"^ *(0x\w+) /dev/(\w+)", screen, re.MULTILINE)
+        }
+        pair.client.wait_until(lambda: namespaces(pair.client, PREFIX).keys() == set(numbers.values()))
         nodes = {number: fields[4] for number, fields in namespaces(pair.client, PREFIX).items()}
-        read = {name: pair.read(nodes[number]) for number, name in enumerate(("sda", "vda"), 1)}
+        read = {name: pair.read(nodes[numbers[name]]) for name in ("sda", "vda")}
         assert read == pair.checksums
         pair.target.add_disk(Disk("later", size=8 * MIB))
-        pair.client.wait_until(lambda: 3 in namespaces(pair.client, PREFIX))
-        pair.screen("all 3 disks", r"^ +3  /dev/vdb .* READ-WRITE")
+        pair.client.wait_until(lambda: len(namespaces(pair.client, PREFIX)) == 3)
+        pair.screen("all 3 disks", r"^ *0x\w+ /dev/vdb .* READ-WRITE")
         pair.target.remove_disk("later")
-        pair.client.wait_until(lambda: 3 not in namespaces(pair.client, PREFIX))
+        pair.client.wait_until(lambda: namespaces(pair.client, PREFIX).keys() == set(numbers.values()))
     finally:
         pair.client.run("nvme disconnect-all")
 

@@ -123,7 +123,10 @@ def test_isolate_from_serial_console(boot: BootMachine, release: str) -> None:
 
 
 def test_isolate_from_virtual_terminal(boot: BootMachine) -> None:
-    """The console is a virtual terminal with a login prompt on it, and somebody else isolates."""
+    """The main console is a virtual terminal with a login prompt on it, and somebody else isolates.
+
+    The serial line is a console as well, so the screen is there, too. Whoever sits there can end it.
+    """
     getty = "getty@tty1.service"
     machine = boot_system(boot, "trixie", getty, vga=True, kernel_options=["nomodeset", "console=tty0"])
     machine.wait_until(lambda: "login:" in "\n".join(machine.vga_text()))
@@ -131,3 +134,7 @@ def test_isolate_from_virtual_terminal(boot: BootMachine) -> None:
     machine.wait_until(lambda: "Ctrl-C" in "\n".join(machine.vga_text()), timeout=180)
     check_storage_target_mode(machine, getty)
     check_screen("\n".join(machine.vga_text()))
+    machine.wait_screen(r"connect-all -t tcp -a 192(.*\n)*.*Ctrl-C", redraw="x")
+    check_screen("\n".join(machine.screen()))
+    machine.send_keys("\x03")
+    machine.wait_end()

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What hosts are told of the protection where a firewall is in the way; and what is known of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import storagetm
+from tests.unit.test_shown import Named, disk, report
+
+PATH = "nvmet/subsystems/quux.{}/namespaces/1/write_protect"
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> storagetm.Service:
+    """One with two read-only disks, of which nothing is in a kernel."""
+    for name in ("CONFIGFS", "RUN", "PROC", "SYS"):
+        monkeypatch.setattr(storagetm, name, f"{tmp_path}/{name.lower()}/")
+    transport = storagetm.NvmeTcp(Named(), "quux")
+    made = storagetm.Service(Named(), transport, storagetm.Inventory((), True, False))
+    for name in ("vda", "vdb"):
+        subsystem = f"nvmet/subsystems/quux.{name}"
+        entries = [
+            storagetm.Directory(subsystem),
+            storagetm.WriteProtection(PATH.format(name), transport),
+        ]
+        made.tree.live[subsystem] = storagetm.Branch("1", entries)
+    return made
+
+
+def protect(service: storagetm.Service) -> None:
+    """As Tree.create() does it."""
+    for branch in list(service.tree.live.values()):
+        for entry in branch.kept(storagetm.WriteProtection):
+            entry.make(service.tree.root)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, problem: OSError | None) -> list[str]:
+    asked: list[str] = []
+
+    def ask(self: storagetm.WriteProtection, _: str) -> None:
+        asked.append(self.path)
+        if problem:
+            raise problem
+
+    monkeypatch.setattr(storagetm.WriteProtection, "ask", ask)
+    return asked
+
+
+BLOCKED = (
+    "Failed to tell clients which disks are read-only: Connection timed out; let this machine's firewall "
+    "accept all packets on 'lo'. Their writes fail all the same\n"
+)
+
+
+@pytest.mark.parametrize("problem", [OSError("timed out"), OSError(errno.ETIMEDOUT, "x")])
+def test_firewall(
+    service: storagetm.Service,
+    problem: OSError,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It is found out once, said once, and tried again at growing intervals until it works."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def synchronise() -> None:
+        protect(service)
+        service.note_untold()
+
+    monkeypatch.setattr(service, "synchronise", synchronise)
+    asked = failing(monkeypatch, problem)
+    service.synchronise()
+    assert asked == [PATH.format("vda")]
+    assert tuple(capfd.readouterr()) == ("", BLOCKED)
+    # Something else happens.
+    now += 1
+    service.synchronise()
+    assert len(asked) == 1
+    pauses = []
+    for _ in range(10):
+        pauses.append(service.tell_again - now)
+        now = service.tell_again
+        service.tell()
+        assert all(b.adopted for b in service.tree.live.values())
+    assert len(asked) == 11
+    assert capfd.readouterr().err == ""
+    assert pauses == [9, 20, 40, 80, 160, 320, 600, 600, 600, 600]
+    failing(monkeypatch, None)
+    now = service.tell_again
+    service.tell()
+    assert tuple(capfd.readouterr()) == ("Clients are told again which disks are read-only\n", "")
+    assert service.tell_again == 0
+
+
+def test_one_disk(
+    service: storagetm.Service, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A refusal that is about one disk leaves the others alone."""
+    asked = failing(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)))
+    protect(service)
+    service.note_untold()
+    assert len(asked) == 2
+    assert capfd.readouterr().err == "".join(
+        f"Failed to tell clients that 'quux.{name}' is read-only: Input/output error; their writes fail\n"
+        for name in ("vda", "vdb")
+    )
+    assert service.tell_again
+    service.tree.live.clear()
+    service.note_untold()
+    assert not service.transport.untold
+    assert service.tell_again == 0
+
+
+def test_no_loopback_address(
+    service: storagetm.Service, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, OSError(errno.EADDRNOTAVAIL, "x"))
+    protect(service)
+    service.note_untold()
+    assert "Cannot assign requested address; give 'lo' the address 127.0.0.1. " in capfd.readouterr().err
+
+
+def test_connection_that_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for as long as for an answer of a busy kernel."""
+    monkeypatch.setattr(storagetm.NvmeHost, "CONNECT_SEC", 0.1)
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        others = [socket.socket() for _ in range(4)]
+        for other in others:  # of which the kernel lets one or two in
+            other.setblocking(False)
+            other.connect_ex(full.getsockname())
+        begin = time.monotonic()
+        with pytest.raises(OSError, match="timed out"):
+            storagetm.NvmeHost(full.getsockname(), "quux", "00" * 16)
+        assert time.monotonic() - begin < storagetm.NvmeHost.TIMEOUT_SEC / 2
+        for other in others:
+            other.close()
+
+
+# The firewall
+
+
+def attribute(kind: int, raw: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(raw), kind) + raw + bytes(-len(raw) % 4)
+
+
+def chain(family: int, hook: int | None, policy: int, rules: int) -> bytes:
+    """A chain as the kernel describes it."""
+    body = struct.pack(">BBH", family, 0, 7) + attribute(1, b"filter\0") + attribute(3, b"input\0")
+    if hook is not None:
+        nested = attribute(1, struct.pack(">I", hook)) + attribute(2, struct.pack(">I", 0))
+        body += attribute(4, nested) + attribute(5, struct.pack(">I", policy))
+    return body + attribute(6, struct.pack(">I", rules))
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (chain(1, 1, 0, 0), True),  # drops all
+        (chain(2, 1, 1, 3), True),  # has rules
+        (chain(10, 1, 1, 1), True),
+        (chain(1, 1, 1, 0), False),  # empty
+        (chain(1, 2, 0, 5), False),  # forwards
+        (chain(1, 3, 0, 5), False),  # sends
+        (chain(1, None, 0, 5), False),  # is jumped to
+        (chain(7, 1, 0, 5), False),  # of a bridge
+        (b"", False),
+    ],
+)
+def test_input_filter(body: bytes, expected: bool) -> None:
+    assert storagetm.is_input_filter(body) is expected
+
+
+@given(st.binary(max_size=200) | st.binary(max_size=60).map(lambda raw: chain(1, 1, 0, 0)[: len(raw)] + raw))
+def test_input_filter_takes_any_bytes(raw: bytes) -> None:
+    storagetm.is_input_filter(raw)
+
+
+def test_firewall_of_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of the older iptables, whose names the kernel lists; a module is never loaded to ask."""
+    for name in ("PROC", "SYS"):
+        monkeypatch.setattr(storagetm, name, f"{tmp_path}/")
+    monkeypatch.setattr(storagetm.Network, "dump", lambda *_: pytest.fail("it asked"))
+    assert not storagetm.filters_input()
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net/ip_tables_names").write_text("nat\n")
+    assert not storagetm.filters_input()
+    (tmp_path / "net/ip6_tables_names").write_text("nat\nfilter\n")
+    assert storagetm.filters_input()
+
+
+def test_firewall_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PROC", "SYS"):
+        monkeypatch.setattr(storagetm, name, f"{tmp_path}/")
+    (tmp_path / "module/nf_tables").mkdir(parents=True)
+
+    def dump(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(storagetm.Network, "dump", dump)
+    assert not storagetm.filters_input()
+    monkeypatch.setattr(
+        storagetm.Network, "dump", lambda *_: ([(storagetm.NFT_MSG_NEWCHAIN, chain(1, 1, 0, 0))], True)
+    )
+    assert storagetm.filters_input()
+
+
+def test_ports_are_named() -> None:
+    shown = report([disk("vda")])
+    shown.firewall = shown.transport.firewall_text()
+    text = "This machine has a firewall, which must let in TCP ports 59936 and 36681"
+    assert shown.facts()["firewall"] == text
+    assert ("", f"{text}.") in [line for block in shown.blocks(80) for line in block]
+    del shown.transport.ports[storagetm.AF_INET6]
+    assert shown.transport.firewall_text().endswith(" must let in TCP port 59936")
