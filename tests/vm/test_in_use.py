@@ -174,13 +174,26 @@ def reasons(nodes: dict[str, str]) -> dict[str, str]:
         "zram0": "it is a compressed RAM disk",
         "ram0": "it is a RAM disk",
         "nbd0": r"it comes over the network \(NBD\)",
+        **made_of_disks(nodes),
+    }
+
+
+# What is idle and made of disks, by the name of one of these.
+IDLE = {"LUKS-IDLE": "crypt-idle", "MD-IDLE-1": "md101", "LINEAR": "linear"}
+
+
+def made_of_disks(nodes: dict[str, str]) -> dict[str, str]:
+    """Why idle arrays and volumes are left out, as long as their disks are exported."""
+    return {
+        nodes.get(name, name): f"it is made of '/dev/{nodes[disk]}', which is exported; see --stacked"
+        for disk, name in IDLE.items()
     }
 
 
 def free(nodes: dict[str, str]) -> set[str]:
-    """What --all exports: what nothing uses, whether it is a part of something idle or not."""
-    names = ("LUKS-IDLE", "LUKS-CLOSED", "MD-IDLE-1", "MD-IDLE-2", "LINEAR", "FREE", "crypt-idle", "linear")
-    return {nodes[name] for name in names} | {"md101", "nullb0"}
+    """What --all exports: disks that nothing uses, whether they are a part of something idle or not."""
+    names = ("LUKS-IDLE", "LUKS-CLOSED", "MD-IDLE-1", "MD-IDLE-2", "LINEAR", "FREE")
+    return {nodes[name] for name in names} | {"nullb0"}
 
 
 def test_list_devices(machine: Machine, nodes: dict[str, str]) -> None:
@@ -204,12 +217,30 @@ def test_all(machine: Machine, nodes: dict[str, str]) -> None:
 
 
 def test_all_twice(machine: Machine, nodes: dict[str, str]) -> None:
-    """Also what is in use: but still no loop device and the like, and nothing that is part of another."""
+    """Also what is in use: but still no loop device and the like, and nothing that is made of another."""
     reason = reasons(nodes)
     with_force = free(nodes) | {name for name, why in reason.items() if why.startswith("it is in use")}
+    with_force -= {nodes[name] for name in ("crypt-mounted", "group-volume", "path")}
     assert {name for name, why in listed(machine, "-aa").items() if not why} == with_force
     with exporting(machine, "-aa", "--nqn=quux"):
         assert exported(machine) == with_force
+
+
+def test_stacked(machine: Machine, nodes: dict[str, str]) -> None:
+    """Idle arrays and volumes instead of their disks, in each way of asking."""
+    wanted = free(nodes) - {nodes[d] for d in (*IDLE, "MD-IDLE-2")} | made_of_disks(nodes).keys()
+    assert {name for name, why in listed(machine, "--stacked").items() if not why} == wanted
+    with exporting(machine, "--all", "--stacked", "--nqn=quux") as service:
+        assert exported(machine) == wanted
+        for disk, name in IDLE.items():
+            why = f"'/dev/{nodes.get(name, name)}'.*, which is made of it, is exported"
+            assert re.search(f"^Not exporting '/dev/{nodes[disk]}': {why}$", service.output, re.MULTILINE)
+    # What is named is exported, but never together with what it is made of.
+    with exporting(machine, "--nqn=quux", "/dev/md101"):
+        assert exported(machine) == {"md101"}
+    both = machine.run([TOOL, "/dev/md101", f"/dev/{nodes['MD-IDLE-2']}"], check=False)
+    assert both.returncode == 1
+    assert "it has data in common with '/dev/md101'" in both.stderr
 
 
 def test_named(machine: Machine, nodes: dict[str, str]) -> None:
