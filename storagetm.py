@@ -1302,7 +1302,12 @@ class Stays:
         tags = [(self.digest(self.boot, d.tag), d.node) for d in disks]
         lines = [f"{tag} {self.known[tag].origin} {node}\n" for tag, node in tags if tag in self.known]
         try:
-            write_new_file(self.path + ".awaited", utf8("".join(lines)))
+            # Half a line does not count, and no file is one that says nothing.
+            fd = os.open(self.path + ".awaited", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, utf8("".join(lines)))
+            finally:
+                os.close(fd)
         except OSError as e:
             debug(f"Failed to note which disks were exported, ignoring: {reason_of(e)}")
 
