@@ -4971,9 +4971,9 @@ def list_devices(options: Options) -> int:
         rows.append(
             (d.node, size_text(d.size), d.model, d.serial, f"no: {d.left_out}" if d.left_out else d.access)
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    widths = [max(columns(row[i]) for row in rows) for i in range(4)]
     for row in rows:
-        write_output("  ".join([cell.ljust(width) for cell, width in zip(row, widths)] + [row[4]]))
+        write_output("  ".join([padded(cell, width) for cell, width in zip(row, widths)] + [row[4]]))
     return 0
 
 
