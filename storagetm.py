@@ -3875,9 +3875,7 @@ class NvmeTcp:
         self.passage = 0  # number of the port that is only there for ourselves
         self.passage_port = 0  # its TCP port, once something is linked there
         self.host_id = ""  # as which we come in there
-        self.untold: dict[
-            str, OSError
-        ] = {}  # by path: what failed of telling hosts that a disk is read-only
+        self.untold: dict[str, OSError] = {}  # by path of WriteProtection: why hosts are not told of it
         self.unreachable_until = 0.0  # when to connect to ourselves again, where that could not be done
 
     # Names
@@ -4040,7 +4038,7 @@ class NvmeTcp:
             self.unreachable_until = time.monotonic() + COURTESY_SEC[0]
 
     def why_untold(self, path: str) -> str:
-        """The same for people."""
+        """The warning that hosts are not told of a namespace, or of none, that it is read-only."""
         problem = self.untold[path]
         if problem.errno in (errno.EIO, errno.EPROTO):
             nqn = path.rpartition("/namespaces/")[0].rpartition("/")[2]
@@ -4480,7 +4478,8 @@ class PlainView(JournalView):
 class Screen:
     """A full screen on a terminal, redrawn in place. Space and `b` turn pages, where there are several.
 
-    Without a `path` the terminal is the one that the program was started on.
+    Without a `path` the terminal is the one that the program was started on. Raises OSError if `path` cannot
+    be opened.
     """
 
     STYLES: ClassVar[dict[str, str]] = {
@@ -4516,6 +4515,8 @@ class Screen:
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             self.terminal = os.open(path or os.ttyname(1), flags)
         except OSError as e:
+            if path:
+                raise
             debug(f"Failed to open the terminal, using what is there: {reason_of(e)}")
         try:
             # A pseudo terminal never gets kernel messages; the console, serial lines and virtual terminals
@@ -4677,7 +4678,7 @@ class Views:
 
     @property
     def messages(self) -> list[str]:
-        """The last messages, if it is on screens that they are."""
+        """The last messages on the screens; none where there are no screens."""
         return self.screens[0].messages if self.screens else []
 
     def add_message(self, message: str) -> None:
@@ -4704,7 +4705,8 @@ def consoles() -> list[str]:
         if name == "tty0":  # which stands for the one in the foreground
             name = read_attribute(SYS + "class/tty/tty0/active") or name
         # The null console takes whatever is written.
-        if not name.startswith("ttynull") and is_working_terminal(DEV + name):
+        known = DEV + name in found or name.startswith("ttynull")
+        if not known and is_working_terminal(DEV + name):
             found.append(DEV + name)
     return found or [path for path in [DEV + "tty1"] if is_working_terminal(path)]
 
@@ -5059,11 +5061,10 @@ class Service:
     def note_untold(self) -> None:
         """Says once if clients are not told which disks are read-only, and sets when to try that again."""
         untold = self.transport.untold
-        live = (
-            {e.path for b in self.tree.live.values() for e in b.kept(WriteProtection)} if untold else set()
-        )
-        for path in set(untold) - live:
-            del untold[path]
+        if untold:
+            live = {e.path for b in self.tree.live.values() for e in b.kept(WriteProtection)}
+            for path in set(untold) - live:
+                del untold[path]
         messages = set(map(self.transport.why_untold, untold))
         for message in sorted(messages - self.untold):
             warning(message)
@@ -5074,10 +5075,8 @@ class Service:
         if not messages:
             self.tell_again, self.tell_pause = 0.0, COURTESY_SEC[0]
         elif self.tell_again <= now:
-            self.tell_again, self.tell_pause = (
-                now + self.tell_pause,
-                min(2 * self.tell_pause, COURTESY_SEC[1]),
-            )
+            self.tell_again = now + self.tell_pause
+            self.tell_pause = min(2 * self.tell_pause, COURTESY_SEC[1])
 
     def tell(self) -> None:
         """Tries again what could not be done: as if it had been found like that at the start."""
@@ -5633,9 +5632,9 @@ def list_devices(options: Options) -> int:
         rows.append(
             (d.node, size_text(d.size), d.model, d.serial, f"no: {d.left_out}" if d.left_out else d.access)
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    widths = [max(columns(row[i]) for row in rows) for i in range(4)]
     for row in rows:
-        write_output("  ".join([cell.ljust(width) for cell, width in zip(row, widths)] + [row[4]]))
+        write_output("  ".join([padded(cell, width) for cell, width in zip(row, widths)] + [row[4]]))
     return 0
 
 

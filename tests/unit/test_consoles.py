@@ -61,6 +61,7 @@ Terminal = Callable[[], "tuple[int, str]"]
         # The last one is the main one.
         ("tty0 ttyS0", "tty1", ["ttyS0", "tty1"], ["ttyS0", "tty1"]),
         ("ttyS0 tty0", "tty3", ["ttyS0", "tty1", "tty3"], ["tty3", "ttyS0"]),
+        ("tty1 tty0", "tty1", ["tty1"], ["tty1"]),
         # No hardware, no console, the null console, or none that has a terminal.
         ("ttyS0", "tty1", ["tty1"], ["tty1"]),
         ("", "tty1", ["tty1"], ["tty1"]),

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import storagetm
+from tests.unit.conftest import CapturedMachine
 from tests.unit.test_shown import EXPORTED, PREFIX, Named, addresses, disk, pages, report, rows, screen
 
 __all__ = ["screen"]
@@ -178,6 +180,20 @@ def test_nothing_moves_the_cursor(screen: storagetm.Screen, capfd: pytest.Captur
     capfd.readouterr()
     storagetm.PlainView().show(shown)
     assert capfd.readouterr().out.startswith("\nStorage?[2J target\n")
+
+
+def test_list_of_devices(
+    unpack: Callable[[str], CapturedMachine], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its columns stand one below the other, whatever a disk calls itself."""
+    machine = unpack("trixie-fresh")
+    entry = machine.path("/run/udev/data/b8:0")
+    entry.write_text(entry.read_text() + "E:ID_MODEL=ディスク\nE:ID_SERIAL_SHORT=e\u0301-1\n")
+    assert storagetm.main(["--list-devices"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    (wide,) = (line for line in lines if "ディスク" in line)
+    expected = storagetm.columns(lines[0].partition("EXPORT")[0])
+    assert storagetm.columns(wide.partition("read-write")[0]) == expected
 
 
 # Commands

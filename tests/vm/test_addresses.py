@@ -92,8 +92,8 @@ def check_following(target: Machine, console: Service) -> None:
     target.run("ip address delete 2001:db8::1/64 dev eth0; ip address delete 198.51.100.7/24 dev eth0")
     wait_commands(target, [ipv4, local])
 
-    # What has no hardware comes behind what has, whatever its name. A bridge has that of its port; of the
-    # port's own addresses, those remain that the bridge answers for, at the end.
+    # An interface without hardware comes behind those with, whatever it is called. A bridge has that of its
+    # port; of the port's own addresses, those remain that the bridge answers for, at the end.
     target.run(
         "ip link add aaa0 type dummy && ip address add 172.17.0.1/16 dev aaa0 && ip link set aaa0 up &&"
         "sysctl -q net.ipv6.conf.aaa0.disable_ipv6=1"
@@ -222,7 +222,7 @@ def test_link_local_line_debian_12(boot: BootMachine, tool: Path) -> None:
     link_local(target)
     with on_console(target, "--read-write", *sources):
         attach(target, client, sources)
-        path = "/sys/kernel/config/nvmet/subsystems/*.file/namespaces/*/buffered_io"
+        path = "/sys/kernel/config/nvmet/subsystems/*.file/namespaces/1/buffered_io"
         assert target.run(f"cat {path}").stdout == "1\n"
 
 
