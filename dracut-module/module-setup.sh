@@ -58,6 +58,8 @@ installkernel() {
         =drivers/net/vmxnet3 =drivers/net/thunderbolt thunderbolt-net virtio_net xen-netfront \
         af_packet ipv6 \
         atkbd hid-generic i8042 usbhid
+    # For systemd-pcrphase-storage-target-mode.service; most kernels have them built in.
+    hostonly='' instmods '=drivers/char/tpm'
 }
 
 install() {
@@ -102,6 +104,19 @@ install() {
         inst_simple "$moddir"/70-storagetm-link-local.network "$systemdnetwork"/70-storagetm-link-local.network
         inst_simple "$moddir"/network-generator.conf \
             "$systemdsystemunitdir"/systemd-network-generator.service.d/storagetm.conf
+    fi
+
+    # Where systemd has it: the service that extends a register of the TPM. Which libraries it needs it only finds out
+    # when it runs, and without them it does nothing and does not fail.
+    if [[ -e $systemdsystemunitdir/systemd-pcrphase-storage-target-mode.service ]]; then
+        inst_multiple -o \
+            "$systemdsystemunitdir"/systemd-pcrphase-storage-target-mode.service \
+            "$systemdsystemunitdir"/tpm2.target \
+            "$systemdutildir"/systemd-pcrextend
+        inst_libdir_file "libcrypto.so.*" "libtss2-esys.so.*" "libtss2-mu.so.*" "libtss2-rc.so.*" "libtss2-sys.so.*" \
+            "libtss2-tcti-device.so.*"
+        inst_simple "$moddir"/pcrphase.conf \
+            "$systemdsystemunitdir"/systemd-pcrphase-storage-target-mode.service.d/storagetm.conf
     fi
 
     # What says who a disk is, and names the network interfaces.

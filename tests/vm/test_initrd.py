@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Storage target mode from an initrd: two machines, one wire, and nothing configured on it.
 
-The client is of the other release than the target, so that both are seen in both roles. Whatever it does, it
+The client is of another release than the target, so that each is seen in both roles. Whatever it does, it
 does with a command off the target's screen. The initrd is one for this host (`dracut --hostonly`), but the
 host that it is made on isn't the machine that boots it: it has to bring drivers for what dracut saw nothing
 of, and no command line tells it its machine ID.
@@ -21,14 +21,14 @@ from pathlib import Path
 import pytest
 
 from tests.harness import images as harness_images
-from tests.harness.images import RELEASES, Image
+from tests.harness.images import SID, Image
 from tests.harness.initrd_agent import with_agent
 from tests.harness.machine import MIB, Disk, Machine, Nic, Wire
-from tests.vm.conftest import LOGS
+from tests.vm.conftest import LOGS, ONCE_FOR_EACH
 from tests.vm.initiator import namespaces
 
-# Of dracut. The driver is the agent's.
-DRACUT_OPTIONS = ("--hostonly", "--add-drivers", "virtio_console")
+# Of dracut. The driver and the shell are the agent's.
+DRACUT_OPTIONS = ("--hostonly", "--add-drivers", "virtio_console", "--install", "bash")
 OPTIONS = ("rd.systemd.unit=storage-target-mode.target", "ip=link-local")
 # Disks that come later may be written to, what is written to one is forgotten, the rest is read-only.
 ACCESS = ("rd.storagetm.access=/dev/vd[bc]:read-write", '"rd.storagetm.access=QEMU HARDDISK:snapshot"')
@@ -116,12 +116,12 @@ def fill(path: Path, size: int) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-@pytest.fixture(scope="module", params=RELEASES)
+@pytest.fixture(scope="module", params=ONCE_FOR_EACH)
 def pair(
     request: pytest.FixtureRequest, images: dict[str, Image], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
     release: str = request.param
-    (other,) = set(RELEASES) - {release}
+    other = {"trixie": "bookworm"}.get(release, "trixie")
     directory = tmp_path_factory.mktemp(f"initrd-{release}")
     initrd = with_agent(
         images[release], harness_images.initrd(images[release], *DRACUT_OPTIONS), directory / "initrd.img"
@@ -246,6 +246,46 @@ def test_bad_option(release: str, images: dict[str, Image], tmp_path: Path) -> N
             "journalctl -b --no-pager --output=cat _COMM=storagetm; systemctl status storagetm"
         ).stdout
         assert "Exporting nothing" in messages
+
+
+@pytest.mark.parametrize("release", [SID])
+def test_newest_systemd(release: str, images: dict[str, Image], tmp_path: Path) -> None:
+    """It exports on the newest release, too, and there the TPM has been told of it before."""
+    initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
+    machine = Machine(
+        "newest",
+        images[release],
+        initrd=with_agent(images[release], initrd, tmp_path / "initrd.img"),
+        machine_id="",
+        # What a unified kernel image says of itself.
+        kernel_options=(*OPTIONS, "systemd.tpm2_measured_os=yes"),
+        disks=[Disk("virtio", serial="DISK-A")],
+        nics=[Nic(Wire(), 0)],
+        tpm=True,
+        log_directory=LOGS,
+    )
+    with machine:
+        machine.start()
+        machine.agent.request({"op": "hello"}, 300)
+        machine.wait_run("systemctl is-active storage-target-mode.target")
+        machine.wait_screen(r"^  nvme connect-all .* -a 169\.254\.", redraw="x")
+        assert machine.run("ls /sys/kernel/config/nvmet/subsystems").stdout == f"{PREFIX}.vda\n"
+        assert machine.run("systemctl list-units --failed --plain --no-legend").stdout == ""
+
+        # The event is in the log, the register has been extended by its digest and by nothing else, and that
+        # was over before the program was started.
+        event = b"storage-target-mode-start"
+        assert event in machine.run("cat /run/log/systemd/tpm2-measure.log").stdout_bytes
+        register = machine.run("cat /sys/class/tpm/tpm0/pcr-sha256/11").stdout.strip().lower()
+        assert register == hashlib.sha256(bytes(32) + hashlib.sha256(event).digest()).hexdigest()
+        measured, started = (
+            int(machine.run(["systemctl", "show", "--value", f"--property={key}", unit]).stdout)
+            for unit, key in (
+                ("systemd-pcrphase-storage-target-mode", "ActiveEnterTimestampMonotonic"),
+                ("storagetm", "ExecMainStartTimestampMonotonic"),
+            )
+        )
+        assert 0 < measured < started
 
 
 def test_hot_plug(pair: Pair) -> None:
