@@ -17,11 +17,12 @@ DRACUTDIR ?= /usr/lib/dracut/modules.d
 PYTHON ?= /usr/bin/python3
 
 VENV := .venv/bin
-UNITS := units/storage-target-mode.target units/storagetm.service
+UNITS := units/storage-target-mode.target units/storagetm.service units/storagetm-failure.service
 RULES := units/54-storagetm.rules
 GETTYS := console-getty.service getty@.service serial-getty@.service
-DRACUT_FILES := 70-storagetm-link-local.network network-generator.conf pcrphase.conf zzzz-storagetm.network
-DRACUT_SCRIPTS := module-setup.sh python-initrd
+DRACUT_FILES := 70-storagetm-link-local.network dhcp-link-local.conf network-generator.conf pcrphase.conf \
+	zzzz-storagetm.network
+DRACUT_SCRIPTS := dhcp-link-local module-setup.sh python-initrd
 MAN_PAGE := $(wildcard docs/storagetm.8)
 # Asked for by lint alone: where the project is only installed there need be no git.
 SHELL_FILES = $(shell git ls-files -z | xargs -0 awk 'FNR == 1 && /^\#!.*[ \/](ba)?sh( |$$)/ {print FILENAME}')

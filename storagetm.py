@@ -13,7 +13,6 @@ service with its event loop, the command line.
 from __future__ import annotations
 
 import _thread
-import ctypes
 import errno
 import fcntl
 import os
@@ -21,6 +20,15 @@ import select
 import stat
 import sys
 import time
+
+try:
+    import ctypes
+except ImportError:
+    # Distributions that pack Python in parts leave this one out of the smallest.
+    sys.exit(
+        "Python's module 'ctypes' is missing; install the package 'python3', of which 'python3-minimal' is "
+        "only a part"
+    )
 
 # The modules behind the standard library's socket, signal and hashlib: those three import enum, re,
 # selectors and OpenSSL, which together take longer than everything else at start. The public ones serve
@@ -399,6 +407,14 @@ def reason_of(error: OSError) -> str:
     if error.errno == errno.EMFILE:
         return f"{os.strerror(error.errno)}; raise the limit that 'ulimit -Hn' shows"
     return os.strerror(error.errno) if error.errno else str(error)
+
+
+def failure_text(problem: UserError | OSError) -> str:
+    """What ended the program, for the user."""
+    if isinstance(problem, UserError):
+        return str(problem)
+    where = f" at '{problem.filename}'" if problem.filename else ""
+    return f"Failed{where}: {reason_of(problem)}"
 
 
 def allow_files(disks: int) -> None:
@@ -3441,9 +3457,11 @@ class Report:
         disks: Iterable[Disk],
         memory: Memory | None = None,
         refused: str = "",
+        reboots: bool = False,
     ) -> None:
         self.memory = memory or Memory()
         self.refused = refused
+        self.reboots = reboots
         self.title = f"Storage target mode: {machine.name} ({machine.os_name})"
         self.transport = transport
         self.addresses = transport.reachable(addresses)
@@ -3493,7 +3511,16 @@ class Report:
             return self.transport.connect(address, "connect"), f"-n {quoted(self.transport.prefix)}"
         return self.transport.connect(address, "connect-all"), ""
 
+    @property
+    def interrupt_text(self) -> str:
+        """What Ctrl-C does."""
+        if self.refused:
+            return "Ctrl-C reboots this machine." if self.reboots else "Ctrl-C ends this."
+        return f"Ctrl-C stops exporting{' and reboots this machine' if self.reboots else ''}."
+
     def for_plymouth(self) -> str:
+        if self.refused:
+            return f"No disk is exported: {self.refused}"
         lines = [" ".join(filter(None, self.for_all(a))) for a in self.addresses]
         return min(lines, key=len) if lines else "Storage target mode: the network is down"
 
@@ -3530,7 +3557,9 @@ class Report:
         blocks: list[list[tuple[str, str]]] = []
         count = len(self.exported)
         if self.refused:
-            return [[("alert", "No disk is exported:"), ("", ""), ("alert", self.refused)]]
+            why = [("alert", "No disk is exported:"), ("", ""), ("alert", self.refused)]
+            way_out = [("", ""), ("", "Change that, then boot this machine again.")]
+            return [why + way_out if self.reboots else why]
         if not self.addresses:
             blocks.append(
                 [("alert", "The network is down: plug in a cable, or wait for an address."), ("", "")]
@@ -3744,7 +3773,7 @@ class Screen:
             *[("", "")] * (room - sum(rows_of(text, width) for _, text in pages[self.page])),
             *[("alert", m) for m in messages],
             ("", ""),
-            ("dim", f"Ctrl-C stops exporting.{turn}"[: width - 1]),
+            ("dim", f"{report.interrupt_text}{turn}"[: width - 1]),
         ]
         # After a full row the cursor is still on its last character, and clearing would take that.
         drawn = [
@@ -3827,12 +3856,17 @@ class Service:
         inventory: Inventory,
         memory: Memory | None = None,
         refused: str = "",
+        *,
+        reboots: bool = False,
     ) -> None:
         self.machine = machine
         self.transport = transport
         self.inventory = inventory
         self.memory = memory or Memory()
         self.refused = refused  # why nothing is exported, if it is not to be
+        # Whether the end of this process boots the machine, as it does in our unit. Then what prevents the
+        # start is shown instead: it would be there again after the boot, and nobody could have read it.
+        self.reboots = reboots
         self.shared = 0.0  # when the memory was last divided, in seconds of the monotonic clock
         self.ledger = Ledger(f"{RUN}{transport.prefix}.entries")
         self.tree = Tree(CONFIGFS, self.ledger)
@@ -3842,16 +3876,48 @@ class Service:
         self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
         self.started = time.monotonic()
         self.ready = False
+        self.running = False  # past all that a start may fail at
         self.stopping = False
+        self.signals = -1
         self.status = ""
         self.splash = ""
         self.pause = LOCK_POLL_SEC[0]
 
     def run(self) -> int:
-        """Returns the exit code. Raises UserError for what prevents the start."""
-        if self.refused:
-            error(self.refused)
-        elif not self.inventory.all:
+        """Returns the exit code. Raises UserError or OSError for what prevents the start, unless it is shown
+        instead of the disks: see `reboots`.
+        """
+        if not self.refused:
+            try:
+                return self.export()
+            except (UserError, OSError) as e:
+                if not self.reboots or self.running:
+                    raise
+                self.refused = failure_text(e)
+                if self.tree.live:
+                    self.refused += "; but what an earlier start exported still is"
+        return self.refuse()
+
+    def refuse(self) -> int:
+        """Shows why nothing is exported, until it is told to stop. Returns the exit code."""
+        error(self.refused)
+        self.stopping = False
+        if self.signals < 0:
+            self.catch_signals()
+        self.open_view()
+        notify("READY=1")
+        try:
+            self.loop()
+        finally:
+            notify("STOPPING=1")
+            if self.splash:
+                plymouth("")
+            self.close_view(failed=False)
+        return 0
+
+    def export(self) -> int:
+        """Exports disks until it is told to stop; returns the exit code. Raises UserError and OSError."""
+        if not self.inventory.all:
             self.inventory.check_named()
             self.check_names()
         prepare_kernel()
@@ -3871,15 +3937,19 @@ class Service:
             self.network = Network()
             self.addresses = self.network.addresses()
             self.open_view()
+            self.running = True
             self.loop()
             failed = False
         finally:
             clean = self.stop()
-            self.view.close()
-            log.screen = None
-            for message in getattr(self.view, "messages", []) if failed else []:
-                error(message)
+            self.close_view(failed=failed)
         return 0 if clean else 1
+
+    def close_view(self, *, failed: bool) -> None:
+        self.view.close()
+        log.screen = None
+        for message in getattr(self.view, "messages", []) if failed else []:
+            error(message)
 
     @staticmethod
     def set_urgent(urgent: bool) -> None:
@@ -4115,8 +4185,10 @@ class Service:
     def loop(self) -> None:
         """Waits for news and acts on it, until a signal says to stop. Nothing wakes it up without reason."""
         poll = select.poll()
-        for source in (self.uevents.socket, self.network.socket, self.signals):
-            poll.register(source, select.POLLIN)
+        poll.register(self.signals, select.POLLIN)
+        if not self.refused:
+            poll.register(self.uevents.socket, select.POLLIN)
+            poll.register(self.network.socket, select.POLLIN)
         if self.view.keys >= 0:
             poll.register(self.view.keys, select.POLLIN)
         # What the service manager prints on the console about this very start is drawn over a little later.
@@ -4132,9 +4204,9 @@ class Service:
             deadlines = redraws[:1]
             if self.dirty:
                 deadlines.append(self.shown + REDRAW_SEC)
-            if self.pending():
+            if self.pending() and not self.refused:
                 deadlines.append(now + self.pause)
-            if self.memory.filled:
+            if self.memory.filled and not self.refused:
                 if now - self.shared >= self.memory.pause:
                     self.share_memory()
                 deadlines.append(self.shared + self.memory.pause)
@@ -4154,7 +4226,8 @@ class Service:
             if self.signals in ready:
                 os.read(self.signals, 4096)
                 self.dirty = True
-            self.take_news(ready)
+            if not self.refused:
+                self.take_news(ready)
 
     def take_news(self, ready: set[int]) -> None:
         """Brings disks and addresses up to date with what the sockets say."""
@@ -4183,7 +4256,9 @@ class Service:
     def show(self) -> None:
         self.dirty = False
         disks = self.inventory.disks.values()
-        report = Report(self.machine, self.transport, self.addresses, disks, self.memory, self.refused)
+        report = Report(
+            self.machine, self.transport, self.addresses, disks, self.memory, self.refused, self.reboots
+        )
         self.view.show(report)
         if (status := report.status()) != self.status:
             self.status = status
@@ -4197,7 +4272,8 @@ class Service:
     def stop(self) -> bool:
         """Takes all exports down again; False if some would not go."""
         self.stopping = True
-        notify("STOPPING=1")
+        if self.running or not self.reboots:
+            notify("STOPPING=1")
         while self.tree.leaving:  # a second signal ends this, too
             time.sleep(LOCK_POLL_SEC[0])
             self.tree.collect()
@@ -4239,9 +4315,14 @@ class Options:
         self.rules: list[tuple[str, str]] = []  # glob and kind of access
         self.subsystem = ""  # PER_DISK or SHARED; empty if none was asked for
         self.kernel_command_line = False
-        self.refused = ""  # why nothing is exported although the service runs
+        self.refused = ""  # why nothing is exported although the service runs, for which see Service.reboots
         self.help = False
         self.version = False
+
+    @property
+    def action(self) -> bool:
+        """Whether something is to be printed, and nothing exported."""
+        return self.help or self.version or self.list_devices or self.dry_run
 
 
 # Short and long name, what its value is called, what it does. argparse would be the largest import.
@@ -4301,8 +4382,33 @@ def help_text() -> str:
 
 
 def parse_arguments(argv: Sequence[str]) -> Options:
-    """Options and devices in any order, as getopt_long(3) takes them. Raises UsageError."""
+    """The options of the command line and, where it says so, of the kernel's. Raises UsageError.
+
+    With `--kernel-command-line` what makes no sense is in `refused` instead: a service's unit cannot be
+    edited where this is used, and its failure would boot the machine before anyone has read why.
+    """
     options = Options()
+    try:
+        parse_words(options, argv)
+        if options.kernel_command_line:
+            words = []
+            try:
+                words = split_command_line(read_bytes(PROC + "cmdline"))
+            except OSError as e:
+                warning(f"Failed to read the kernel command line: {reason_of(e)}")
+            add_options(options, options_from_kernel(words, os.path.exists(ETC + "initrd-release")))
+        if not (options.help or options.version):
+            check_arguments(options)
+    except UsageError as e:
+        options.kernel_command_line = options.kernel_command_line or "--kernel-command-line" in argv
+        if not options.kernel_command_line or options.action:
+            raise
+        options.refused = str(e)
+    return options
+
+
+def parse_words(options: Options, argv: Sequence[str]) -> None:
+    """Options and devices in any order, as getopt_long(3) takes them. Raises UsageError."""
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -4331,23 +4437,6 @@ def parse_arguments(argv: Sequence[str]) -> Options:
                 set_option(options, known[0][1], "")
         else:
             options.devices.append(argument)
-    if options.kernel_command_line:
-        words = []
-        try:
-            words = split_command_line(read_bytes(PROC + "cmdline"))
-        except OSError as e:
-            warning(f"Failed to read the kernel command line: {reason_of(e)}")
-        try:
-            add_options(options, options_from_kernel(words, os.path.exists(ETC + "initrd-release")))
-            if not (options.help or options.version):
-                check_arguments(options)
-        except UsageError as e:
-            # The service's unit cannot be edited where this is used, and its failure would boot the machine
-            # before anyone has read why.
-            options.refused = str(e)
-    elif not (options.help or options.version):
-        check_arguments(options)
-    return options
 
 
 def set_option(options: Options, name: str, value: str) -> None:
@@ -4437,6 +4526,8 @@ def options_from_kernel(words: Iterable[str], initrd: bool) -> Options:
             if (not equals and option[0][2].startswith("=")) or (equals and not value):
                 raise UsageError(f"'{key}' needs a value")
             set_option(found, option[0][1], value)
+            if found.action or found.json:
+                raise UsageError(f"'{key}' prints text and exports nothing, which only helps in a shell")
         except UsageError as e:
             raise UsageError(f"Kernel command line: {str(e).replace('--', 'storagetm.')}; correct it") from e
     return found
@@ -4451,8 +4542,7 @@ def add_options(options: Options, more: Options) -> None:
     options.nqn = options.nqn or more.nqn
     options.subsystem = options.subsystem or more.subsystem
     options.all = max(options.all, more.all) if not options.devices else options.all
-    for name in ("list_devices", "dry_run", "json", "force", "help", "version"):
-        setattr(options, name, getattr(options, name) or getattr(more, name))
+    options.force = options.force or more.force
 
 
 def check_nqn(nqn: str) -> None:
@@ -4578,7 +4668,10 @@ def start(argv: Sequence[str]) -> int:
         write_output(f"storagetm {__version__}")
         return 0
     if not os.path.isdir(SYS + "block"):
-        raise UserError(f"'{SYS}' is not mounted, or this kernel has no block devices; mount sysfs there")
+        problem = f"'{SYS}' is not mounted, or this kernel has no block devices; mount sysfs there"
+        if not options.kernel_command_line or options.action:
+            raise UserError(problem)
+        options.refused = options.refused or problem
     if options.list_devices:
         return list_devices(options)
     if not options.dry_run and os.geteuid() != 0:
@@ -4592,7 +4685,14 @@ def start(argv: Sequence[str]) -> int:
     inventory = Inventory(options.devices, bool(options.all), force, access)
     if options.dry_run:
         return dry_run(options, transport, inventory)
-    return Service(machine, transport, inventory, Memory(options.store), options.refused).run()
+    return Service(
+        machine,
+        transport,
+        inventory,
+        Memory(options.store),
+        options.refused,
+        reboots=options.kernel_command_line,
+    ).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4603,14 +4703,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.close(fd)
     try:
         return start(sys.argv[1:] if argv is None else argv)
-    except UserError as e:
-        error(str(e))
-        return e.code
+    except (UserError, OSError) as e:
+        error(failure_text(e))
+        return e.code if isinstance(e, UserError) else 1
     except KeyboardInterrupt:
-        return 1
-    except OSError as e:
-        where = f"'{e.filename}': " if e.filename else ""
-        error(f"Failed at {where}{reason_of(e)}")
         return 1
 
 

@@ -385,17 +385,19 @@ def build(*releases: str) -> dict[str, Image]:
     return {release: images[release] for release in releases}
 
 
-def initrd(image: Image, *options: str) -> Path:
+def initrd(image: Image, *options: str, spoil: str = "") -> Path:
     """The path of an initrd with the project in it, made by the release's own dracut with these further
-    options.
+    options, and after the shell command `spoil` has been run on the system that it is made on. Raises
+    RuntimeError, with what dracut says.
     """
-    path = initrd_path(image.release, options)
+    path = initrd_path(image.release, (*options, spoil) if spoil else options)
     if not path.exists():
-        finish_builder(start_builder("initrd", image.release, *options), f"the initrd for {image.release}")
+        builder = start_builder("initrd", image.release, *options, spoil=spoil)
+        finish_builder(builder, f"the initrd for {image.release}")
     return path
 
 
-def start_builder(kind: str, release: str, *options: str) -> subprocess.Popen[bytes]:
+def start_builder(kind: str, release: str, *options: str, spoil: str = "") -> subprocess.Popen[bytes]:
     cache_directory().mkdir(parents=True, exist_ok=True)
     # The system's Python: whatever runs the tests may not be readable, or not be found, by root.
     return subprocess.Popen(
@@ -403,7 +405,8 @@ def start_builder(kind: str, release: str, *options: str) -> subprocess.Popen[by
             *([] if os.geteuid() == 0 else ["sudo"]),
             *("env", f"STORAGETM_CACHE={cache_directory()}", f"STORAGETM_SID={SID_WEEK}"),
             *("unshare", "--mount", "--propagation", "private"),
-            *("/usr/bin/python3", "-m", "tests.harness.images", kind, release, "--", *options),
+            *("/usr/bin/python3", "-m", "tests.harness.images", f"--spoil={spoil}"),
+            *(kind, release, "--", *options),
         ],
         cwd=PROJECT,
         stdin=subprocess.DEVNULL,
@@ -640,8 +643,8 @@ def make_image(release: str) -> None:
         say(release, "the disk image is made.")
 
 
-def make_initrd(release: str, options: Sequence[str]) -> None:
-    path = initrd_path(release, options)
+def make_initrd(release: str, options: Sequence[str], spoil: str) -> None:
+    path = initrd_path(release, (*options, spoil) if spoil else options)
     with lock(f"{release}-storagetm"):
         if path.exists():
             return
@@ -657,6 +660,8 @@ def make_initrd(release: str, options: Sequence[str]) -> None:
             (root / "etc/machine-id").write_text(MACHINE_ID + "\n")
             # By the release's own Python: what is installed may contain its bytecode.
             run("chroot", root, "make", "-C", "/mnt", "install")
+            if spoil:
+                run("chroot", root, "sh", "-c", spoil)
             run(
                 *(
                     "chroot",
@@ -682,6 +687,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="images.py", description="Make what the emulated machines boot from."
     )
+    parser.add_argument("--spoil", default="", help="a shell command to run before dracut")
     parser.add_argument("kind", choices=("image", "initrd"))
     parser.add_argument("release", choices=RELEASES)
     parser.add_argument("options", nargs="*", help="further options for dracut")
@@ -690,7 +696,7 @@ def main() -> None:
     if arguments.kind == "image":
         make_image(arguments.release)
     else:
-        make_initrd(arguments.release, arguments.options)
+        make_initrd(arguments.release, arguments.options, arguments.spoil)
 
 
 if __name__ == "__main__":

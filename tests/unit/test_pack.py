@@ -65,7 +65,7 @@ def statements(source: bytes) -> list[tuple[int, str]]:
 
 def test_executable_and_small(packed: Path) -> None:
     assert packed.stat().st_mode & 0o777 == 0o755
-    assert packed.stat().st_size < 40 * 1024
+    assert packed.stat().st_size < 48 * 1024
     assert packed.read_bytes().startswith(b"#!/usr/bin/python3 -IS\n")
     with zipfile.ZipFile(packed) as archive:
         assert archive.testzip() is None
@@ -112,6 +112,26 @@ EXPENSIVE = (
     *("signal", "socket", "string", "subprocess", "tempfile", "termios", "threading", "traceback", "typing"),
     *("urllib", "uuid", "zipfile"),
 )
+
+
+@pytest.mark.parametrize("what", ["one file", "source"])
+def test_part_of_python(packed: Path, what: str) -> None:
+    """Without what python3-minimal leaves out there is a sentence, and no traceback."""
+    path = packed if what == "one file" else PROJECT / "storagetm.py"
+    script = (
+        "import runpy, sys\n"
+        "sys.modules['ctypes'] = None\n"
+        "path = sys.argv.pop(1)\n"
+        "runpy.run_path(path, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-IS", "-c", script, path, "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "Python's module 'ctypes' is missing; install the package 'python3', of which 'python3-minimal' is "
+        "only a part\n"
+    )
 
 
 def test_imports_at_start() -> None:

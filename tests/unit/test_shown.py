@@ -124,6 +124,28 @@ def test_one_disk(screen: storagetm.Screen) -> None:
     ]
 
 
+def test_what_ctrl_c_does(screen: storagetm.Screen) -> None:
+    """It is not the same in the unit, whose end boots the machine."""
+    shown = report([disk("vda")])
+    shown.reboots = True
+    assert rows(screen.drawn(shown, 80, 25))[-1] == "Ctrl-C stops exporting and reboots this machine."
+    shown.refused = "A reason; a way out"
+    assert rows(screen.drawn(shown, 80, 25)) == [
+        " Storage target mode: target (Debian GNU/Linux 13 (trixie))",
+        "",
+        "No disk is exported:",
+        "",
+        "A reason; a way out",
+        "",
+        "Change that, then boot this machine again.",
+        *[""] * 17,
+        "Ctrl-C reboots this machine.",
+    ]
+    assert shown.for_plymouth() == "No disk is exported: A reason; a way out"
+    shown.reboots = False
+    assert rows(screen.drawn(shown, 80, 25))[-1] == "Ctrl-C ends this."
+
+
 @pytest.mark.parametrize(
     ("width", "height"), [(80, 25), (80, 24), (100, 37), (132, 50), (240, 67), (60, 20)]
 )

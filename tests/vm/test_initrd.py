@@ -24,7 +24,7 @@ from tests.harness import images as harness_images
 from tests.harness.images import SID, Image
 from tests.harness.initrd_agent import with_agent
 from tests.harness.machine import MIB, Disk, Machine, Nic, Wire
-from tests.vm.conftest import LOGS, ONCE_FOR_EACH
+from tests.vm.conftest import LOGS, ON_NEWER, ONCE_FOR_EACH
 from tests.vm.initiator import namespaces
 
 # Of dracut. The driver and the shell are the agent's.
@@ -221,31 +221,97 @@ def test_access(pair: Pair) -> None:
         assert hashlib.sha256(pair.target.disk_path(disk).read_bytes()).hexdigest() == pair.checksums[name]
 
 
-def test_bad_option(release: str, images: dict[str, Image], tmp_path: Path) -> None:
-    """An option that makes no sense is on the screen, and nothing is exported."""
+class Refusing:
+    """A machine in whose initrd the service is started again and again, each time with something wrong."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.line = machine.run("cat /proc/cmdline").stdout.split(" rd.storagetm.")[0]
+        # Without the reboot that comes with its end.
+        machine.put(DROP_IN, "[Unit]\nSuccessAction=none\n")
+        machine.put("/run/cmdline", self.line)
+        machine.run("systemctl daemon-reload && mount --bind /run/cmdline /proc/cmdline")
+
+    def restart(self, options: str = "", meanwhile: str = "true") -> None:
+        self.machine.run("systemctl stop storagetm")
+        self.machine.run(["sh", "-c", f"echo '{self.line} {options}' >/run/cmdline"])
+        self.machine.run(f"{meanwhile} && systemctl start storagetm", timeout=180)
+
+    def wait_reason(self, pattern: str) -> None:
+        """Wait until the screen has it, which it has while the service is up and nothing is exported."""
+        # The reason goes on where the row ends.
+        self.machine.wait_screen(rf"\A.*\n\nNo disk is exported:\n\n{pattern}", redraw="x")
+        assert self.machine.run("systemctl is-active storagetm.service").stdout == "active\n"
+        assert self.machine.run("ls -A /sys/kernel/config/nvmet/subsystems", check=False).stdout == ""
+
+
+def test_failures(release: str, images: dict[str, Image], tmp_path: Path) -> None:
+    """What prevents the export stays on the screen. What cannot be shown there leaves time to read it."""
     initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
     machine = Machine(
-        f"bad-option-{release}",
+        f"failures-{release}",
         images[release],
         initrd=with_agent(images[release], initrd, tmp_path / "initrd.img"),
         machine_id="",
-        kernel_options=(*OPTIONS, "rd.storagetm.snapshot=lots", "rd.storagetm.colour=red"),
+        kernel_options=(
+            *(OPTIONS[0], "ip=dhcp", "bond=bond0:eth1", "bridge=br0:bond0", "vlan=br0.5:br0"),
+            *("rd.storagetm.snapshot=lots", "rd.storagetm.colour=red"),
+        ),
         disks=[Disk("virtio")],
-        nics=[Nic(Wire(), 0)],
-        cpus=1,
+        nics=[Nic(Wire(), 0), Nic(Wire(), 0)],
+        terminal=(250, 30),
         log_directory=LOGS,
     )
     with machine:
         machine.start()
+        reason = r"Kernel command line: storagetm.snapshot=lots is no size; "
         machine.wait_screen(
-            r"^No disk is exported:\n\nKernel command line: storagetm.snapshot=lots is no size; ", redraw="x"
+            rf"^No disk is exported:\n\n{reason}(.*\n)*Ctrl-C reboots this machine\.", redraw="x"
         )
         machine.agent.request({"op": "hello"}, 300)
-        assert machine.run("ls /sys/kernel/config/nvmet/subsystems").stdout == ""
+        refusing = Refusing(machine)
+        refusing.wait_reason(reason)
         messages = machine.run(
             "journalctl -b --no-pager --output=cat _COMM=storagetm; systemctl status storagetm"
         ).stdout
         assert "Exporting nothing" in messages
+
+        # The network is there all the same, as the kernel command line has it, with an address for a cable.
+        for path in ("/sys/class/net/bond0/bonding", "/sys/class/net/br0/bridge", "/proc/net/vlan/br0.5"):
+            machine.wait_run(f"test -e {path}")
+        machine.wait_until(lambda: "-- 169.254." in machine.run("cat /proc/net/fib_trie").stdout)
+
+        refusing.restart("rd.storagetm.list-devices")
+        refusing.wait_reason(r"Kernel command line: 'rd\.storagetm\.list-devices' prints text ")
+        refusing.restart(f"rd.storagetm.nqn={'n' * 220}")
+        refusing.wait_reason(r"--nqn= is too long for '/dev/vda': ")
+        modules = "$(echo /lib/modules/*/kernel/drivers/nvme/target)"
+        refusing.restart(meanwhile=f"rmmod nvmet_tcp nvmet && mount -t tmpfs tmpfs {modules}")
+        refusing.wait_reason("The module 'nvmet-tcp', the kernel's NVMe target, cannot be loaded; ")
+        machine.run(f"umount {modules}")
+
+        machine.run("systemctl stop storagetm")
+        other = machine.start_process(
+            "unset PYTHONHOME; exec /usr/local/bin/storagetm --all", environment={"NOTIFY_SOCKET": ""}
+        )
+        other.wait_output("Exporting '/dev/vda'")
+        machine.run("systemctl start storagetm", timeout=180)
+        machine.wait_screen(
+            rf"^Another storagetm exports under this NQN already, process {other.pid}; ", redraw="x"
+        )
+        other.kill()
+        assert other.wait() == 0
+
+        # Now it works, until it is killed.
+        refusing.restart("rd.storagetm.read-write")
+        machine.wait_screen(r"^/dev/vda .* READ-WRITE", redraw="x")
+        machine.run("systemctl kill --kill-whom=main --signal=KILL storagetm.service")
+        machine.wait_run("systemctl is-active storagetm-failure.service")
+        machine.wait_until(lambda: b"this machine reboots in 30 seconds" in machine.console_bytes())
+        pressed = time.monotonic()
+        machine.qmp.call("send-key", keys=[{"type": "qcode", "data": k} for k in ("ctrl", "alt", "delete")])
+        machine.wait_end()
+        assert time.monotonic() - pressed < 25
 
 
 @pytest.mark.parametrize("release", [SID])
@@ -315,7 +381,7 @@ def shared(pair: Pair) -> Iterator[None]:
     line = target.run("cat /proc/cmdline").stdout.strip()
     target.put("/run/cmdline", f"{line} rd.storagetm.subsystem=shared\n")
     # Without the reboot that comes with its end.
-    target.put(DROP_IN, "[Unit]\nSuccessAction=none\nFailureAction=none\n")
+    target.put(DROP_IN, "[Unit]\nSuccessAction=none\n")
     reload = "systemctl daemon-reload"
     again = "systemctl stop storagetm && {} && systemctl start storagetm"
     target.run(f"{reload} && {again.format('mount --bind /run/cmdline /proc/cmdline')}", timeout=180)
@@ -352,9 +418,9 @@ def test_stop(pair: Pair) -> None:
     pair.attach(command)
 
     # Without the reboot, to see what is left.
-    target.put(DROP_IN, "[Unit]\nSuccessAction=none\nFailureAction=none\n")
+    target.put(DROP_IN, "[Unit]\nSuccessAction=none\n")
     target.run("systemctl daemon-reload")
-    target.send_keys("\x03")
+    target.run("systemctl kill --kill-whom=main storagetm.service")
     target.wait_run('test "$(systemctl is-active storagetm)" = inactive')
     assert target.run("systemctl show --value --property=ExecMainStatus storagetm").stdout == "0\n"
     assert target.run(
@@ -367,7 +433,8 @@ def test_stop(pair: Pair) -> None:
 
     target.run(f"rm {DROP_IN}; systemctl daemon-reload; systemctl start storagetm", timeout=180)
     assert pair.commands()[0] == command
-    target.run("systemctl kill --kill-whom=main storagetm.service")
+    pair.screen(r"^Ctrl-C stops exporting and reboots this machine\.")
+    target.send_keys("\x03")
     target.wait_end()
 
 
@@ -379,6 +446,24 @@ def test_drivers(module: str, images: dict[str, Image], release: str) -> None:
     initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
     # In file names, the kernel's makefiles have dashes and underscores as they like, and change them.
     assert f"/{module}.ko" in listing(initrd).replace("-", "_")
+
+
+@pytest.mark.parametrize("release", ON_NEWER)
+def test_refused_image(images: dict[str, Image], release: str) -> None:
+    """No image is made that could not do what it is for."""
+    for spoil, reason in (
+        (
+            "rm /lib/modules/*/kernel/drivers/md/dm-flakey.ko* && depmod $(ls /lib/modules)",
+            r"storagetm: the kernel \S+ has no module 'dm-flakey', .*; install .*--kver",
+        ),
+        (
+            # What python3-minimal leaves out.
+            "rm -r /usr/lib/python3.*/ctypes",
+            "storagetm: Python's module 'ctypes' is missing; install the package 'python3', ",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            harness_images.initrd(images[release], *DRACUT_OPTIONS, spoil=spoil)
 
 
 def listing(initrd: Path) -> str:
