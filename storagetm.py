@@ -692,10 +692,13 @@ class Log:
         except OSError:
             pass
         self.screen: Callable[[str], None] | None = None
+        self.early: list[str] = []  # warnings from before there was a screen, which will cover them
 
     def __call__(self, priority: int, message: str) -> None:
         if priority == 7 and not self.debug:
             return
+        if priority == 4 and not self.screen:
+            self.early.append(message)
         if self.screen and priority < 7:
             self.screen(message)
             if os.isatty(2):
@@ -782,6 +785,37 @@ def is_id128(text: str) -> bool:
     return len(text) == 32 and all(c in "0123456789abcdef" for c in text) and text.strip("0") != ""
 
 
+# What the firmware of many machines has for a UUID, since nobody has set one: from the lists of those who
+# count machines, such as FreeBSD's rc.d/hostid, FOG and CapaInstaller.
+SHARED_UUIDS = (
+    "000102030405060708090a0b0c0d0e0f",
+    "00020003000400050006000700080009",
+    "0102030405060708090a0b0c0d0e0f10",
+    "07090201010303010807060504030201",
+    "11111111222233334444555555555555",
+    "12345678123456781234567812345678",
+    "123456781234567890abcddeefaabbcc",
+    "4c4c4544000010108010c4c04f313233",
+    "4c4c454400002010802080c04f202020",
+    "890e2d14cacd45d1ae66bc80e8bfeb0f",
+    "8e275844178f44a8aceba7d7e5178c63",
+    "dc698397fa544cf282c8b1b5307a6a7f",
+    "deadbeefdeadbeefdeadbeefdeadbeef",
+)
+
+
+def is_own_uuid(text: str) -> bool:
+    """Whether a firmware's UUID, 32 hexadecimal digits, can be one machine's alone (SMBIOS 3.6, 7.2.1)."""
+    if not is_id128(text):
+        return False
+    raw = bytes.fromhex(text)
+    # Old firmware has the first three fields in the other byte order.
+    other = raw[3::-1] + raw[5:3:-1] + raw[7:5:-1] + raw[8:]
+    # Where it is not set, all bytes are the same, such as 0xff, or all but those of a product.
+    same = len(set(raw)) <= 2 or text.endswith("f" * 24)
+    return not same and text not in SHARED_UUIDS and other.hex() not in SHARED_UUIDS
+
+
 def parse_assignments(raw: bytes) -> dict[str, str]:
     """KEY=VALUE lines, as in os-release(5) and sysfs's uevent files; other lines are ignored."""
     found = {}
@@ -816,6 +850,43 @@ def nvme_string(text: str, length: int) -> str:
     return clean[:length].rstrip()
 
 
+def firmware_uuids() -> list[str]:
+    """What the firmware has for this machine's UUID, as 32 hexadecimal digits, whatever it is worth."""
+    paths = SYS + "class/dmi/id/product_uuid", PROC + "device-tree/vm,uuid"
+    return [read_attribute(path).strip("\0?").replace("-", "").lower() for path in paths]
+
+
+def hardware() -> dict[str, str]:
+    """What tells this machine from others, as digests by kind; empty where there is nothing of the kind."""
+    serials = [
+        read_attribute(f"{SYS}class/dmi/id/{name}_serial") for name in ("product", "board", "chassis")
+    ]
+    serials.append(read_attribute(PROC + "device-tree/serial-number"))
+    uuid = next(filter(is_own_uuid, firmware_uuids()), "")
+    kinds = {"UUID": uuid, "SERIALS": "\0".join(serials) if any(serials) else ""}
+    return {kind: sha256(os.fsencode(text)).hexdigest() if text else "" for kind, text in kinds.items()}
+
+
+def is_of_other_machine(machine_id: str) -> bool:
+    """Whether an initrd's machine ID came with the image, and that was made on another machine.
+
+    Unless the kernel command line says that it is this machine's all the same.
+    """
+    image = read_assignments(ETC + "storagetm-image")
+    if image.get("MACHINE_ID") != machine_id:
+        return False
+    try:
+        words = split_command_line(read_bytes(PROC + "cmdline"))
+    except OSError:
+        words = []
+    if any(word.startswith("systemd.machine_id=") for word in words):
+        return False
+    for kind, here in hardware().items():
+        if here and (there := image.get(kind)):
+            return here != there
+    return False
+
+
 class Machine:
     """Who this machine is: its ID, its name, its operating system."""
 
@@ -836,14 +907,23 @@ class Machine:
 
     @staticmethod
     def machine_id() -> bytes:
-        """machine-id(5), 16 bytes; without one the firmware's UUID, or else a random one for this boot."""
+        """machine-id(5), 16 bytes; else the firmware's UUID, or else a random one for this boot."""
+        firmware = [u for u in firmware_uuids() if is_own_uuid(u)]
+        why = f"'{ETC}machine-id' holds no machine ID"
+        way_out = "run 'systemd-machine-id-setup' to fix them"
         if is_id128(found := read_attribute(ETC + "machine-id")):
-            return bytes.fromhex(found)
-        for path in (SYS + "class/dmi/id/product_uuid", PROC + "device-tree/vm,uuid"):
-            found = read_attribute(path).strip("\0?").replace("-", "").lower()
-            if is_id128(found):
-                warning(f"'{ETC}machine-id' holds no machine ID, using the firmware's UUID instead")
+            if is_of_other_machine(found):
+                # Its names and, of disks without serial numbers, its UUIDs would be the other machine's.
+                # A client takes one's disk for a path to the other's and writes to either (Linux 6.12).
+                why = f"'{ETC}machine-id' is that of the machine on which this image was made"
+                way_out = "make an image on this machine to fix them"
+            elif found in firmware_uuids() and found not in firmware:
+                why = f"'{ETC}machine-id' is a UUID that the firmware of many machines has"
+            else:
                 return bytes.fromhex(found)
+        if firmware:
+            warning(f"{why}, using the firmware's UUID instead")
+            return bytes.fromhex(firmware[0])
         # Kept, so that a restart finds again what was exported under it.
         if not is_id128(found := read_attribute(RUN + "machine-id")):
             found = uuid4_from(os.urandom(16))
@@ -853,8 +933,8 @@ class Machine:
             except OSError as e:
                 debug(f"Failed to keep the random machine ID, ignoring: {reason_of(e)}")
         warning(
-            f"'{ETC}machine-id' holds no machine ID and the firmware has none: names and ports are random "
-            "and change at the next boot; run 'systemd-machine-id-setup' to fix them"
+            f"{why} and the firmware has none of its own: names and ports are random and change at the next "
+            f"boot; {way_out}"
         )
         return bytes.fromhex(found)
 
@@ -4178,6 +4258,8 @@ class Service:
             self.view = Screen()
             self.view.changed = self.set_dirty
             log.screen = self.view.add_message
+            for message in log.early:
+                self.view.add_message(message)
 
     def set_dirty(self) -> None:
         self.dirty = True

@@ -50,8 +50,9 @@ def test_kernel_that_cannot_do_it(missing: str, tmp_path: Path) -> None:
     code, output = install_kernel(tmp_path, *(name for name in ALL if not name.startswith(missing)))
     assert code == 1
     assert output == (
-        f"fatal: storagetm: the kernel 6.1-x has no module '{missing}', without which no disk can be exported "
-        "read-only; install the package with the rest of its modules, or name another kernel with --kver\n"
+        f"fatal: storagetm: the kernel 6.1-x has no module '{missing}', without which no disk can be "
+        "exported read-only; install the package with the rest of its modules, or name another kernel with "
+        "--kver\n"
     )
 
 

@@ -10,10 +10,12 @@ of, and no command line tells it its machine ID.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import random
 import re
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,10 @@ ACCESS = ("rd.storagetm.access=/dev/vd[bc]:read-write", '"rd.storagetm.access=QE
 # What is exported under the machine ID that the initrd is made with.
 PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
 PORTS = {"ipv4": 59936, "ipv6": 36681}
+
+# What the image knows of the hardware of another machine, that it was made on, and the UUID of this one's.
+OTHER_MACHINE = {"/etc/storagetm-image": f"MACHINE_ID={harness_images.MACHINE_ID}\nUUID={'0' * 64}\n"}
+FIRMWARE_UUID = "a3b5c7d9-0123-4567-89ab-cdef00112233"
 
 DROP_IN = "/etc/systemd/system/storagetm.service.d/test.conf"
 
@@ -194,6 +200,7 @@ def test_attach_all(pair: Pair, family: str) -> None:
         pair.client.run("nvme disconnect-all")
 
 
+@pytest.mark.parametrize("pair", ON_NEWER, indirect=True, scope="module")
 def test_attach_one(pair: Pair) -> None:
     """The two lines below a disk's name, typed as they are, attach that disk and no other."""
     (command,) = (c for c in pair.commands() if c.endswith(".vda"))
@@ -245,13 +252,21 @@ class Refusing:
         assert self.machine.run("ls -A /sys/kernel/config/nvmet/subsystems", check=False).stdout == ""
 
 
+def own_prefix() -> str:
+    """What the names of a machine begin with whose ID is the UUID of its firmware."""
+    application = bytes.fromhex("b4f94e52b8e245db88846e2ec3f4ef18")
+    digest = hmac.digest(bytes.fromhex(FIRMWARE_UUID.replace("-", "")), application, "sha256")
+    derived = uuid.UUID(bytes=digest[:16], version=4)
+    return f"nqn.2023-10.io.systemd:storagetm.{derived.hex}"
+
+
 def test_failures(release: str, images: dict[str, Image], tmp_path: Path) -> None:
     """What prevents the export stays on the screen. What cannot be shown there leaves time to read it."""
     initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
     machine = Machine(
         f"failures-{release}",
         images[release],
-        initrd=with_agent(images[release], initrd, tmp_path / "initrd.img"),
+        initrd=with_agent(images[release], initrd, tmp_path / "initrd.img", OTHER_MACHINE),
         machine_id="",
         kernel_options=(
             *(OPTIONS[0], "ip=dhcp", "bond=bond0:eth1", "bridge=br0:bond0", "vlan=br0.5:br0"),
@@ -260,6 +275,7 @@ def test_failures(release: str, images: dict[str, Image], tmp_path: Path) -> Non
         disks=[Disk("virtio")],
         nics=[Nic(Wire(), 0), Nic(Wire(), 0)],
         terminal=(250, 30),
+        qemu_options=["-uuid", FIRMWARE_UUID],
         log_directory=LOGS,
     )
     with machine:
@@ -302,9 +318,12 @@ def test_failures(release: str, images: dict[str, Image], tmp_path: Path) -> Non
         other.kill()
         assert other.wait() == 0
 
-        # Now it works, until it is killed.
+        # Now it works, until it is killed. Its names are made of its firmware's UUID, as the machine ID in
+        # the image is another machine's.
         refusing.restart("rd.storagetm.read-write")
-        machine.wait_screen(r"^/dev/vda .* READ-WRITE", redraw="x")
+        warning = "is that of the machine on which this image was made, using the firmware's UUID instead"
+        machine.wait_screen(rf"^/dev/vda .* READ-WRITE(.*\n)*.*{warning}", redraw="x")
+        assert machine.run("ls /sys/kernel/config/nvmet/subsystems").stdout == f"{own_prefix()}.vda\n"
         machine.run("systemctl kill --kill-whom=main --signal=KILL storagetm.service")
         machine.wait_run("systemctl is-active storagetm-failure.service")
         machine.wait_until(lambda: b"this machine reboots in 30 seconds" in machine.console_bytes())
@@ -354,6 +373,65 @@ def test_newest_systemd(release: str, images: dict[str, Image], tmp_path: Path) 
         assert 0 < measured < started
 
 
+@pytest.mark.reach
+def test_one_image_for_two_machines(images: dict[str, Image], standard: str, tmp_path: Path) -> None:
+    """A client that attaches the disks of both, none of which has a serial number, does not mix them up."""
+    image = images[standard]
+    initrd = harness_images.initrd(image, *DRACUT_OPTIONS)
+    digest = hashlib.sha256(FIRMWARE_UUID.encode().replace(b"-", b"")).hexdigest()
+    noted = f"MACHINE_ID={harness_images.MACHINE_ID}\nUUID={digest}\n"
+    initrd = with_agent(image, initrd, tmp_path / "initrd.img", {"/etc/storagetm-image": noted})
+    wires = [Wire(), Wire()]
+    checksums = [fill(tmp_path / name, 16 * MIB) for name in ("first", "second")]
+    targets = [
+        Machine(
+            f"twin-{number}",
+            image,
+            initrd=initrd,
+            machine_id="",
+            kernel_options=(OPTIONS[0], f"ip=192.0.{number}.1:::255.255.255.0::eth0:none"),
+            disks=[Disk("virtio", path=tmp_path / name)],
+            nics=[Nic(wires[number], 0)],
+            qemu_options=["-uuid", own_uuid],
+            log_directory=LOGS,
+        )
+        for number, (name, own_uuid) in enumerate(
+            (("first", FIRMWARE_UUID), ("second", FIRMWARE_UUID.replace("a", "b")))
+        )
+    ]
+    client = Machine("twins-client", image, nics=[Nic(wire, 1) for wire in wires], log_directory=LOGS)
+    with targets[0], targets[1], client:
+        for machine in (*targets, client):
+            machine.start()
+        client.wait_boot()
+        client.run("modprobe nvme-tcp")
+        prefixes = []
+        for number, target in enumerate(targets):
+            client.run(f"ip link set eth{number} up && ip address add 192.0.{number}.2/24 dev eth{number}")
+            pattern = r"^  nvme connect-all .* -a 192\.0\.(.*\n)*    -n \S+\.vda$"
+            screen = "\n".join(target.wait_screen(pattern, redraw="x"))
+            (command,) = re.findall(r"^  (nvme connect-all .* -a 192\.0\..*)", screen, re.MULTILINE)
+            prefixes += re.findall(r"-n (\S+)\.vda", screen)
+            client.wait_run(f"ping -c 1 -W 5 192.0.{number}.1")
+            client.run(command)
+        # The first one's are those of the running system.
+        assert prefixes[0] == PREFIX
+        assert prefixes[1] != PREFIX
+
+        def attached() -> dict[str, str] | None:
+            script = "for d in /dev/nvme*n1; do echo $(cat /sys/block/${d#/dev/}/device/subsysnqn) $d; done"
+            found = dict(line.split() for line in client.run(script).stdout.splitlines() if " " in line)
+            return found if len(found) == 2 else None
+
+        nodes = client.wait_until(attached)
+        read = [
+            client.run(f"dd if={nodes[f'{prefix}.vda']} bs=1M iflag=direct status=none | sha256sum")
+            for prefix in prefixes
+        ]
+        assert [result.stdout.split()[0] for result in read] == checksums
+
+
+@pytest.mark.parametrize("pair", ON_NEWER, indirect=True, scope="module")
 def test_hot_plug(pair: Pair) -> None:
     """Disks that come later are shown and can be attached, on a second page where the first is full."""
     for number in range(2):
@@ -389,6 +467,7 @@ def shared(pair: Pair) -> Iterator[None]:
     target.run(again.format(f"umount /proc/cmdline && rm {DROP_IN} && {reload}"), timeout=180)
 
 
+@pytest.mark.parametrize("pair", ON_NEWER, indirect=True, scope="module")
 @pytest.mark.usefixtures("shared")
 def test_shared(pair: Pair) -> None:
     """The command on the screen attaches all disks, whose numbers are there, too, and so do later ones."""
