@@ -692,13 +692,13 @@ class Log:
         except OSError:
             pass
         self.screen: Callable[[str], None] | None = None
-        self.early: list[str] = []  # warnings from before there was a screen, which will cover them
+        self.early: list[str] = []  # the last warnings from before there was a screen, which covers them
 
     def __call__(self, priority: int, message: str) -> None:
         if priority == 7 and not self.debug:
             return
         if priority == 4 and not self.screen:
-            self.early.append(message)
+            self.early = [*self.early, message][-3:]
         if self.screen and priority < 7:
             self.screen(message)
             if os.isatty(2):

@@ -452,6 +452,7 @@ class Machine:
         self._process: subprocess.Popen[bytes] | None = None
         self._agent: Agent | None = None
         self._qmp: Qmp | None = None
+        self._tpm_process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Machine:
         return self
@@ -571,7 +572,7 @@ class Machine:
     def _start_tpm(self) -> None:
         """Start a TPM, which ends with QEMU."""
         path = self.directory / "tpm"
-        subprocess.Popen(
+        self._tpm_process = subprocess.Popen(
             [
                 *("setpriv", "--pdeathsig", "KILL", "swtpm", "socket", "--tpm2", "--terminate"),
                 *("--tpmstate", f"dir={self.directory}", "--ctrl", f"type=unixio,path={path}"),
@@ -641,6 +642,9 @@ class Machine:
         if self._process:
             self._process.kill()
             self._process.wait()
+        if self._tpm_process:
+            self._tpm_process.kill()
+            self._tpm_process.wait()
         for connection in (self._agent, self._qmp, self._console_socket):
             if connection:
                 connection.close()

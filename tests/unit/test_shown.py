@@ -520,6 +520,20 @@ def test_messages_to_people(log: storagetm.Log, capfd: pytest.CaptureFixture[str
     assert tuple(capfd.readouterr()) == ("text 6\n", "text 3\ntext 4\n")
 
 
+def test_early_warnings_are_kept(log: storagetm.Log) -> None:
+    """For the screen, which covers what has been printed before it is there: the last few of them."""
+    for number in range(5):
+        log(4, f"warning {number}")
+        log(3, "an error, which has its own place there")
+        log(6, "a fact")
+    assert log.early == ["warning 2", "warning 3", "warning 4"]
+    shown: list[str] = []
+    log.screen = shown.append
+    log(4, "shown at once")
+    assert shown == ["shown at once"]
+    assert "shown at once" not in log.early
+
+
 def test_messages_to_the_journal(log: storagetm.Log, capfd: pytest.CaptureFixture[str]) -> None:
     log.prefix = log.debug = True
     for priority in (3, 4, 6, 7):
