@@ -321,7 +321,7 @@ def test_failures(release: str, images: dict[str, Image], tmp_path: Path) -> Non
         # Now it works, until it is killed. Its names are made of its firmware's UUID, as the machine ID in
         # the image is another machine's.
         refusing.restart("rd.storagetm.read-write")
-        warning = "is that of the machine on which this image was made, using the firmware's UUID instead"
+        warning = "'/etc/machine-id' is that of the machine on which this image was made,"
         machine.wait_screen(rf"^/dev/vda .* READ-WRITE(.*\n)*.*{warning}", redraw="x")
         assert machine.run("ls /sys/kernel/config/nvmet/subsystems").stdout == f"{own_prefix()}.vda\n"
         machine.run("systemctl kill --kill-whom=main --signal=KILL storagetm.service")
