@@ -13,7 +13,6 @@ service with its event loop, the command line.
 from __future__ import annotations
 
 import _thread
-import ctypes
 import errno
 import fcntl
 import os
@@ -21,6 +20,15 @@ import select
 import stat
 import sys
 import time
+
+try:
+    import ctypes
+except ImportError:
+    # Distributions that pack Python in parts leave this one out of the smallest.
+    sys.exit(
+        "Python's module 'ctypes' is missing; install the package 'python3', of which 'python3-minimal' is "
+        "only a part"
+    )
 
 # The modules behind the standard library's socket, signal and hashlib: those three import enum, re,
 # selectors and OpenSSL, which together take longer than everything else at start. The public ones serve
@@ -520,6 +528,14 @@ def reason_of(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
+def failure_text(problem: UserError | OSError) -> str:
+    """What ended the program, for the user."""
+    if isinstance(problem, UserError):
+        return str(problem)
+    where = f" at '{problem.filename}'" if problem.filename else ""
+    return f"Failed{where}: {reason_of(problem)}"
+
+
 def allow_files(disks: int) -> None:
     """Raises the limit of open files to what the system allows, once so many disks come near it."""
     if disks <= FILES_SURE:
@@ -809,10 +825,13 @@ class Log:
         self.journal = {fd for fd in (1, 2) if is_journal(fd)}
         self.errors = 2  # descriptor for what is wrong
         self.screen: Callable[[str], None] | None = None
+        self.early: list[str] = []  # the last warnings from before there was a screen, which covers them
 
     def __call__(self, priority: int, message: str) -> None:
         if priority == 7 and not self.debug:
             return
+        if priority == 4 and not self.screen:
+            self.early = [*self.early, message][-3:]
         if self.screen and priority < 7:
             self.screen(message)
             if os.isatty(self.errors):
@@ -915,6 +934,37 @@ def is_id128(text: str) -> bool:
     return len(text) == 32 and all(c in "0123456789abcdef" for c in text) and text.strip("0") != ""
 
 
+# What the firmware of many machines has for a UUID, since nobody has set one: from the lists of those who
+# count machines, such as FreeBSD's rc.d/hostid, FOG and CapaInstaller.
+SHARED_UUIDS = (
+    "000102030405060708090a0b0c0d0e0f",
+    "00020003000400050006000700080009",
+    "0102030405060708090a0b0c0d0e0f10",
+    "07090201010303010807060504030201",
+    "11111111222233334444555555555555",
+    "12345678123456781234567812345678",
+    "123456781234567890abcddeefaabbcc",
+    "4c4c4544000010108010c4c04f313233",
+    "4c4c454400002010802080c04f202020",
+    "890e2d14cacd45d1ae66bc80e8bfeb0f",
+    "8e275844178f44a8aceba7d7e5178c63",
+    "dc698397fa544cf282c8b1b5307a6a7f",
+    "deadbeefdeadbeefdeadbeefdeadbeef",
+)
+
+
+def is_own_uuid(text: str) -> bool:
+    """Whether a firmware's UUID, 32 hexadecimal digits, can be one machine's alone (SMBIOS 3.6, 7.2.1)."""
+    if not is_id128(text):
+        return False
+    raw = bytes.fromhex(text)
+    # Old firmware has the first three fields in the other byte order.
+    other = raw[3::-1] + raw[5:3:-1] + raw[7:5:-1] + raw[8:]
+    # Where it is not set, all bytes are the same, such as 0xff, or all but those of a product.
+    same = len(set(raw)) <= 2 or text.endswith("f" * 24)
+    return not same and text not in SHARED_UUIDS and other.hex() not in SHARED_UUIDS
+
+
 def parse_assignments(raw: bytes) -> dict[str, str]:
     """KEY=VALUE lines, as in os-release(5) and sysfs's uevent files; other lines are ignored."""
     found = {}
@@ -949,6 +999,43 @@ def nvme_string(text: str, length: int) -> str:
     return clean[:length].rstrip()
 
 
+def firmware_uuids() -> list[str]:
+    """What the firmware has for this machine's UUID, as 32 hexadecimal digits, whatever it is worth."""
+    paths = SYS + "class/dmi/id/product_uuid", PROC + "device-tree/vm,uuid"
+    return [read_attribute(path).strip("\0?").replace("-", "").lower() for path in paths]
+
+
+def hardware() -> dict[str, str]:
+    """What tells this machine from others, as digests by kind; empty where there is nothing of the kind."""
+    serials = [
+        read_attribute(f"{SYS}class/dmi/id/{name}_serial") for name in ("product", "board", "chassis")
+    ]
+    serials.append(read_attribute(PROC + "device-tree/serial-number"))
+    uuid = next(filter(is_own_uuid, firmware_uuids()), "")
+    kinds = {"UUID": uuid, "SERIALS": "\0".join(serials) if any(serials) else ""}
+    return {kind: sha256(os.fsencode(text)).hexdigest() if text else "" for kind, text in kinds.items()}
+
+
+def is_of_other_machine(machine_id: str) -> bool:
+    """Whether an initrd's machine ID came with the image, and that was made on another machine.
+
+    Unless the kernel command line says that it is this machine's all the same.
+    """
+    image = read_assignments(ETC + "storagetm-image")
+    if image.get("MACHINE_ID") != machine_id:
+        return False
+    try:
+        words = split_command_line(read_bytes(PROC + "cmdline"))
+    except OSError:
+        words = []
+    if any(word.startswith("systemd.machine_id=") for word in words):
+        return False
+    for kind, here in hardware().items():
+        if here and (there := image.get(kind)):
+            return here != there
+    return False
+
+
 class Machine:
     """Who this machine is: its ID, its name, its operating system."""
 
@@ -971,14 +1058,23 @@ class Machine:
 
     @staticmethod
     def machine_id() -> bytes:
-        """machine-id(5), 16 bytes; without one the firmware's UUID, or else a random one for this boot."""
+        """machine-id(5), 16 bytes; else the firmware's UUID, or else a random one for this boot."""
+        firmware = [u for u in firmware_uuids() if is_own_uuid(u)]
+        why = f"'{ETC}machine-id' holds no machine ID"
+        way_out = "run 'systemd-machine-id-setup' to fix them"
         if is_id128(found := read_attribute(ETC + "machine-id")):
-            return bytes.fromhex(found)
-        for path in (SYS + "class/dmi/id/product_uuid", PROC + "device-tree/vm,uuid"):
-            found = read_attribute(path).strip("\0?").replace("-", "").lower()
-            if is_id128(found):
-                warning(f"'{ETC}machine-id' holds no machine ID, using the firmware's UUID instead")
+            if is_of_other_machine(found):
+                # Its names and, of disks without serial numbers, its UUIDs would be the other machine's.
+                # A client takes one's disk for a path to the other's and writes to either (Linux 6.12).
+                why = f"'{ETC}machine-id' is that of the machine on which this image was made"
+                way_out = "make an image on this machine to fix them"
+            elif found in firmware_uuids() and found not in firmware:
+                why = f"'{ETC}machine-id' is a UUID that the firmware of many machines has"
+            else:
                 return bytes.fromhex(found)
+        if firmware:
+            warning(f"{why}, using the firmware's UUID instead")
+            return bytes.fromhex(firmware[0])
         # Kept, so that a restart finds again what was exported under it.
         if not is_id128(found := read_attribute(RUN + "machine-id")):
             found = uuid4_from(os.urandom(16))
@@ -988,8 +1084,8 @@ class Machine:
             except OSError as e:
                 debug(f"Failed to keep the random machine ID, ignoring: {reason_of(e)}")
         warning(
-            f"'{ETC}machine-id' holds no machine ID and the firmware has none: names and ports are random "
-            "and change at the next boot; run 'systemd-machine-id-setup' to fix them"
+            f"{why} and the firmware has none of its own: names and ports are random and change at the next "
+            f"boot; {way_out}"
         )
         return bytes.fromhex(found)
 
@@ -4243,10 +4339,13 @@ class Report:
         memory: Memory | None = None,
         refused: str = "",
         awaited: Sequence[str] = (),
+        *,
+        reboots: bool = False,
     ) -> None:
         self.memory = memory or Memory()
         self.refused = refused
         self.awaited = awaited
+        self.reboots = reboots
         self.attached: list[str] = []  # addresses of clients
         self.firewall = ""  # what it has to let in, where there is one
         self.title = f"Storage target mode: {machine.name} ({machine.os_name})"
@@ -4306,8 +4405,17 @@ class Report:
             return self.transport.connect(address, "connect"), f"-n {typed(self.transport.prefix)}"
         return self.transport.connect(address, "connect-all"), ""
 
+    @property
+    def interrupt_text(self) -> str:
+        """What Ctrl-C does."""
+        if self.refused:
+            return "Ctrl-C reboots this machine." if self.reboots else "Ctrl-C ends this."
+        return f"Ctrl-C stops exporting{' and reboots this machine' if self.reboots else ''}."
+
     def for_plymouth(self) -> str:
         """The shortest command for all disks, at an address of the best kind there is."""
+        if self.refused:
+            return f"No disk is exported: {self.refused}"
         if not self.addresses:
             return "Storage target mode: the network is down"
         best = [a for a in self.addresses if a.kind == self.addresses[0].kind]
@@ -4356,7 +4464,9 @@ class Report:
         blocks: list[list[tuple[str, str]]] = []
         count = len(self.exported)
         if self.refused:
-            return [[("alert", "No disk is exported:"), ("", ""), ("alert", self.refused)]]
+            why = [("alert", "No disk is exported:"), ("", ""), ("alert", self.refused)]
+            way_out = [("", ""), ("", "Change that, then boot this machine again.")]
+            return [why + way_out if self.reboots else why]
         if not self.addresses:
             blocks.append(
                 [("alert", "The network is down: plug in a cable, or wait for an address."), ("", "")]
@@ -4616,7 +4726,7 @@ class Screen:
             *[("", "")] * (room - sum(rows_of(text, width) for _, text in pages[self.page])),
             *[("alert", m) for m in messages],
         ]
-        hint = self.styled("dim", cut(f"Ctrl-C stops exporting.{turn}", width - 1))
+        hint = self.styled("dim", cut(f"{report.interrupt_text}{turn}", width - 1))
         drawn, row = "\x1b[H", 1
         for style, text in lines:
             rows = rows_of(text, width)
@@ -4800,6 +4910,7 @@ class Service:
         refused: str = "",
         *,
         on_consoles: bool = False,
+        reboots: bool = False,
     ) -> None:
         self.machine = machine
         self.transport = transport
@@ -4807,6 +4918,9 @@ class Service:
         self.on_consoles = on_consoles  # whether to show the screen on the machine's consoles
         self.memory = memory or Memory()
         self.refused = refused  # why nothing is exported, if it is not to be
+        # Whether the end of this process boots the machine, as it does in our unit. Then what prevents the
+        # start is shown instead: it would be there again after the boot, and nobody could have read it.
+        self.reboots = reboots
         self.shared = 0.0  # when the memory was last divided, in seconds of the monotonic clock
         self.ledger = Ledger(f"{RUN}{transport.prefix}.entries")
         self.tree = Tree(CONFIGFS, self.ledger)
@@ -4819,7 +4933,9 @@ class Service:
         self.opened = False  # whether clients may come in
         self.awaited: list[str] = []  # the disks that this waits for, with the reasons
         self.ready = False
+        self.running = False  # past all that a start may fail at
         self.stopping = False
+        self.signals = -1
         self.status = ""
         self.splash = ""
         self.pause = LOCK_POLL_SEC[0]
@@ -4828,10 +4944,40 @@ class Service:
         self.tell_pause = COURTESY_SEC[0]
 
     def run(self) -> int:
-        """Returns the exit code. Raises UserError for what prevents the start."""
-        if self.refused:
-            error(self.refused)
-        elif not self.inventory.all:
+        """Returns the exit code. Raises UserError or OSError for what prevents the start, unless it is shown
+        instead of the disks: see `reboots`.
+        """
+        if not self.refused:
+            try:
+                return self.export()
+            except (UserError, OSError) as e:
+                if not self.reboots or self.running:
+                    raise
+                self.refused = failure_text(e)
+                if self.tree.live:
+                    self.refused += "; but what an earlier start exported still is"
+        return self.refuse()
+
+    def refuse(self) -> int:
+        """Shows why nothing is exported, until it is told to stop. Returns the exit code."""
+        error(self.refused)
+        self.stopping = False
+        if self.signals < 0:
+            self.catch_signals()
+        self.open_view()
+        notify("READY=1")
+        try:
+            self.loop()
+        finally:
+            notify("STOPPING=1")
+            if self.splash:
+                plymouth("")
+            self.close_view(failed=False)
+        return 0
+
+    def export(self) -> int:
+        """Exports disks until it is told to stop; returns the exit code. Raises UserError and OSError."""
+        if not self.inventory.all:
             self.inventory.check_named()
             self.transport.check_names(self.inventory.candidates(), named=not self.inventory.all)
         prepare_kernel()
@@ -4853,15 +4999,19 @@ class Service:
             self.network = Network()
             self.addresses = self.network.addresses()
             self.open_view()
+            self.running = True
             self.loop()
             failed = False
         finally:
             clean = self.stop()
-            self.view.close()
-            log.screen, log.errors = None, 2
-            for message in self.view.messages if failed else []:
-                error(message)
+            self.close_view(failed=failed)
         return 0 if clean else 1
+
+    def close_view(self, *, failed: bool) -> None:
+        self.view.close()
+        log.screen, log.errors = None, 2
+        for message in self.view.messages if failed else []:
+            error(message)
 
     @staticmethod
     def set_urgent(urgent: bool) -> None:
@@ -5161,6 +5311,8 @@ class Service:
             log.screen = self.view.add_message
             # Standard error may be on the console as well.
             log.errors = 2 if own else 1
+            for message in log.early:
+                self.view.add_message(message)
 
     def set_dirty(self) -> None:
         self.dirty = True
@@ -5168,8 +5320,10 @@ class Service:
     def loop(self) -> None:
         """Waits for news and acts on it, until a signal says to stop. Nothing wakes it up without reason."""
         poll = select.poll()
-        for source in (self.uevents.socket, self.network.socket, self.clients.socket, self.signals):
-            poll.register(source, select.POLLIN)
+        poll.register(self.signals, select.POLLIN)
+        if not self.refused:
+            for source in (self.uevents.socket, self.network.socket, self.clients.socket):
+                poll.register(source, select.POLLIN)
         for screen in self.view.screens:
             if screen.keys >= 0:
                 poll.register(screen.keys, select.POLLIN)
@@ -5186,14 +5340,14 @@ class Service:
             deadlines = redraws[:1]
             if self.dirty:
                 deadlines.append(self.shown + REDRAW_SEC)
-            if self.pending() or not self.opened:
+            if not self.refused and (self.pending() or not self.opened):
                 deadlines.append(now + self.pause)
             if self.tell_again:
                 if self.tell_again <= now:
                     self.tell()
                     now = time.monotonic()
                 deadlines.append(self.tell_again or now)
-            if self.memory.filled:
+            if self.memory.filled and not self.refused:
                 if now - self.shared >= self.memory.pause:
                     self.share_memory()
                 deadlines.append(self.shared + self.memory.pause)
@@ -5215,7 +5369,8 @@ class Service:
             if self.signals in ready:
                 os.read(self.signals, 4096)
                 self.dirty = True
-            self.take_news(ready)
+            if not self.refused:
+                self.take_news(ready)
 
     def take_news(self, ready: set[int]) -> None:
         """Brings disks and addresses up to date with what the sockets say."""
@@ -5247,7 +5402,14 @@ class Service:
         self.dirty = False
         disks = self.inventory.disks.values()
         report = Report(
-            self.machine, self.transport, self.addresses, disks, self.memory, self.refused, self.awaited
+            self.machine,
+            self.transport,
+            self.addresses,
+            disks,
+            self.memory,
+            self.refused,
+            self.awaited,
+            reboots=self.reboots,
         )
         report.attached = Clients.attached(self.transport.ports.values())
         if filters_input():
@@ -5265,7 +5427,8 @@ class Service:
     def stop(self) -> bool:
         """Takes all exports down again; False if some would not go."""
         self.stopping = True
-        notify("STOPPING=1")
+        if self.running or not self.reboots:
+            notify("STOPPING=1")
         while self.tree.leaving:  # a second signal ends this, too
             time.sleep(LOCK_POLL_SEC[0])
             self.tree.collect()
@@ -5315,9 +5478,14 @@ class Options:
         self.clients = -1  # at a time; 0 for any, -1 if nothing was asked for
         self.kernel_command_line = False
         self.console = False
-        self.refused = ""  # why nothing is exported although the service runs
+        self.refused = ""  # why nothing is exported although the service runs, for which see Service.reboots
         self.help = False
         self.version = False
+
+    @property
+    def action(self) -> bool:
+        """Whether something is to be printed, and nothing exported."""
+        return self.help or self.version or self.list_devices or self.dry_run
 
 
 # Short and long name, what its value is called, what it does. argparse would be the largest import.
@@ -5385,8 +5553,33 @@ def help_text() -> str:
 
 
 def parse_arguments(argv: Sequence[str]) -> Options:
-    """Options and devices in any order, as getopt_long(3) takes them. Raises UsageError."""
+    """The options of the command line and, where it says so, of the kernel's. Raises UsageError.
+
+    With `--kernel-command-line` what makes no sense is in `refused` instead: a service's unit cannot be
+    edited where this is used, and its failure would boot the machine before anyone has read why.
+    """
     options = Options()
+    try:
+        parse_words(options, argv)
+        if options.kernel_command_line:
+            words = []
+            try:
+                words = split_command_line(read_bytes(PROC + "cmdline"))
+            except OSError as e:
+                warning(f"Failed to read the kernel command line: {reason_of(e)}")
+            add_options(options, options_from_kernel(words, os.path.exists(ETC + "initrd-release")))
+        if not (options.help or options.version):
+            check_arguments(options)
+    except UsageError as e:
+        options.kernel_command_line = options.kernel_command_line or "--kernel-command-line" in argv
+        if not options.kernel_command_line or options.action:
+            raise
+        options.refused = str(e)
+    return options
+
+
+def parse_words(options: Options, argv: Sequence[str]) -> None:
+    """Options and devices in any order, as getopt_long(3) takes them. Raises UsageError."""
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -5415,23 +5608,6 @@ def parse_arguments(argv: Sequence[str]) -> Options:
                 set_option(options, known[0][1], "")
         else:
             options.devices.append(argument)
-    if options.kernel_command_line:
-        words = []
-        try:
-            words = split_command_line(read_bytes(PROC + "cmdline"))
-        except OSError as e:
-            warning(f"Failed to read the kernel command line: {reason_of(e)}")
-        try:
-            add_options(options, options_from_kernel(words, os.path.exists(ETC + "initrd-release")))
-            if not (options.help or options.version):
-                check_arguments(options)
-        except UsageError as e:
-            # The service's unit cannot be edited where this is used, and its failure would boot the machine
-            # before anyone has read why.
-            options.refused = str(e)
-    elif not (options.help or options.version):
-        check_arguments(options)
-    return options
 
 
 def set_option(options: Options, name: str, value: str) -> None:
@@ -5527,6 +5703,8 @@ def options_from_kernel(words: Iterable[str], initrd: bool) -> Options:
             if (not equals and option[0][2].startswith("=")) or (equals and not value):
                 raise UsageError(f"'{key}' needs a value")
             set_option(found, option[0][1], value)
+            if found.action or found.json:
+                raise UsageError(f"'{key}' prints text and exports nothing, which only helps in a shell")
         except UsageError as e:
             raise UsageError(f"Kernel command line: {str(e).replace('--', 'storagetm.')}; correct it") from e
     return found
@@ -5542,7 +5720,7 @@ def add_options(options: Options, more: Options) -> None:
     options.subsystem = options.subsystem or more.subsystem
     options.clients = more.clients if options.clients < 0 else options.clients
     options.all = max(options.all, more.all) if not options.devices else options.all
-    for name in ("list_devices", "dry_run", "json", "force", "stacked", "console", "help", "version"):
+    for name in ("force", "stacked", "console"):
         setattr(options, name, getattr(options, name) or getattr(more, name))
 
 
@@ -5683,7 +5861,10 @@ def start(argv: Sequence[str]) -> int:
         write_output(f"storagetm {__version__}")
         return 0
     if not os.path.isdir(SYS + "block"):
-        raise UserError(f"'{SYS}' is not mounted, or this kernel has no block devices; mount sysfs there")
+        problem = f"'{SYS}' is not mounted, or this kernel has no block devices; mount sysfs there"
+        if not options.kernel_command_line or options.action:
+            raise UserError(problem)
+        options.refused = options.refused or problem
     if options.list_devices:
         return list_devices(options)
     if not options.dry_run and os.geteuid() != 0:
@@ -5712,6 +5893,7 @@ def start(argv: Sequence[str]) -> int:
         Memory(options.store),
         options.refused,
         on_consoles=options.console,
+        reboots=options.kernel_command_line,
     ).run()
 
 
@@ -5742,14 +5924,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.close(fd)
     try:
         return start(sys.argv[1:] if argv is None else argv)
-    except UserError as e:
-        error(str(e))
-        return e.code
+    except (UserError, OSError) as e:
+        error(failure_text(e))
+        return e.code if isinstance(e, UserError) else 1
     except KeyboardInterrupt:
-        return 1
-    except OSError as e:
-        where = f"'{e.filename}': " if e.filename else ""
-        error(f"Failed at {where}{reason_of(e)}")
         return 1
 
 

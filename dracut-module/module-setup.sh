@@ -29,6 +29,11 @@ check() {
     [[ $mount_needs ]] && return 1
     require_binaries /usr/bin/python3 "$systemdutildir"/systemd-networkd "$systemdutildir"/systemd-network-generator \
         || return 1
+    if ! /usr/bin/python3 -IS -c 'import ctypes' 2> /dev/null; then
+        derror "storagetm: Python's module 'ctypes' is missing; install the package 'python3', of which" \
+            "'python3-minimal' is only a part"
+        return 1
+    fi
     if ! storagetm_unit_dir > /dev/null || ! [[ -x $(storagetm_program) ]]; then
         derror "storagetm: the unit or the program isn't installed"
         return 1
@@ -45,6 +50,8 @@ depends() {
 }
 
 installkernel() {
+    local module
+
     # A machine in this mode is often one that doesn't work, with a disk moved over from another, a USB adapter
     # instead of the network card, a Thunderbolt cable. What is plugged in now says little about that, so even an
     # image for this host gets every driver.
@@ -56,8 +63,33 @@ installkernel() {
         =drivers/firewire =drivers/hv =drivers/pci/controller =drivers/thunderbolt =drivers/usb/host =drivers/virtio \
         =drivers/net/ethernet =drivers/net/hyperv =drivers/net/mdio =drivers/net/phy =drivers/net/usb \
         =drivers/net/vmxnet3 =drivers/net/thunderbolt thunderbolt-net virtio_net xen-netfront \
-        af_packet ipv6 \
+        af_packet inet_diag ipv6 tcp_diag \
         atkbd hid-generic i8042 usbhid
+    # For systemd-pcrphase-storage-target-mode.service; most kernels have them built in.
+    hostonly='' instmods '=drivers/char/tpm'
+    # For vlan=, bond= and bridge= on the kernel command line.
+    hostonly='' instmods 8021q bonding bridge
+
+    # dracut leaves out what there isn't, and an image that can't do what it is for is only noticed when it is needed.
+    for module in nvmet-tcp dm-mod dm-flakey; do
+        if ! storagetm_has_module $module; then
+            dfatal "storagetm: the kernel $kernel has no module '$module', without which no disk can be exported" \
+                "read-only; install the package with the rest of its modules, or name another kernel with --kver"
+            exit 1
+        fi
+    done
+    if ! storagetm_has_module loop || ! storagetm_has_module dm-snapshot; then
+        dwarn "storagetm: the kernel $kernel has no module 'loop' or no 'dm-snapshot': with this image, disks can't be" \
+            "exported as snapshots"
+    fi
+}
+
+# Whether a kernel module is in the image, or is part of the kernel. Dashes and underscores in names are the same.
+storagetm_has_module() {
+    local name=${1//[-_]/[-_]}
+
+    [[ $(find "$initdir" -path "*/modules/$kernel/*" -name "$name.ko*") ]] \
+        || grep -qs "/$name\.ko" "$srcmods/modules.builtin"
 }
 
 install() {
@@ -66,7 +98,8 @@ install() {
     unit_dir=$(storagetm_unit_dir)
     program=$(storagetm_program)
 
-    inst_multiple "$unit_dir"/storage-target-mode.target "$unit_dir"/storagetm.service
+    inst_multiple "$unit_dir"/storage-target-mode.target "$unit_dir"/storagetm.service \
+        "$unit_dir"/storagetm-failure.service sh sleep systemctl
 
     # Python isn't installed whole: python-initrd puts the program and the modules that it can come to import into
     # the image, both as bytecode for the interpreter they go with, and prints what is left for dracut to install.
@@ -110,6 +143,24 @@ install() {
             "$systemdsystemunitdir"/systemd-network-generator.service.d/storagetm.conf
     fi
 
+    # Where systemd has it: the service that extends a register of the TPM. Which libraries it needs it only finds out
+    # when it runs, and without them it does nothing and does not fail.
+    if [[ -e $systemdsystemunitdir/systemd-pcrphase-storage-target-mode.service ]]; then
+        inst_multiple -o \
+            "$systemdsystemunitdir"/systemd-pcrphase-storage-target-mode.service \
+            "$systemdsystemunitdir"/tpm2.target \
+            "$systemdutildir"/systemd-pcrextend
+        inst_libdir_file "libcrypto.so.*" "libtss2-esys.so.*" "libtss2-mu.so.*" "libtss2-rc.so.*" "libtss2-sys.so.*" \
+            "libtss2-tcti-device.so.*"
+        inst_simple "$moddir"/pcrphase.conf \
+            "$systemdsystemunitdir"/systemd-pcrphase-storage-target-mode.service.d/storagetm.conf
+    fi
+
+    # On a bare cable nobody answers DHCP.
+    inst_simple "$moddir"/dhcp-link-local /usr/lib/storagetm/dhcp-link-local
+    inst_simple "$moddir"/dhcp-link-local.conf \
+        "$systemdsystemunitdir"/systemd-network-generator.service.d/storagetm-dhcp.conf
+
     # What says who a disk is, and names the network interfaces.
     inst_rules 60-block.rules 60-cdrom_id.rules 60-persistent-storage.rules 75-net-description.rules \
         80-net-setup-link.rules 99-systemd.rules
@@ -127,7 +178,7 @@ install() {
     # has a UUID, and unless systemd.machine_id= or a credential sets it.
 
     if [[ $hostonly ]]; then
-        for unit in storage-target-mode.target storagetm.service; do
+        for unit in storage-target-mode.target storagetm.service storagetm-failure.service; do
             inst_multiple -H -o "/etc/systemd/system/$unit.d/*.conf"
         done
     fi

@@ -2,7 +2,7 @@
 """Emulated machines for the tests: real kernels, real udev, real nvmet, and no risk to the machine that runs
 the tests.
 
-- `images` makes root file systems of two Debian releases, kept in a cache.
+- `images` makes root file systems of three Debian releases, kept in a cache.
 - `machine` boots them in QEMU, without hardware virtualisation, and runs commands in them.
 - `guest/agent.py` is the part that runs inside and carries out these commands.
 

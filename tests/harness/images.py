@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Root file systems, kernels and initrds of two Debian releases for the emulated machines, made once and
+"""Root file systems, kernels and initrds of three Debian releases for the emulated machines, made once and
 cached.
 
 Making them needs root, for chroot and mounts. That part runs as a process of its own (`python3 -m
@@ -14,6 +14,10 @@ What is in the cache, under `${STORAGETM_CACHE:-${XDG_CACHE_HOME:-~/.cache}/stor
 - `RELEASE-storagetm-KEY.img`: an initrd made by the release's own dracut, with the project installed.
 
 KEY is a hash of all that the thing is made from, so nothing is ever out of date. Older ones are removed.
+
+sid is Debian's unstable release, and has other packages each day. What is made of it is used until the week
+ends; `STORAGETM_SID` names another week, such as the one that is still in the cache when the packages of
+today do not go together.
 """
 
 from __future__ import annotations
@@ -35,7 +39,11 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 GUEST = Path(__file__).resolve().parent / "guest"
 
-RELEASES = ("trixie", "bookworm")
+SID = "sid"
+RELEASES = ("trixie", "bookworm", SID)
+
+# Taken once, so that all that belongs to one test run agrees on it.
+SID_WEEK = os.environ.get("STORAGETM_SID") or time.strftime("%G-W%V")
 
 PACKAGES = (
     "btrfs-progs",
@@ -67,6 +75,8 @@ PACKAGES = (
     "util-linux",
     "xfsprogs",
 )
+# Parts of the packages above in older releases.
+SID_PACKAGES = ("systemd-tpm",)
 
 # What no test needs. The drivers make up most of a kernel package, and all that remain end up in an initrd
 # made with --no-hostonly, which the emulated machine then has to unpack.
@@ -167,6 +177,11 @@ MASKED_UNITS = (
     "uuidd.socket",
     "xfs_scrub_all.timer",
 )
+
+SID_FAILED = f"""
+sid is Debian's unstable release: its packages change each day, and now and then cannot be installed
+together. If that is what the messages say, try again later, or have STORAGETM_SID=YEAR-WWEEK name an earlier
+week whose image is still in the cache (this week is {SID_WEEK}). Only the tests on sid need it."""
 
 # Those that carry out what the kernel command line says about units; the others take a second, and find
 # nothing.
@@ -294,7 +309,6 @@ def digest(*parts: str | bytes | Path) -> str:
 def base_command(release: str, target: str) -> list[str]:
     return [
         "mmdebstrap",
-        "--quiet",
         "--mode=root",
         "--variant=minbase",
         "--format=directory",
@@ -302,16 +316,19 @@ def base_command(release: str, target: str) -> list[str]:
         "--aptopt=APT::Install-Recommends false",
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEAVE_OUT),
         f"--essential-hook={NO_INITRD}",
-        f"--include={','.join(PACKAGES)}",
+        # A mirror that is a few days behind its date is as good as one that is not.
+        *(['--aptopt=Acquire::Check-Valid-Until "false"'] if release == SID else []),
+        f"--include={','.join(PACKAGES + SID_PACKAGES if release == SID else PACKAGES)}",
         release,
         target,
     ]
 
 
 def base_path(release: str) -> Path:
+    week = [SID_WEEK] if release == SID else []
     return (
         cache_directory()
-        / f"{release}-base-{digest(*base_command(release, ''), 'modules unpacked and not signed')}"
+        / f"{release}-base-{digest(*base_command(release, ''), 'modules unpacked and not signed', *week)}"
     )
 
 
@@ -329,43 +346,79 @@ def initrd_path(release: str, options: Sequence[str]) -> Path:
     )
 
 
+class Images(dict[str, Image]):
+    """Images by release. Those that are asked for in advance and are not in the cache are made at the same
+    time, others when they are looked up, which also waits for them: a release that cannot be made fails
+    whoever needs it, and nobody else. Raises RuntimeError.
+    """
+
+    def __init__(self, *releases: str) -> None:
+        missing = [release for release in releases if not image_path(release).exists()]
+        self._builders = {release: start_builder("image", release) for release in missing}
+        self._failed: dict[str, str] = {}
+
+    def __missing__(self, release: str) -> Image:
+        if release in self._failed:
+            raise RuntimeError(self._failed[release])
+        builder = self._builders.pop(release, None)
+        if builder is None and not image_path(release).exists():
+            builder = start_builder("image", release)
+        try:
+            if builder:
+                finish_builder(builder, f"the image of {release}")
+        except RuntimeError as e:
+            self._failed[release] = f"{e}{SID_FAILED if release == SID else ''}"
+            raise RuntimeError(self._failed[release]) from None
+        self[release] = Image(release, image_path(release))
+        return self[release]
+
+    def close(self) -> None:
+        """End what is being made and was not asked for so far."""
+        for builder in self._builders.values():
+            builder.terminate()
+            builder.wait()
+
+
 def build(*releases: str) -> dict[str, Image]:
     """Make the images of these releases, those that are not in the cache; all at the same time."""
-    missing = [release for release in releases if not image_path(release).exists()]
-    builders = {release: start_builder("image", release) for release in missing}
-    for release, builder in builders.items():
-        finish_builder(builder, f"the image of {release}")
-    return {release: Image(release, image_path(release)) for release in releases}
+    images = Images(*releases)
+    return {release: images[release] for release in releases}
 
 
-def initrd(image: Image, *options: str) -> Path:
+def initrd(image: Image, *options: str, spoil: str = "") -> Path:
     """The path of an initrd with the project in it, made by the release's own dracut with these further
-    options.
+    options, and after the shell command `spoil` has been run on the system that it is made on. Raises
+    RuntimeError, with what dracut says.
     """
-    path = initrd_path(image.release, options)
+    path = initrd_path(image.release, (*options, spoil) if spoil else options)
     if not path.exists():
-        finish_builder(start_builder("initrd", image.release, *options), f"the initrd for {image.release}")
+        builder = start_builder("initrd", image.release, *options, spoil=spoil)
+        finish_builder(builder, f"the initrd for {image.release}")
     return path
 
 
-def start_builder(kind: str, release: str, *options: str) -> subprocess.Popen[bytes]:
+def start_builder(kind: str, release: str, *options: str, spoil: str = "") -> subprocess.Popen[bytes]:
     cache_directory().mkdir(parents=True, exist_ok=True)
     # The system's Python: whatever runs the tests may not be readable, or not be found, by root.
     return subprocess.Popen(
         [
-            *([] if os.geteuid() == 0 else ["sudo", f"STORAGETM_CACHE={cache_directory()}"]),
+            *([] if os.geteuid() == 0 else ["sudo"]),
+            *("env", f"STORAGETM_CACHE={cache_directory()}", f"STORAGETM_SID={SID_WEEK}"),
             *("unshare", "--mount", "--propagation", "private"),
-            *("/usr/bin/python3", "-m", "tests.harness.images", kind, release, "--", *options),
+            *("/usr/bin/python3", "-m", "tests.harness.images", f"--spoil={spoil}"),
+            *(kind, release, "--", *options),
         ],
         cwd=PROJECT,
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,  # Why it fails, if it does.
     )
 
 
 def finish_builder(builder: subprocess.Popen[bytes], what: str) -> None:
     try:
-        if builder.wait() != 0:
-            raise RuntimeError(f"Could not make {what}: see the messages above.")
+        reason = builder.communicate()[0].decode(errors="replace").strip()
+        if builder.returncode != 0:
+            raise RuntimeError(f"Could not make {what}: {reason or 'see the messages above.'}")
     except BaseException:
         builder.terminate()
         raise
@@ -379,7 +432,9 @@ def say(release: str, message: str) -> None:
 
 
 def run(*command: str | Path, **keywords: str) -> None:
-    """Run a command, and show what it printed only if it fails."""
+    """Run a command. Only if it fails, show what it printed, and tell the end of that to who has started the
+    builder.
+    """
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -388,8 +443,11 @@ def run(*command: str | Path, **keywords: str) -> None:
         env={**os.environ, **keywords},
     )
     if done.returncode != 0:
-        sys.stderr.write(done.stdout.decode(errors="replace"))
-        raise SystemExit(f"{command[0]} failed with exit status {done.returncode}.")
+        output = done.stdout.decode(errors="replace")
+        sys.stderr.write(output)
+        message = f"{command[0]} failed with exit status {done.returncode}."
+        print(message, output[-4000:], sep="\n")
+        raise SystemExit(message)
 
 
 @contextlib.contextmanager
@@ -585,8 +643,8 @@ def make_image(release: str) -> None:
         say(release, "the disk image is made.")
 
 
-def make_initrd(release: str, options: Sequence[str]) -> None:
-    path = initrd_path(release, options)
+def make_initrd(release: str, options: Sequence[str], spoil: str) -> None:
+    path = initrd_path(release, (*options, spoil) if spoil else options)
     with lock(f"{release}-storagetm"):
         if path.exists():
             return
@@ -602,6 +660,8 @@ def make_initrd(release: str, options: Sequence[str]) -> None:
             (root / "etc/machine-id").write_text(MACHINE_ID + "\n")
             # By the release's own Python: what is installed may contain its bytecode.
             run("chroot", root, "make", "-C", "/mnt", "install")
+            if spoil:
+                run("chroot", root, "sh", "-c", spoil)
             run(
                 *(
                     "chroot",
@@ -627,6 +687,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="images.py", description="Make what the emulated machines boot from."
     )
+    parser.add_argument("--spoil", default="", help="a shell command to run before dracut")
     parser.add_argument("kind", choices=("image", "initrd"))
     parser.add_argument("release", choices=RELEASES)
     parser.add_argument("options", nargs="*", help="further options for dracut")
@@ -635,7 +696,7 @@ def main() -> None:
     if arguments.kind == "image":
         make_image(arguments.release)
     else:
-        make_initrd(arguments.release, arguments.options)
+        make_initrd(arguments.release, arguments.options, arguments.spoil)
 
 
 if __name__ == "__main__":

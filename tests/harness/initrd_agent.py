@@ -11,7 +11,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.harness.images import GUEST, Image, base_path
 
@@ -45,8 +47,12 @@ LEAVE_OUT = (
 )
 
 
-def with_agent(image: Image, initrd: Path, path: Path) -> Path:
-    """Write to `path` an initrd for a machine in which `Machine.run()` works."""
+def with_agent(
+    image: Image, initrd: Path, path: Path, files: Mapping[str, str] = MappingProxyType({})
+) -> Path:
+    """Write to `path` an initrd for a machine in which `Machine.run()` works. It also has these further
+    `files`, in place of those that are at the same paths.
+    """
     (library,) = (base_path(image.release) / "root/usr/lib").glob("python3.*")
     with tempfile.TemporaryDirectory() as name:
         tree = Path(name)
@@ -59,11 +65,15 @@ def with_agent(image: Image, initrd: Path, path: Path) -> Path:
         (units / f"{WANTED_BY}.wants").mkdir(parents=True)
         (units / "harness-agent.service").write_text(UNIT)
         (units / f"{WANTED_BY}.wants/harness-agent.service").symlink_to("../harness-agent.service")
-        files = sorted(str(file.relative_to(tree)) for file in tree.rglob("*"))
+        for path_there, text in files.items():
+            further = tree / path_there.lstrip("/")
+            further.parent.mkdir(parents=True, exist_ok=True)
+            further.write_text(text)
+        names = sorted(str(file.relative_to(tree)) for file in tree.rglob("*"))
         archive = subprocess.run(
             ["cpio", "--quiet", "--create", "--format=newc", "--owner=+0:+0"],
             cwd=tree,
-            input="\n".join(files).encode(),
+            input="\n".join(names).encode(),
             stdout=subprocess.PIPE,
             check=True,
         ).stdout

@@ -395,7 +395,7 @@ class Machine:
     `machine_id` is what systemd takes for the machine's ID, by default one made from the name; an empty
     string leaves it to the machine. `reboots` says what a reboot does: boot again, or end the machine. The
     clock of a `steady` machine, which has one processor, counts instructions (2 ns each) instead of seconds,
-    so that times do not depend on what else the host does.
+    so that times do not depend on what else the host does. With `tpm` the machine has a new TPM 2.0.
     """
 
     def __init__(
@@ -418,6 +418,7 @@ class Machine:
         log_directory: Path | None = None,
         interactive: bool = False,
         steady: bool = False,
+        tpm: bool = False,
     ) -> None:
         self.name = name
         self.image = image
@@ -443,6 +444,7 @@ class Machine:
         self._qemu_options = tuple(qemu_options)
         self._interactive = interactive
         self._steady = steady
+        self._tpm = tpm
         self._disk_paths: dict[str, Path] = {}
         self._console = bytearray()
         self._console_socket: socket.socket | None = None
@@ -450,6 +452,7 @@ class Machine:
         self._process: subprocess.Popen[bytes] | None = None
         self._agent: Agent | None = None
         self._qmp: Qmp | None = None
+        self._tpm_process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Machine:
         return self
@@ -517,6 +520,9 @@ class Machine:
             ]
         if not self._reboots:
             command.append("-no-reboot")
+        if self._tpm:
+            command += ["-chardev", f"socket,id=tpm,path={self.directory}/tpm"]
+            command += ["-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-tis,tpmdev=tpm"]
         if self._root_disk:
             # First, so that it is /dev/vda.
             command += [
@@ -545,6 +551,8 @@ class Machine:
 
     def start(self) -> None:
         """Switch the machine on. Call this in the main thread: see above."""
+        if self._tpm:
+            self._start_tpm()
         with self.qemu_log.open("wb") as log:
             self._process = subprocess.Popen(
                 self.command_line(),
@@ -560,6 +568,22 @@ class Machine:
             threading.Thread(target=self._read_console, daemon=True).start()
         self._qmp = self._connect(Qmp, self.directory / "qmp")
         self._agent = self._connect(lambda path: Agent(self, Path(path)), self.directory / "agent")
+
+    def _start_tpm(self) -> None:
+        """Start a TPM, which ends with QEMU."""
+        path = self.directory / "tpm"
+        self._tpm_process = subprocess.Popen(
+            [
+                *("setpriv", "--pdeathsig", "KILL", "swtpm", "socket", "--tpm2", "--terminate"),
+                *("--tpmstate", f"dir={self.directory}", "--ctrl", f"type=unixio,path={path}"),
+            ],
+            stdin=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 60
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise MachineError(f"The TPM of {self.name} does not start.")
+            time.sleep(0.02)
 
     def _connect(self, connect: Callable[[Any], T], path: Path) -> T:
         deadline = time.monotonic() + 60
@@ -618,6 +642,9 @@ class Machine:
         if self._process:
             self._process.kill()
             self._process.wait()
+        if self._tpm_process:
+            self._tpm_process.kill()
+            self._tpm_process.wait()
         for connection in (self._agent, self._qmp, self._console_socket):
             if connection:
                 connection.close()

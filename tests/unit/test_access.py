@@ -188,7 +188,11 @@ def test_initrd_options_count_there_only() -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["snapshot=lots", "snapshot=", "access=/dev/sda", "access", "read-write=1", "nqn=a/b", "nqn="],
+    [
+        *("snapshot=lots", "snapshot=", "access=/dev/sda", "access", "read-write=1", "nqn=a/b", "nqn="),
+        # What prints something and ends, which nobody could read there.
+        *("help", "version", "list-devices", "list_devices", "dry-run", "json"),
+    ],
 )
 def test_bad_options_from_kernel(word: str) -> None:
     with pytest.raises(storagetm.UsageError, match=r"^Kernel command line: .*; correct it$"):
@@ -209,7 +213,13 @@ def test_own_options_come_first() -> None:
     [
         (b"quiet storagetm.read-write", READ_WRITE, ""),
         (b"quiet storagetm.snapshot=x", "", "Kernel command line: storagetm.snapshot=x is no size"),
-        (b"storagetm.json", "", "--json goes with --list-devices"),
+        (
+            b"storagetm.json",
+            "",
+            "Kernel command line: 'storagetm.json' prints text and exports nothing, which only helps in a "
+            "shell; correct it",
+        ),
+        (b"storagetm.list-devices", "", "Kernel command line: 'storagetm.list-devices' prints text"),
     ],
 )
 @pytest.mark.usefixtures("places")
@@ -220,7 +230,29 @@ def test_only_where_asked_for(line: bytes, mode: str, refused: str) -> None:
     assert found.mode == mode
     assert found.refused.startswith(refused)
     assert bool(found.refused) == bool(refused)
+    assert not found.action
     assert storagetm.parse_arguments(["--all"]).mode == ""
+
+
+@pytest.mark.parametrize("arguments", [["--colour", "--all"], ["--all", "sda"], [], ["--snapshot=x"]])
+@pytest.mark.usefixtures("places")
+def test_unit_with_bad_options(arguments: list[str]) -> None:
+    """A drop-in of the unit may make no sense, either."""
+    for argv in (["--kernel-command-line", *arguments], [*arguments, "--kernel-command-line"]):
+        found = storagetm.parse_arguments(argv)
+        assert found.refused
+        assert found.kernel_command_line
+    with pytest.raises(storagetm.UsageError):
+        storagetm.parse_arguments(arguments)
+
+
+@pytest.mark.usefixtures("places")
+def test_action_in_a_shell() -> None:
+    """Who asks for text there gets it, or the error, and no service."""
+    argv = ["--kernel-command-line", "--list-devices"]
+    assert storagetm.parse_arguments(argv).list_devices
+    with pytest.raises(storagetm.UsageError):
+        storagetm.parse_arguments([*argv, "sda"])
 
 
 # The host that asks for write protection

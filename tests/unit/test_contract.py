@@ -285,6 +285,135 @@ def test_random_machine_id_that_cannot_be_kept(places: Path) -> None:
     assert storagetm.Machine.machine_id() != storagetm.Machine.machine_id()
 
 
+@pytest.mark.parametrize(
+    "shared",
+    [
+        "FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF",
+        "00000000-0000-0000-0000-000000000000",
+        "FEFEFEFE-FEFE-FEFE-FEFE-FEFEFEFEFEFE",
+        "FFFFFF00-FFFF-FFFF-FFFF-FFFFFFFFFFFF",
+        "56F49712-FFFF-FFFF-FFFF-FFFFFFFFFFFF",
+        "03000200-0400-0500-0006-000700080009",
+        "00020003-0004-0005-0006-000700080009",
+        "12345678-1234-5678-90AB-CDDEEFAABBCC",
+        "78563412-3412-7856-90AB-CDDEEFAABBCC",
+        "4C4C4544-0000-2010-8020-80C04F202020",
+        "Not Settable",
+    ],
+)
+def test_uuid_of_many_machines(places: Path, shared: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A firmware's UUID that nobody has set is no identity, nor is a machine ID that systemd made of it."""
+    (places / "sys/class/dmi/id/product_uuid").write_text(shared + "\n")
+    found = storagetm.Machine.machine_id().hex()
+    assert found == (places / "run/machine-id").read_text()
+    assert "the firmware has none of its own: names and ports are random" in capfd.readouterr().err
+    (places / "etc/machine-id").write_text(shared.replace("-", "").lower())
+    assert storagetm.Machine.machine_id().hex() == found
+    # Somebody else's word is not doubted.
+    (places / "etc/machine-id").write_text(MACHINE_ID)
+    assert storagetm.Machine.machine_id().hex() == MACHINE_ID
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "4C4C4544-0042-3510-8052-B3C04F4B4E32",
+        "00000000-0000-0000-0000-AC1F6B123456",  # made of a network adapter's address
+        "A3B5C7D9-0123-4567-89AB-CDEF00112233",
+    ],
+)
+def test_uuid_of_one_machine(places: Path, own: str) -> None:
+    (places / "sys/class/dmi/id/product_uuid").write_text(own + "\n")
+    assert storagetm.Machine.machine_id().hex() == own.replace("-", "").lower()
+
+
+UUIDS = ("a3b5c7d9-0123-4567-89ab-cdef00112233", "b3b5c7d9-0123-4567-89ab-cdef00112233")
+
+
+class Hardware:
+    """The hardware that a machine has, and an image that was made on it."""
+
+    def __init__(self, places: Path) -> None:
+        self.places = places
+        self.directory = places / "sys/class/dmi/id"
+        (places / "etc/machine-id").write_text(MACHINE_ID)
+        (places / "proc").mkdir()
+        (places / "proc/cmdline").write_text("quiet\n")
+
+    def has(self, uuid: str = "", **serials: str) -> None:
+        for path in self.directory.iterdir():
+            path.unlink()
+        (self.directory / "product_uuid").write_text(uuid + "\n")
+        for name, text in serials.items():
+            (self.directory / f"{name}_serial").write_text(text + "\n")
+
+    def make_image(self) -> None:
+        lines = {"MACHINE_ID": MACHINE_ID, **storagetm.hardware()}
+        text = "".join(f"{key}={value}\n" for key, value in lines.items())
+        assert "a3b5" not in text
+        (self.places / "etc/storagetm-image").write_text(text)
+
+    @property
+    def uses_machine_id(self) -> bool:
+        return storagetm.Machine.machine_id().hex() == MACHINE_ID
+
+
+@pytest.fixture
+def machine_hardware(places: Path) -> Hardware:
+    return Hardware(places)
+
+
+def test_image_of_this_machine(machine_hardware: Hardware) -> None:
+    for own, serials in ((UUIDS[0], {}), (UUIDS[0], {"board": "B1"}), ("", {"board": "B1"}), ("", {})):
+        machine_hardware.has(own, **serials)
+        machine_hardware.make_image()
+        assert machine_hardware.uses_machine_id
+    # Another board in it, but still the same UUID.
+    machine_hardware.has(UUIDS[0], board="B1")
+    machine_hardware.make_image()
+    machine_hardware.has(UUIDS[0], board="B2")
+    assert machine_hardware.uses_machine_id
+
+
+def test_image_of_another_machine(
+    machine_hardware: Hardware, places: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A client would take its disks for the other's, so it goes by its own firmware's name."""
+    machine_hardware.has(UUIDS[0], board="B1")
+    machine_hardware.make_image()
+    machine_hardware.has(UUIDS[1], board="B1")
+    assert storagetm.Machine.machine_id().hex() == UUIDS[1].replace("-", "")
+    assert capfd.readouterr().err == (
+        f"'{places}/etc/machine-id' is that of the machine on which this image was made, using the "
+        "firmware's UUID instead\n"
+    )
+    # Nobody has set a UUID, but there are serial numbers.
+    machine_hardware.has("03000200-0400-0500-0006-000700080009", board="B1")
+    machine_hardware.make_image()
+    machine_hardware.has("03000200-0400-0500-0006-000700080009", board="B2")
+    assert storagetm.Machine.machine_id().hex() == (places / "run/machine-id").read_text()
+    assert "at the next boot; make an image on this machine to fix them" in capfd.readouterr().err
+
+
+def test_image_that_may_be_anyones(machine_hardware: Hardware, places: Path) -> None:
+    """What cannot be told apart is left as it is."""
+    machine_hardware.has(UUIDS[0])
+    machine_hardware.make_image()
+    machine_hardware.has("", board="B2")  # nothing of the kind that was noted
+    assert machine_hardware.uses_machine_id
+    machine_hardware.has("")
+    assert machine_hardware.uses_machine_id
+    # With a machine ID that did not come with the image there is nothing to doubt.
+    machine_hardware.has(UUIDS[1])
+    assert not machine_hardware.uses_machine_id
+    (places / "etc/machine-id").write_text("c" * 32)
+    assert storagetm.Machine.machine_id().hex() == "c" * 32
+    # Nor where the boot loader says whose it is: the same one on a board that was exchanged, say.
+    (places / "etc/machine-id").write_text(MACHINE_ID)
+    (places / "proc/cmdline").write_text(f"quiet systemd.machine_id={MACHINE_ID}\n")
+    assert machine_hardware.uses_machine_id
+
+
 def test_machine_name(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (places / "etc/machine-id").write_text(MACHINE_ID)
     machine = storagetm.Machine()

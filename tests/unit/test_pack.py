@@ -114,6 +114,26 @@ EXPENSIVE = (
 )
 
 
+@pytest.mark.parametrize("what", ["one file", "source"])
+def test_part_of_python(packed: Path, what: str) -> None:
+    """Without what python3-minimal leaves out there is a sentence, and no traceback."""
+    path = packed if what == "one file" else PROJECT / "storagetm.py"
+    script = (
+        "import runpy, sys\n"
+        "sys.modules['ctypes'] = None\n"
+        "path = sys.argv.pop(1)\n"
+        "runpy.run_path(path, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-IS", "-c", script, path, "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "Python's module 'ctypes' is missing; install the package 'python3', of which 'python3-minimal' is "
+        "only a part\n"
+    )
+
+
 def test_imports_at_start() -> None:
     """In isolation, as it is run. What Python itself has loaded by then does not count."""
     code = (

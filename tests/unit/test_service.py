@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -571,6 +572,134 @@ def test_disk_that_does_not_go(start: Start, nvmet: Nvmet, capfd: pytest.Capture
     nvmet.succeed()
     again = start()
     assert again.service.stop()
+    assert subsystems(nvmet) == []
+
+
+# A start that fails
+
+
+class Failing:
+    """A whole start of the service, of which the loop only shows what there is to show."""
+
+    def __init__(self, nqn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = storagetm.Machine()
+        inventory = storagetm.Inventory((), True, False)
+        self.service = storagetm.Service(made, storagetm.NvmeTcp(made, nqn), inventory)
+        self.service.view.beside_plymouth = False
+        self.looped = False
+        monkeypatch.setattr(storagetm, "prepare_kernel", lambda: None)
+        monkeypatch.setattr(self.service, "catch_signals", lambda: None)
+        monkeypatch.setattr(self.service, "open_view", lambda: None)
+        monkeypatch.setattr(self.service, "loop", self.loop)
+
+    def loop(self) -> None:
+        self.looped = True
+        self.service.show()
+
+
+def raising(problem: Exception) -> None:
+    raise problem
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch) -> Failing:
+    """The parameter is the NQN."""
+    assert nvmet.path("nvmet").is_dir()
+    return Failing(getattr(request, "param", ""), monkeypatch)
+
+
+@pytest.fixture(params=["no nvmet", "another instance", "no uevents", "no network", "no port"])
+def failure(request: pytest.FixtureRequest, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Why the start fails. The disks have been exported already when the network is looked at."""
+
+    def fail(name: str, problem: Exception) -> None:
+        monkeypatch.setattr(storagetm, name, lambda: raising(problem))
+
+    fd = -1
+    reason = "The module 'nvmet-tcp' cannot be loaded; install it"
+    if request.param == "no nvmet":
+        fail("prepare_kernel", storagetm.UserError(reason))
+    elif request.param == "another instance":
+        os.makedirs(storagetm.RUN, exist_ok=True)
+        fd = os.open(f"{storagetm.RUN}{PREFIX}.entries.lock", os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"4711")
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        reason = (
+            "Another storagetm exports under this NQN already, process 4711; stop it or give another --nqn"
+        )
+    elif request.param == "no uevents":
+        fail("Uevents", OSError(errno.EPROTONOSUPPORT, "Protocol not supported"))
+        reason = "Failed: Protocol not supported"
+    elif request.param == "no network":
+        fail("Network", OSError(errno.EIO, "Input/output error", "/dev/x"))
+        reason = "Failed at '/dev/x': Input/output error"
+    else:
+        failing(nvmet, "mkdir nvmet/ports/", errno.ENOMEM)
+        reason = f"Failed to make '{storagetm.CONFIGFS}nvmet/ports/59936': Cannot allocate memory"
+    yield reason
+    if fd >= 0:
+        os.close(fd)
+
+
+def test_start_that_fails(
+    run: Failing, failure: str, nvmet: Nvmet, manager: Manager, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where its end would boot the machine, it is shown instead, and nothing is left of the export."""
+    run.service.reboots = True
+    assert run.service.run() == 0
+    assert run.looped
+    assert subsystems(nvmet) == []
+    told = manager.told()
+    assert told[-3:] == ["READY=1", f"STATUS=Exporting nothing: {failure}.", "STOPPING=1"]
+    assert told.count("STOPPING=1") == 1
+    assert capfd.readouterr().err.count(failure) == 1
+
+
+def test_start_that_fails_in_a_shell(run: Failing, failure: str, nvmet: Nvmet) -> None:
+    problem: storagetm.UserError | OSError | None = None
+    try:
+        run.service.run()
+    except (storagetm.UserError, OSError) as e:
+        problem = e
+    assert problem
+    assert storagetm.failure_text(problem) == failure
+    assert not run.looped
+    assert subsystems(nvmet) == []
+
+
+@pytest.mark.parametrize("run", ["n" * 219], indirect=True)
+def test_nqn_that_is_too_long_for_a_disk(run: Failing, nvmet: Nvmet) -> None:
+    run.service.reboots = True
+    assert run.service.run() == 0
+    assert re.match(r"--nqn= is too long for '/dev/\w+': its NQN", run.service.refused)
+    assert subsystems(nvmet) == []
+
+
+def test_what_an_earlier_start_exported(
+    start: Start, run: Failing, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays where nothing was tried, and that is said."""
+    first = start()
+    first.service.synchronise(strict=True)
+    first.kill()
+    run.service.reboots = True
+    problem = storagetm.UserError("Failed to find a free port")
+    monkeypatch.setattr(run.service.transport, "choose_ports", lambda _: raising(problem))
+    assert run.service.run() == 0
+    assert run.service.refused == "Failed to find a free port; but what an earlier start exported still is"
+    assert subsystems(nvmet) == ALL
+
+
+def test_failure_while_it_runs(
+    run: Failing, nvmet: Nvmet, manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It worked, and would again: the machine may boot."""
+    run.service.reboots = True
+    problem = OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(run.service, "loop", lambda: raising(problem))
+    with pytest.raises(OSError, match="Input/output error"):
+        run.service.run()
+    assert "STOPPING=1" in manager.told()
     assert subsystems(nvmet) == []
 
 

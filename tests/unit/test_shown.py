@@ -124,6 +124,28 @@ def test_one_disk(screen: storagetm.Screen) -> None:
     ]
 
 
+def test_what_ctrl_c_does(screen: storagetm.Screen) -> None:
+    """It is not the same in the unit, whose end boots the machine."""
+    shown = report([disk("vda")])
+    shown.reboots = True
+    assert rows(screen.drawn(shown, 80, 25))[-1] == "Ctrl-C stops exporting and reboots this machine."
+    shown.refused = "A reason; a way out"
+    assert rows(screen.drawn(shown, 80, 25)) == [
+        " Storage target mode: target (Debian GNU/Linux 13 (trixie))",
+        "",
+        "No disk is exported:",
+        "",
+        "A reason; a way out",
+        "",
+        "Change that, then boot this machine again.",
+        *[""] * 17,
+        "Ctrl-C reboots this machine.",
+    ]
+    assert shown.for_plymouth() == "No disk is exported: A reason; a way out"
+    shown.reboots = False
+    assert rows(screen.drawn(shown, 80, 25))[-1] == "Ctrl-C ends this."
+
+
 @pytest.mark.parametrize(
     ("width", "height"), [(80, 25), (80, 24), (100, 37), (132, 50), (240, 67), (60, 20)]
 )
@@ -496,6 +518,20 @@ def test_messages_to_people(log: storagetm.Log, capfd: pytest.CaptureFixture[str
     for priority in (3, 4, 6, 7):
         log(priority, f"text {priority}")
     assert tuple(capfd.readouterr()) == ("text 6\n", "text 3\ntext 4\n")
+
+
+def test_early_warnings_are_kept(log: storagetm.Log) -> None:
+    """For the screen, which covers what has been printed before it is there: the last few of them."""
+    for number in range(5):
+        log(4, f"warning {number}")
+        log(3, "an error, which has its own place there")
+        log(6, "a fact")
+    assert log.early == ["warning 2", "warning 3", "warning 4"]
+    shown: list[str] = []
+    log.screen = shown.append
+    log(4, "shown at once")
+    assert shown == ["shown at once"]
+    assert "shown at once" not in log.early
 
 
 def test_messages_to_the_journal(log: storagetm.Log, capfd: pytest.CaptureFixture[str]) -> None:

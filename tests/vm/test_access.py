@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from storagetm import NvmeHost
-from tests.harness.images import RELEASES
 from tests.harness.machine import MIB, Disk, Machine, Nic, Wire
 from tests.vm import nvmet
-from tests.vm.conftest import TOOL, BootMachine, prepare
+from tests.vm.conftest import ON_OLDER, TOOL, BootMachine, prepare
 from tests.vm.disks import card_reader, wait_name
 from tests.vm.initiator import TARGET_ADDRESS, Reader, attached, where, write_content
 from tests.vm.nvmet import NVMET, Service, exporting, left_over
@@ -538,7 +537,7 @@ def test_firewall(target: Machine, client: Machine, prey: tuple[str, Path]) -> N
     assert digest(path) == before
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", ON_OLDER)
 def test_debian_releases(boot: BootMachine, tool: Path, release: str, tmp_path: Path) -> None:
     """All three kinds of access on the kernels of both releases, each seen by a client of the same one."""
     wire = Wire()

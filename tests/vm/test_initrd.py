@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Storage target mode from an initrd: two machines, one wire, and nothing configured on it.
 
-The client is of the other release than the target, so that both are seen in both roles. Whatever it does, it
+The client is of another release than the target, so that each is seen in both roles. Whatever it does, it
 does with a command off the target's screen. The initrd is one for this host (`dracut --hostonly`), but the
 host that it is made on isn't the machine that boots it: it has to bring drivers for what dracut saw nothing
 of, and no command line tells it its machine ID.
@@ -10,10 +10,12 @@ of, and no command line tells it its machine ID.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import random
 import re
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +23,14 @@ from pathlib import Path
 import pytest
 
 from tests.harness import images as harness_images
-from tests.harness.images import RELEASES, Image
+from tests.harness.images import SID, Image
 from tests.harness.initrd_agent import with_agent
 from tests.harness.machine import MIB, Disk, Machine, Nic, Wire
-from tests.vm.conftest import LOGS
+from tests.vm.conftest import LOGS, ON_NEWER, ONCE_FOR_EACH
 from tests.vm.initiator import namespaces
 
-# Of dracut. The driver is the agent's.
-DRACUT_OPTIONS = ("--hostonly", "--add-drivers", "virtio_console")
+# Of dracut. The driver and the shell are the agent's.
+DRACUT_OPTIONS = ("--hostonly", "--add-drivers", "virtio_console", "--install", "bash")
 OPTIONS = ("rd.systemd.unit=storage-target-mode.target", "ip=link-local")
 # Disks that come later may be written to, what is written to one is forgotten, the rest is read-only.
 ACCESS = ("rd.storagetm.access=/dev/vd[bc]:read-write", '"rd.storagetm.access=QEMU HARDDISK:snapshot"')
@@ -36,6 +38,10 @@ ACCESS = ("rd.storagetm.access=/dev/vd[bc]:read-write", '"rd.storagetm.access=QE
 # What is exported under the machine ID that the initrd is made with.
 PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
 PORTS = {"ipv4": 59936, "ipv6": 36681}
+
+# What the image knows of the hardware of another machine, that it was made on, and the UUID of this one's.
+OTHER_MACHINE = {"/etc/storagetm-image": f"MACHINE_ID={harness_images.MACHINE_ID}\nUUID={'0' * 64}\n"}
+FIRMWARE_UUID = "a3b5c7d9-0123-4567-89ab-cdef00112233"
 
 DROP_IN = "/etc/systemd/system/storagetm.service.d/test.conf"
 
@@ -116,12 +122,12 @@ def fill(path: Path, size: int) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-@pytest.fixture(scope="module", params=RELEASES)
+@pytest.fixture(scope="module", params=ONCE_FOR_EACH)
 def pair(
     request: pytest.FixtureRequest, images: dict[str, Image], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
     release: str = request.param
-    (other,) = set(RELEASES) - {release}
+    other = {"trixie": "bookworm"}.get(release, "trixie")
     directory = tmp_path_factory.mktemp(f"initrd-{release}")
     initrd = with_agent(
         images[release], harness_images.initrd(images[release], *DRACUT_OPTIONS), directory / "initrd.img"
@@ -194,6 +200,7 @@ def test_attach_all(pair: Pair, family: str) -> None:
         pair.client.run("nvme disconnect-all")
 
 
+@pytest.mark.parametrize("pair", ON_NEWER, indirect=True, scope="module")
 def test_attach_one(pair: Pair) -> None:
     """The two lines below a disk's name, typed as they are, attach that disk and no other."""
     (command,) = (c for c in pair.commands() if c.endswith(".vda"))
@@ -221,33 +228,210 @@ def test_access(pair: Pair) -> None:
         assert hashlib.sha256(pair.target.disk_path(disk).read_bytes()).hexdigest() == pair.checksums[name]
 
 
-def test_bad_option(release: str, images: dict[str, Image], tmp_path: Path) -> None:
-    """An option that makes no sense is on the screen, and nothing is exported."""
+class Refusing:
+    """A machine in whose initrd the service is started again and again, each time with something wrong."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.line = machine.run("cat /proc/cmdline").stdout.split(" rd.storagetm.")[0]
+        # Without the reboot that comes with its end.
+        machine.put(DROP_IN, "[Unit]\nSuccessAction=none\n")
+        machine.put("/run/cmdline", self.line)
+        machine.run("systemctl daemon-reload && mount --bind /run/cmdline /proc/cmdline")
+
+    def restart(self, options: str = "", meanwhile: str = "true") -> None:
+        self.machine.run("systemctl stop storagetm")
+        self.machine.run(["sh", "-c", f"echo '{self.line} {options}' >/run/cmdline"])
+        self.machine.run(f"{meanwhile} && systemctl start storagetm", timeout=180)
+
+    def wait_reason(self, pattern: str) -> None:
+        """Wait until the screen has it, which it has while the service is up and nothing is exported."""
+        # The reason goes on where the row ends.
+        self.machine.wait_screen(rf"\A.*\n\nNo disk is exported:\n\n{pattern}", redraw="x")
+        assert self.machine.run("systemctl is-active storagetm.service").stdout == "active\n"
+        assert self.machine.run("ls -A /sys/kernel/config/nvmet/subsystems", check=False).stdout == ""
+
+
+def own_prefix() -> str:
+    """What the names of a machine begin with whose ID is the UUID of its firmware."""
+    application = bytes.fromhex("b4f94e52b8e245db88846e2ec3f4ef18")
+    digest = hmac.digest(bytes.fromhex(FIRMWARE_UUID.replace("-", "")), application, "sha256")
+    derived = uuid.UUID(bytes=digest[:16], version=4)
+    return f"nqn.2023-10.io.systemd:storagetm.{derived.hex}"
+
+
+def test_failures(release: str, images: dict[str, Image], tmp_path: Path) -> None:
+    """What prevents the export stays on the screen. What cannot be shown there leaves time to read it."""
     initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
     machine = Machine(
-        f"bad-option-{release}",
+        f"failures-{release}",
         images[release],
-        initrd=with_agent(images[release], initrd, tmp_path / "initrd.img"),
+        initrd=with_agent(images[release], initrd, tmp_path / "initrd.img", OTHER_MACHINE),
         machine_id="",
-        kernel_options=(*OPTIONS, "rd.storagetm.snapshot=lots", "rd.storagetm.colour=red"),
+        kernel_options=(
+            *(OPTIONS[0], "ip=dhcp", "bond=bond0:eth1", "bridge=br0:bond0", "vlan=br0.5:br0"),
+            *("rd.storagetm.snapshot=lots", "rd.storagetm.colour=red"),
+        ),
         disks=[Disk("virtio")],
-        nics=[Nic(Wire(), 0)],
-        cpus=1,
+        nics=[Nic(Wire(), 0), Nic(Wire(), 0)],
+        terminal=(250, 30),
+        qemu_options=["-uuid", FIRMWARE_UUID],
         log_directory=LOGS,
     )
     with machine:
         machine.start()
+        reason = r"Kernel command line: storagetm.snapshot=lots is no size; "
         machine.wait_screen(
-            r"^No disk is exported:\n\nKernel command line: storagetm.snapshot=lots is no size; ", redraw="x"
+            rf"^No disk is exported:\n\n{reason}(.*\n)*Ctrl-C reboots this machine\.", redraw="x"
         )
         machine.agent.request({"op": "hello"}, 300)
-        assert machine.run("ls /sys/kernel/config/nvmet/subsystems").stdout == ""
+        refusing = Refusing(machine)
+        refusing.wait_reason(reason)
         messages = machine.run(
             "journalctl -b --no-pager --output=cat _COMM=storagetm; systemctl status storagetm"
         ).stdout
         assert "Exporting nothing" in messages
 
+        # The network is there all the same, as the kernel command line has it, with an address for a cable.
+        for path in ("/sys/class/net/bond0/bonding", "/sys/class/net/br0/bridge", "/proc/net/vlan/br0.5"):
+            machine.wait_run(f"test -e {path}")
+        machine.wait_until(lambda: "-- 169.254." in machine.run("cat /proc/net/fib_trie").stdout)
 
+        refusing.restart("rd.storagetm.list-devices")
+        refusing.wait_reason(r"Kernel command line: 'rd\.storagetm\.list-devices' prints text ")
+        refusing.restart(f"rd.storagetm.nqn={'n' * 220}")
+        refusing.wait_reason(r"--nqn= is too long for '/dev/vda': ")
+        modules = "$(echo /lib/modules/*/kernel/drivers/nvme/target)"
+        refusing.restart(meanwhile=f"rmmod nvmet_tcp nvmet && mount -t tmpfs tmpfs {modules}")
+        refusing.wait_reason("The module 'nvmet-tcp', the kernel's NVMe target, cannot be loaded; ")
+        machine.run(f"umount {modules}")
+
+        machine.run("systemctl stop storagetm")
+        other = machine.start_process(
+            "unset PYTHONHOME; exec /usr/local/bin/storagetm --all", environment={"NOTIFY_SOCKET": ""}
+        )
+        other.wait_output("Exporting '/dev/vda'")
+        machine.run("systemctl start storagetm", timeout=180)
+        machine.wait_screen(
+            rf"^Another storagetm exports under this NQN already, process {other.pid}; ", redraw="x"
+        )
+        other.kill()
+        assert other.wait() == 0
+
+        # Now it works, until it is killed. Its names are made of its firmware's UUID, as the machine ID in
+        # the image is another machine's.
+        refusing.restart("rd.storagetm.read-write")
+        warning = "'/etc/machine-id' is that of the machine on which this image was made,"
+        machine.wait_screen(rf"^/dev/vda .* READ-WRITE(.*\n)*.*{warning}", redraw="x")
+        assert machine.run("ls /sys/kernel/config/nvmet/subsystems").stdout == f"{own_prefix()}.vda\n"
+        machine.run("systemctl kill --kill-whom=main --signal=KILL storagetm.service")
+        machine.wait_run("systemctl is-active storagetm-failure.service")
+        machine.wait_until(lambda: b"this machine reboots in 30 seconds" in machine.console_bytes())
+        pressed = time.monotonic()
+        machine.qmp.call("send-key", keys=[{"type": "qcode", "data": k} for k in ("ctrl", "alt", "delete")])
+        machine.wait_end()
+        assert time.monotonic() - pressed < 25
+
+
+@pytest.mark.parametrize("release", [SID])
+def test_newest_systemd(release: str, images: dict[str, Image], tmp_path: Path) -> None:
+    """It exports on the newest release, too, and there the TPM has been told of it before."""
+    initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
+    machine = Machine(
+        "newest",
+        images[release],
+        initrd=with_agent(images[release], initrd, tmp_path / "initrd.img"),
+        machine_id="",
+        # What a unified kernel image says of itself.
+        kernel_options=(*OPTIONS, "systemd.tpm2_measured_os=yes"),
+        disks=[Disk("virtio", serial="DISK-A")],
+        nics=[Nic(Wire(), 0)],
+        tpm=True,
+        log_directory=LOGS,
+    )
+    with machine:
+        machine.start()
+        machine.agent.request({"op": "hello"}, 300)
+        machine.wait_run("systemctl is-active storage-target-mode.target")
+        machine.wait_screen(r"^  nvme connect-all .* -a 169\.254\.", redraw="x")
+        assert machine.run("ls /sys/kernel/config/nvmet/subsystems").stdout == f"{PREFIX}.vda\n"
+        assert machine.run("systemctl list-units --failed --plain --no-legend").stdout == ""
+
+        # The event is in the log, the register has been extended by its digest and by nothing else, and that
+        # was over before the program was started.
+        event = b"storage-target-mode-start"
+        assert event in machine.run("cat /run/log/systemd/tpm2-measure.log").stdout_bytes
+        register = machine.run("cat /sys/class/tpm/tpm0/pcr-sha256/11").stdout.strip().lower()
+        assert register == hashlib.sha256(bytes(32) + hashlib.sha256(event).digest()).hexdigest()
+        measured, started = (
+            int(machine.run(["systemctl", "show", "--value", f"--property={key}", unit]).stdout)
+            for unit, key in (
+                ("systemd-pcrphase-storage-target-mode", "ActiveEnterTimestampMonotonic"),
+                ("storagetm", "ExecMainStartTimestampMonotonic"),
+            )
+        )
+        assert 0 < measured < started
+
+
+@pytest.mark.reach
+def test_one_image_for_two_machines(images: dict[str, Image], standard: str, tmp_path: Path) -> None:
+    """A client that attaches the disks of both, none of which has a serial number, does not mix them up."""
+    image = images[standard]
+    initrd = harness_images.initrd(image, *DRACUT_OPTIONS)
+    digest = hashlib.sha256(FIRMWARE_UUID.encode().replace(b"-", b"")).hexdigest()
+    noted = f"MACHINE_ID={harness_images.MACHINE_ID}\nUUID={digest}\n"
+    initrd = with_agent(image, initrd, tmp_path / "initrd.img", {"/etc/storagetm-image": noted})
+    wires = [Wire(), Wire()]
+    checksums = [fill(tmp_path / name, 16 * MIB) for name in ("first", "second")]
+    targets = [
+        Machine(
+            f"twin-{number}",
+            image,
+            initrd=initrd,
+            machine_id="",
+            kernel_options=(OPTIONS[0], f"ip=192.0.{number}.1:::255.255.255.0::eth0:none"),
+            disks=[Disk("virtio", path=tmp_path / name)],
+            nics=[Nic(wires[number], 0)],
+            qemu_options=["-uuid", own_uuid],
+            log_directory=LOGS,
+        )
+        for number, (name, own_uuid) in enumerate(
+            (("first", FIRMWARE_UUID), ("second", FIRMWARE_UUID.replace("a", "b")))
+        )
+    ]
+    client = Machine("twins-client", image, nics=[Nic(wire, 1) for wire in wires], log_directory=LOGS)
+    with targets[0], targets[1], client:
+        for machine in (*targets, client):
+            machine.start()
+        client.wait_boot()
+        client.run("modprobe nvme-tcp")
+        prefixes = []
+        for number, target in enumerate(targets):
+            client.run(f"ip link set eth{number} up && ip address add 192.0.{number}.2/24 dev eth{number}")
+            pattern = r"^  nvme connect-all .* -a 192\.0\.(.*\n)*    -n \S+\.vda$"
+            screen = "\n".join(target.wait_screen(pattern, redraw="x"))
+            (command,) = re.findall(r"^  (nvme connect-all .* -a 192\.0\..*)", screen, re.MULTILINE)
+            prefixes += re.findall(r"-n (\S+)\.vda", screen)
+            client.wait_run(f"ping -c 1 -W 5 192.0.{number}.1")
+            client.run(command)
+        # The first one's are those of the running system.
+        assert prefixes[0] == PREFIX
+        assert prefixes[1] != PREFIX
+
+        def attached() -> dict[str, str] | None:
+            script = "for d in /dev/nvme*n1; do echo $(cat /sys/block/${d#/dev/}/device/subsysnqn) $d; done"
+            found = dict(line.split() for line in client.run(script).stdout.splitlines() if " " in line)
+            return found if len(found) == 2 else None
+
+        nodes = client.wait_until(attached)
+        read = [
+            client.run(f"dd if={nodes[f'{prefix}.vda']} bs=1M iflag=direct status=none | sha256sum")
+            for prefix in prefixes
+        ]
+        assert [result.stdout.split()[0] for result in read] == checksums
+
+
+@pytest.mark.parametrize("pair", ON_NEWER, indirect=True, scope="module")
 def test_hot_plug(pair: Pair) -> None:
     """Disks that come later are shown and can be attached, on a second page where the first is full."""
     for number in range(2):
@@ -275,7 +459,7 @@ def shared(pair: Pair) -> Iterator[None]:
     line = target.run("cat /proc/cmdline").stdout.strip()
     target.put("/run/cmdline", f"{line} rd.storagetm.subsystem=shared\n")
     # Without the reboot that comes with its end.
-    target.put(DROP_IN, "[Unit]\nSuccessAction=none\nFailureAction=none\n")
+    target.put(DROP_IN, "[Unit]\nSuccessAction=none\n")
     reload = "systemctl daemon-reload"
     again = "systemctl stop storagetm && {} && systemctl start storagetm"
     target.run(f"{reload} && {again.format('mount --bind /run/cmdline /proc/cmdline')}", timeout=180)
@@ -283,6 +467,7 @@ def shared(pair: Pair) -> Iterator[None]:
     target.run(again.format(f"umount /proc/cmdline && rm {DROP_IN} && {reload}"), timeout=180)
 
 
+@pytest.mark.parametrize("pair", ON_NEWER, indirect=True, scope="module")
 @pytest.mark.usefixtures("shared")
 def test_shared(pair: Pair) -> None:
     """The command on the screen attaches all disks, whose numbers are there, too, and so do later ones."""
@@ -318,9 +503,9 @@ def test_stop(pair: Pair) -> None:
     pair.attach(command)
 
     # Without the reboot, to see what is left.
-    target.put(DROP_IN, "[Unit]\nSuccessAction=none\nFailureAction=none\n")
+    target.put(DROP_IN, "[Unit]\nSuccessAction=none\n")
     target.run("systemctl daemon-reload")
-    target.send_keys("\x03")
+    target.run("systemctl kill --kill-whom=main storagetm.service")
     target.wait_run('test "$(systemctl is-active storagetm)" = inactive')
     assert target.run("systemctl show --value --property=ExecMainStatus storagetm").stdout == "0\n"
     assert target.run(
@@ -333,7 +518,8 @@ def test_stop(pair: Pair) -> None:
 
     target.run(f"rm {DROP_IN}; systemctl daemon-reload; systemctl start storagetm", timeout=180)
     assert pair.commands()[0] == command
-    target.run("systemctl kill --kill-whom=main storagetm.service")
+    pair.screen(r"^Ctrl-C stops exporting and reboots this machine\.")
+    target.send_keys("\x03")
     target.wait_end()
 
 
@@ -345,6 +531,24 @@ def test_drivers(module: str, images: dict[str, Image], release: str) -> None:
     initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
     # In file names, the kernel's makefiles have dashes and underscores as they like, and change them.
     assert f"/{module}.ko" in listing(initrd).replace("-", "_")
+
+
+@pytest.mark.parametrize("release", ON_NEWER)
+def test_refused_image(images: dict[str, Image], release: str) -> None:
+    """No image is made that could not do what it is for."""
+    for spoil, reason in (
+        (
+            "rm /lib/modules/*/kernel/drivers/md/dm-flakey.ko* && depmod $(ls /lib/modules)",
+            r"storagetm: the kernel \S+ has no module 'dm-flakey', .*; install .*--kver",
+        ),
+        (
+            # What python3-minimal leaves out.
+            "rm -r /usr/lib/python3.*/ctypes",
+            "storagetm: Python's module 'ctypes' is missing; install the package 'python3', ",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            harness_images.initrd(images[release], *DRACUT_OPTIONS, spoil=spoil)
 
 
 def listing(initrd: Path) -> str:
