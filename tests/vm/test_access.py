@@ -165,7 +165,7 @@ def test_good_client(target: Machine, client: Machine) -> None:
                 if kind == "lvm":
                     client.run("vgchange -q -a n stm")
                 client.run(["python3", "-c", f"import os; os.fsync(os.open('{disk}', os.O_RDONLY))"])
-                client.run(f"nvme flush {disk} -n 1")
+                client.run(f"nvme flush {disk}")
                 read = f"dd if={disk} bs=1M count=64 iflag=direct status=none | sha256sum"
                 assert client.run(read, timeout=900).stdout == digests[device]
                 refused = client.run(f"dd if=/dev/zero of={disk} bs=4k count=1 oflag=direct", check=False)
