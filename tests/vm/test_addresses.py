@@ -362,7 +362,8 @@ def test_locale(target: Machine) -> None:
             target.remove_disk("letters")
     # A disk that returns is a new one otherwise.
     target.run(
-        "rm /run/storagetm/*.disks*; mkdir /mnt/Łódź && mkfs.ext4 -q /dev/nvme0n1 && mount /dev/nvme0n1 /mnt/Łódź &&"
+        "rm /run/storagetm/*.disks*; mkdir /mnt/Łódź && mkfs.ext4 -q /dev/nvme0n1 &&"
+        "mount /dev/nvme0n1 /mnt/Łódź &&"
         "truncate -s 1M /run/日本 && losetup -f /run/日本"
     )
     # Python takes the locale C for UTF-8 unless told not to, and the machine has no other ones.
