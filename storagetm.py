@@ -53,6 +53,7 @@ AF_INET6 = 10
 AF_NETLINK = 16
 AF_UNIX = 1
 BLKGETSIZE64 = 0x80081272
+BLKRRPART = 0x125F
 CDROM_DRIVE_STATUS = 0x5326
 DM_DEV_CREATE = 0xC138FD03
 DM_DEV_REMOVE = 0xC138FD04
@@ -62,6 +63,7 @@ DM_LIST_VERSIONS = 0xC138FD0D
 DM_TABLE_LOAD = 0xC138FD09
 DM_TABLE_STATUS = 0xC138FD0C
 DM_ACTIVE_PRESENT_FLAG = 0x20
+DM_DEFERRED_REMOVE = 0x20000
 DM_NOFLUSH_FLAG = 0x800
 DM_STATUS_TABLE_FLAG = 0x10
 DM_SKIP_LOCKFS_FLAG = 0x400
@@ -122,7 +124,7 @@ SERIAL_MAX = 20
 FIRMWARE_MAX = 8
 
 LOCK_WAIT_SEC = 10  # a lock held longer than this is named, and READY=1 no longer waits for it
-DM_BUSY_SEC = 2  # until what somebody else has open for a moment is free
+BUSY_SEC = 2  # for which another program may have a device open in passing
 STORE_POLL_SEC = (0.05, 1)  # shortest and longest pause between two looks at how full the snapshots are
 STORE_FILL = 1 << 30  # bytes a second with which a client is expected to fill one
 LOCK_POLL_SEC = (0.02, 0.5)  # first and longest pause between two tries for a lock
@@ -132,7 +134,7 @@ PLYMOUTH_WAIT_SEC = 3  # for Plymouth to let go of the console
 REDRAW_SEC = 0.75  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
 THREADS = 16  # for what is mostly waiting for the kernel
-FILES_SURE = 500  # disks, each with a file open; systemd and shells allow 1024 unless told otherwise
+FILES_SURE = 400  # disks, each with two files open; systemd and shells allow 1024 unless told otherwise
 
 READ_ONLY = "read-only"  # kinds of access
 SNAPSHOT = "snapshot"
@@ -575,6 +577,7 @@ def plymouth_request(request: bytes, wait_sec: float = 0) -> None:
 # _PRIMARY_SOURCE_FLAG, by which it remembers that).
 DM_COOKIE = (0x1 | 0x2 | 0x4 | 0x8 | 0x40) << 16
 CONTROLS: dict[str, int] = {}  # descriptors of the devices that control others, by path; kept open
+CLAIMS: dict[str, int] = {}  # exclusively opened descriptors of what is exported, by path in the tree
 
 
 def has_udev_rule() -> bool:
@@ -634,6 +637,28 @@ def dm_target_text(answer: bytes) -> str:
     """What the answer to DM_TABLE_STATUS says of the first target, its state or its parameters."""
     start = dm_ioctl.from_buffer_copy(answer).data_start + ctypes.sizeof(dm_target_spec)
     return printable(answer[start:].split(b"\0")[0]) if start < len(answer) else ""
+
+
+def claim(path: str, node: str) -> int:
+    """Keeps the rest of this machine off a block device as long as it is exported; 0 or the error number.
+
+    nvmet opens it without a claim. So md, a mount or LVM could take it meanwhile, and would write to what
+    clients write to, or to what is thrown away. With a claim they get EBUSY until release().
+    """
+    if path not in CLAIMS:
+        try:
+            CLAIMS[path] = os.open(node, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as e:
+            debug(f"Failed to claim '{node}', ignoring: {reason_of(e)}")
+            return e.errno or errno.EIO
+    return 0
+
+
+def release(path: str) -> None:
+    """Ends a claim; does nothing where there is none."""
+    fd = CLAIMS.pop(path, -1)
+    if fd >= 0:
+        os.close(fd)
 
 
 def attach_loop(backing: int, *, read_only: bool, limit: int = 0) -> tuple[int, int]:
@@ -980,6 +1005,10 @@ def device_number(node: str) -> str:
     return f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}" if stat.S_ISBLK(st.st_mode) else ""
 
 
+def is_partition(sysname: str) -> bool:
+    return os.path.exists(sys_block(sysname) + "/partition")
+
+
 def is_stacked(sysname: str) -> bool:
     """Whether a block device is made of others, as those of bcache, device-mapper and md are."""
     return sysname.startswith(("bcache", "dm-", "md"))
@@ -990,6 +1019,38 @@ def is_mapping(sysname: str) -> bool:
     return sysname.startswith("dm-") and read_attribute(sys_block(sysname) + "/dm/uuid").startswith(
         Mapping.PREFIX
     )
+
+
+def mapped_disk(sysname: str) -> str:
+    """The node or file that a mapping of ours leads to; empty if it does not show."""
+    for lower in list_directory(sys_block(sysname) + "/slaves"):
+        backing = read_attribute(f"{sys_block(lower)}/loop/backing_file")
+        if not backing.startswith(MEMORY_FILE):
+            return backing or device_node(lower)
+    return ""
+
+
+def why_ours(sysname: str, depth: int = 0) -> str:
+    """How a block device leads to a mapping of ours, and so is an export itself; empty if it does not."""
+    if is_mapping(sysname):
+        return f"'{DEV}{sysname}', through which '{mapped_disk(sysname)}' is exported"
+    lower: list[str] = []
+    if is_partition(sysname):
+        lower = [os.path.basename(os.path.dirname(os.path.realpath(sys_block(sysname))))]
+    elif is_stacked(sysname):
+        lower = list_directory(sys_block(sysname) + "/slaves")
+    elif sysname.startswith("loop"):
+        lower = [device_below(read_attribute(sys_block(sysname) + "/loop/backing_file"))]
+    return next((why for n in lower if n and depth < 16 and (why := why_ours(n, depth + 1))), "")
+
+
+def device_below(path: str) -> str:
+    """The kernel's name of the block device that a path leads to, or that a file is on; empty if unknown."""
+    try:
+        st = os.stat(path)
+    except (OSError, ValueError):
+        return ""
+    return sysname_of(st.st_rdev if stat.S_ISBLK(st.st_mode) else st.st_dev)
 
 
 def is_no_disk(sysname: str) -> bool:
@@ -1223,16 +1284,19 @@ def parse_swaps(raw: bytes) -> Iterator[bytes]:
 class Usage:
     """What the running system does with its block devices, read once.
 
-    `direct` maps MAJOR:MINOR to a sentence's end ("is mounted on '/'"), `loops` a block device or file
-    behind a loop device to that. Raises OSError if it cannot be read, and then nothing is known.
+    `direct` maps MAJOR:MINOR to a sentence's end ("is mounted on '/'"), `mounts` to the mount point, `loops`
+    a block device or file behind a loop device to that. Raises OSError if it cannot be read, and then
+    nothing is known.
     """
 
     def __init__(self) -> None:
         self.direct: dict[str, str] = {}
         self.loops: dict[str, str] = {}
+        self.mounts: dict[str, str] = {}
         for devnum, source, where in parse_mountinfo(read_bytes(PROC + "self/mountinfo")):
             use = f"is mounted on '{where}'"
             self.direct.setdefault(devnum, use)
+            self.mounts.setdefault(devnum, where)
             # btrfs, ZFS, bcachefs and overlays have device numbers of their own, the source tells more.
             if source.startswith(b"/dev/"):
                 for part in source.split(b":"):
@@ -1288,7 +1352,8 @@ class Usage:
         if number in self.loops:
             upper.append(self.loops[number])
         for name in sorted(upper, key=natural_order):
-            if use := self.search(name, seen):
+            # What stands on a mapping of ours uses the export. It does not end one of an earlier run.
+            if not is_mapping(name) and (use := self.search(name, seen)):
                 return use
         return "" if upper else why_claimed(sysname)
 
@@ -1297,6 +1362,54 @@ class Usage:
         if key in self.direct:
             return f"'{path}' {self.direct[key]}"
         return self.search(self.loops[key], set()) if key in self.loops else ""
+
+
+def what_holds(sysname: str, usage: Usage | None = None) -> tuple[str, list[str]]:
+    """Who uses a block device, as a sentence that is empty if it does not show; the commands that end it."""
+    try:
+        usage = usage or Usage()
+    except OSError:
+        return "", []
+    node = device_node(sysname)
+    for name in sorted(list_directory(sys_block(sysname) + "/holders") + partitions_of(sysname)):
+        fact, commands = what_holds(name, usage)
+        return fact or f"'{device_node(name)}' is made of '{node}'", [*commands, *how_to_end(name)]
+    number = read_attribute(sys_block(sysname) + "/dev")
+    if number in usage.mounts:
+        return f"'{node}' {usage.direct[number]}", [f"umount {quoted(usage.mounts[number])}"]
+    if number in usage.direct:
+        return f"'{node}' {usage.direct[number]}", [f"swapoff {node}"]
+    if loop := usage.loops.get(number):
+        fact, commands = what_holds(loop, usage)
+        return fact or f"'{DEV}{loop}' is made of '{node}'", [*commands, f"losetup -d {DEV}{loop}"]
+    for pid in list_directory(PROC):
+        if pid.isdigit() and int(pid) != os.getpid():
+            for fd in list_directory(f"{PROC}{pid}/fd"):
+                # Only what leads to a device can be it, and most descriptors are something else.
+                if device_number(f"{PROC}{pid}/fd/{fd}") == number:
+                    name = read_attribute(f"{PROC}{pid}/comm")
+                    return f"process {pid} ({name}) has '{node}' open", [f"kill {pid}"]
+    return "", []
+
+
+def in_brackets(commands: Sequence[str]) -> str:
+    return f" ('{' && '.join(commands)}')" if commands else ""
+
+
+def how_to_end(sysname: str) -> list[str]:
+    """The command that takes a stacked block device apart; none for a partition."""
+    node = device_node(sysname)
+    if sysname.startswith("dm-"):
+        name = read_attribute(sys_block(sysname) + "/dm/name")
+        uuid = read_attribute(sys_block(sysname) + "/dm/uuid")
+        if uuid.startswith("LVM-"):
+            # A volume is called GROUP-VOLUME there, and each hyphen of theirs is doubled.
+            group = name.replace("--", "\0").partition("-")[0].replace("\0", "-")
+            return [f"vgchange -an {quoted(group)}"]
+        return [f"{'cryptsetup close' if uuid.startswith('CRYPT-') else 'dmsetup remove'} {quoted(name)}"]
+    if sysname.startswith("bcache"):
+        return [f"echo 1 >{sys_block(sysname)}/bcache/stop"]
+    return [f"mdadm --stop {node}"] if is_stacked(sysname) and not is_partition(sysname) else []
 
 
 def layer_name(sysname: str) -> str:
@@ -1409,6 +1522,8 @@ def why_unfit(disk: Disk) -> str:
         return why
     if disk.size == 0:
         return "it has size 0"
+    if why := why_ours(disk.sysname or device_below(disk.node)):
+        return "it is an export already" if is_mapping(disk.sysname) else f"it is on {why}"
     if disk.read_only and disk.access == READ_WRITE:
         return "it is read-only, and was asked for read-write; see --read-only and --snapshot"
     if disk.access != READ_WRITE and disk.sysname and is_zoned(disk.sysname):
@@ -1902,6 +2017,12 @@ class Entry:
         """Whether the kernel has it just so."""
         return True
 
+    def guard(self, *, adopted: bool) -> None:
+        """Keeps the rest of this machine off the device that it stands for, if it stands for one.
+
+        Called when it was made, or `adopted` from an earlier run.
+        """
+
     def described(self, root: str) -> dict[str, str] | None:
         """What make() does: `step`, its operands, and the shell command for it; None if it does nothing."""
         return None
@@ -2052,6 +2173,7 @@ class Mapping(Entry):
     amendable = True
 
     PREFIX = "storagetm-"
+    abandoned: ClassVar[list[str]] = []  # names of those that others held when they were to be removed
     # Reads pass, all that would write fails (drivers/md/dm-flakey.c): up for 0 s, down for 1 s, for ever.
     READ_ONLY = "flakey"
     # Writes go to memory; when that is full, they fail, and reads go on (drivers/md/dm-snap.c).
@@ -2094,7 +2216,7 @@ class Mapping(Entry):
         try:
             dm_call(DM_DEV_CREATE, self.name, uuid=self.name)
         except OSError as e:
-            if e.errno != errno.EBUSY or (known := self.state()) is None:
+            if e.errno != errno.EBUSY or (known := self.state()) is None or known.flags & DM_DEFERRED_REMOVE:
                 raise
         opened: list[int] = []
         try:
@@ -2152,16 +2274,55 @@ class Mapping(Entry):
         parameters = self.PARAMETERS[self.target].format(*operands)
         dm_call(DM_TABLE_LOAD, self.name, table=dm_table(sectors, self.target, parameters))
 
+    def guard(self, *, adopted: bool) -> None:
+        try:
+            if not self.sysname() or claim(self.path, self.node()) != errno.EBUSY:
+                return
+        except OSError as e:
+            debug(f"Failed to claim '{self.name}', ignoring: {reason_of(e)}")
+            return
+        fact, commands = what_holds(self.sysname())
+        disk, fact = mapped_disk(self.sysname()), fact or f"something has '{self.node()}' open"
+        warning(
+            f"This machine itself uses the export of '{disk}', and what it writes there is lost: {fact}; "
+            f"end that{in_brackets(commands)}"
+        )
+
     def unmake(self, root: str) -> None:
-        deadline = time.monotonic() + DM_BUSY_SEC
+        release(self.path)
+        deadline = time.monotonic() + BUSY_SEC
         while self.state() is not None:
             try:
                 dm_call(DM_DEV_REMOVE, self.name)
             except OSError as e:
-                # udev or a disk monitor may be looking at it.
-                if e.errno != errno.EBUSY or time.monotonic() > deadline:
+                # udev or a disk monitor may be looking at it. What has claimed it stays.
+                if e.errno != errno.EBUSY:
                     raise
+                if time.monotonic() > deadline or claim(self.path, self.node()) == errno.EBUSY:
+                    self.abandon()
+                    return
+                release(self.path)
                 time.sleep(LOCK_POLL_SEC[0])
+
+    def abandon(self) -> None:
+        """Has the kernel remove it as soon as nobody holds it any longer, and says who does."""
+        fact, commands = what_holds(self.sysname())
+        disk, fact = mapped_disk(self.sysname()), fact or f"something has '{self.node()}' open"
+        dm_call(DM_DEV_REMOVE, self.name, flags=DM_DEFERRED_REMOVE)
+        self.abandoned.append(self.name)
+        error(
+            f"'{disk}' is no longer exported, but still in use: {fact}; "
+            f"end that{in_brackets(commands)}, and it is free"
+        )
+
+    def sysname(self) -> str:
+        """The kernel's name for it; empty if there is none."""
+        if not self.device and (state := self.state()):
+            self.device = state.dev
+        return f"dm-{os.minor(self.device)}" if self.device else ""
+
+    def node(self) -> str:
+        return DEV + self.sysname()
 
     def is_live(self, root: str) -> bool:
         try:
@@ -2184,6 +2345,92 @@ class Mapping(Entry):
         return {"step": "unmap", "path": path, "command": f"dmsetup remove {self.name}"}
 
 
+class Writable(Entry):
+    """A block device that clients write to, and that is claimed meanwhile: "disk/MAJOR:MINOR-DISKSEQ".
+
+    Clients may change the partition table, of which the kernel takes no notice. So that is read again in the
+    end, unless the device is gone by then or nothing was written. `value` is the kernel's name, if known.
+    """
+
+    PREFIX = "disk/"
+    written: ClassVar[dict[str, str]] = {}  # by path: the sectors written to the device before the export
+
+    @classmethod
+    def path_for(cls, tag: str) -> str:
+        return cls.PREFIX + tag.replace(" ", "-")
+
+    def sysname(self) -> str:
+        """The kernel's name of the device; empty if it is gone, even if another one has its number."""
+        number, _, diskseq = self.path[len(self.PREFIX) :].partition("-")
+        try:
+            found = os.path.basename(os.readlink(f"{SYS}dev/block/{number}"))
+            return found if parse_block_uevent(read_page(sys_block(found) + "/uevent"))[1] == diskseq else ""
+        except OSError:
+            return ""
+
+    def guard(self, *, adopted: bool) -> None:
+        if name := self.sysname() if adopted else self.value:
+            claim(self.path, device_node(name))
+        if name and not adopted:
+            self.written[self.path] = sectors_written(name)
+
+    def unmake(self, root: str) -> None:
+        release(self.path)
+        before = self.written.pop(self.path, "")
+        if not (name := self.sysname()):
+            return
+        counted = before and read_attribute(sys_block(name) + "/queue/iostats") == "1"
+        if not counted or before != sectors_written(name):
+            reread_partitions(name)
+
+    def undescribed(self, root: str) -> dict[str, str] | None:
+        if not (name := self.sysname()):
+            return None
+        path = device_node(name)
+        return {"step": "reread", "path": path, "command": f"blockdev --rereadpt {path}"}
+
+
+def sectors_written(sysname: str) -> str:
+    """The count of sectors written to a block device so far; empty if it is not known."""
+    return " ".join(read_attribute(sys_block(sysname) + "/stat").split()[6:7])
+
+
+def reread_partitions(sysname: str) -> None:
+    """Has the kernel read a disk's partition table again; says why if it cannot. Raises nothing."""
+    node = device_node(sysname)
+    deadline = time.monotonic() + BUSY_SEC
+    while True:
+        try:
+            fd = os.open(node, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(fd, BLKRRPART)
+            finally:
+                os.close(fd)
+            return
+        except OSError as e:
+            # EINVAL: it can have no partitions.
+            if e.errno in (errno.EINVAL, errno.ENOTTY, errno.ENOMEDIUM, errno.ENXIO):
+                return
+            use = what_uses(sysname) if e.errno == errno.EBUSY else ""
+            if e.errno == errno.EBUSY and not use and time.monotonic() < deadline:
+                time.sleep(LOCK_POLL_SEC[0])
+                continue
+            reason = use or reason_of(e)
+            warning(
+                f"The kernel may have an old partition table of '{node}', which was exported read-write: "
+                f"{reason}; end that use, then run 'blockdev --rereadpt {node}' before you use a partition"
+            )
+            return
+
+
+def what_uses(sysname: str) -> str:
+    """How the system uses a block device; empty if it does not, or if that is not known."""
+    try:
+        return Usage().of(sysname)
+    except OSError:
+        return ""
+
+
 class MappedNode(Attribute):
     """An attribute that takes the node of `mapping`."""
 
@@ -2194,9 +2441,7 @@ class MappedNode(Attribute):
         self.mapping = mapping
 
     def text(self) -> str:
-        if not self.mapping.device and (state := self.mapping.state()):
-            self.mapping.device = state.dev
-        return f"{DEV}dm-{os.minor(self.mapping.device)}" if self.mapping.device else ""
+        return self.mapping.node() if self.mapping.sysname() else ""
 
     def is_live(self, root: str) -> bool:
         try:
@@ -2245,6 +2490,10 @@ def why_not_mapped(problem: OSError, disk: Disk) -> str:
         reason = reason_of(problem)
         name = str(problem.filename).rpartition("/")[2]
         if problem.errno == errno.EBUSY:
+            mapping = Mapping(str(problem.filename))
+            if mapping.state():
+                fact, commands = what_holds(mapping.sysname())
+                return f"its last export is still in use: {fact}; end that{in_brackets(commands)}"
             return f"another program made the device-mapper device '{name}'; remove it with 'dmsetup remove'"
         return f"it cannot be exported {disk.access}, since device-mapper says: {reason}"
     working = SNAPSHOT if disk.access == READ_ONLY and not lacking_modules(SNAPSHOT) else READ_WRITE
@@ -2442,6 +2691,7 @@ class Ledger:
         "d": Directory,
         "l": Link,
         "m": Mapping,
+        "w": Writable,
         "g": Links,
         "i": DefaultGroup,
     }
@@ -2601,6 +2851,12 @@ class Tree:
         """Takes over what an earlier run left. Raises OSError."""
         self.live = self.ledger.read(self.root)
 
+    def guard(self) -> None:
+        """Keeps the rest of this machine off what an earlier run has exported, too."""
+        for branch in self.live.values():
+            for entry in branch.entries:
+                entry.guard(adopted=True)
+
     def reconcile(
         self,
         wanted: Sequence[Branch],
@@ -2747,6 +3003,7 @@ class Tree:
                     self.make(entry)
                 else:
                     entry.make(root)
+                    entry.guard(adopted=False)
                 made += 1
                 if noted and entry.path == branch.root:
                     self.ledger.confirm(branch, root)
@@ -2797,7 +3054,7 @@ class Tree:
         for branch in branches:
             entries = branch.entries if made is None else made
             if self.unmake_all([e for e in reversed(entries) if e.holds], branch.root, failures):
-                kept = [e for e in reversed(entries) if isinstance(e, (Directory, Mapping))]
+                kept = [e for e in reversed(entries) if isinstance(e, (Directory, Mapping, Writable))]
                 ready.append((branch, [e for e in kept if not e.holds]))
         if not ready:
             return
@@ -3341,6 +3598,8 @@ class NvmeTcp:
             path = Mapping.path_for(disk.name, self.prefix, disk.tag, disk.node, target)
             mapping = Mapping(path, target, disk.node, disk.size)
             between, device = [mapping], MappedNode(namespace + "/device_path", mapping)
+        elif disk.sysname:
+            between = [Writable(Writable.path_for(disk.tag), disk.sysname)]
         if disk.access == READ_ONLY:
             protection = [WriteProtection(namespace + "/write_protect", self)]
         entries: list[Entry] = [
@@ -3861,6 +4120,7 @@ class Service:
         self.transport.numbers.kept = True
         self.catch_signals()
         failed = True
+        last: list[str] = []  # messages of the stop
         try:
             # Listening comes before looking: what happens in between is then looked at twice, not missed.
             self.uevents = Uevents()
@@ -3871,13 +4131,16 @@ class Service:
             self.network = Network()
             self.addresses = self.network.addresses()
             self.open_view()
+            self.tree.guard()
             self.loop()
             failed = False
         finally:
+            if log.screen:
+                log.screen = last.append
             clean = self.stop()
             self.view.close()
             log.screen = None
-            for message in getattr(self.view, "messages", []) if failed else []:
+            for message in [*(getattr(self.view, "messages", []) if failed else []), *last]:
                 error(message)
         return 0 if clean else 1
 
@@ -4210,7 +4473,7 @@ class Service:
         self.ledger.close()
         if self.splash:
             plymouth("")
-        return not self.tree.live
+        return not self.tree.live and not Mapping.abandoned
 
 
 def wake(fd: int) -> None:
