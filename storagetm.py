@@ -55,6 +55,7 @@ AF_UNIX = 1
 BLKGETSIZE64 = 0x80081272
 BLKRRPART = 0x125F
 CDROM_DRIVE_STATUS = 0x5326
+DM_DEV_ARM_POLL = 0xC138FD10
 DM_DEV_CREATE = 0xC138FD03
 DM_DEV_REMOVE = 0xC138FD04
 DM_DEV_STATUS = 0xC138FD07
@@ -140,6 +141,8 @@ READ_ONLY = "read-only"  # kinds of access
 SNAPSHOT = "snapshot"
 READ_WRITE = "read-write"
 SNAPSHOT_FULL = "snapshot FULL"
+OVERFLOW = "Overflow"  # what device-mapper says of a snapshot whose store is full
+INVALID = "Invalid"  # and of one that it could not copy something into
 ACCESS = (READ_ONLY, SNAPSHOT, READ_WRITE)
 PER_DISK = "per-disk"  # which subsystem a disk is in
 SHARED = "shared"
@@ -148,8 +151,16 @@ DEFAULT_ACCESS = READ_ONLY
 NETWORK_DISKS = {"nbd": "NBD", "rbd": "Ceph", "rnbd": "RNBD", "etherd!": "ATA over Ethernet"}
 NO_DISKS = {"loop": "a loop device", "zram": "a compressed RAM disk", "ram": "a RAM disk"}
 ENCODING = sys.getfilesystemencoding()
-MEMORY_FILE = "/memfd:storagetm"  # as the kernel calls it
+MEMORY_FILE = "/memfd:storagetm"  # as the kernel calls one that has a snapshot's changes, up to a hyphen
 STORE_MIN = 1 << 20  # bytes for the changes of snapshots
+STORE_COST = (
+    4 << 20
+)  # bytes that the kernel takes for a snapshot beside them: hash tables, buffers for copies
+CHUNK_SECTORS = 8  # of 512 bytes: a snapshot's unit, if nothing on the disk begins in the middle of one
+MEMORY_KEPT = (
+    8,
+    64 << 20,
+)  # one part in so many of all memory, and at least so many bytes, stay free of changes
 
 NO_MEDIUM = "No medium found; insert one and it will be exported"
 
@@ -631,6 +642,21 @@ def dm_table(sectors: int, target: str, parameters: str) -> bytes:
     text += bytes(-len(text) % 8)
     spec = dm_target_spec(0, sectors, 0, ctypes.sizeof(dm_target_spec) + len(text), target.encode())
     return bytes(spec) + text
+
+
+def dm_replace(name: str, table: bytes) -> None:
+    """Gives a device another table in one go; I/O waits meanwhile. Raises OSError."""
+    dm_call(DM_TABLE_LOAD, name, table=table)
+    dm_call(DM_DEV_SUSPEND, name, flags=DM_SKIP_LOCKFS_FLAG)
+
+
+def dm_arm() -> int:
+    """A descriptor that can be read as soon as device-mapper has news from now on; -1 if there is none."""
+    try:
+        dm_call(DM_DEV_ARM_POLL, "")
+    except OSError:
+        return -1
+    return CONTROLS[DEV + "mapper/control"]
 
 
 def dm_target_text(answer: bytes) -> str:
@@ -2180,8 +2206,7 @@ class Mapping(Entry):
     SNAPSHOT = "snapshot"
     PARAMETERS: ClassVar[dict[str, str]] = {
         READ_ONLY: "{} 0 0 1 1 error_writes",
-        # Reads are cut into its pieces, and with 32 KiB are about as fast as without.
-        SNAPSHOT: "{} {} PO 64",
+        SNAPSHOT: "{} {} PO {}",
     }
 
     def __init__(self, path: str, target: str = "", source: str = "", size: int = 0) -> None:
@@ -2242,18 +2267,7 @@ class Mapping(Entry):
         source, sectors = self.source()
         operands = [device_number(source) or source]
         if self.target == self.SNAPSHOT:
-            store = snapshot_store(self.name) if known else ""
-            if not store:
-                fd = os.memfd_create(MEMORY_FILE.rpartition(":")[2], os.MFD_CLOEXEC)
-                try:
-                    # It takes no room before it is written to.
-                    os.ftruncate(fd, 1 << 62)
-                    loop, number = attach_loop(fd, read_only=False, limit=self.store)
-                finally:
-                    os.close(fd)
-                opened.append(loop)
-                store = f"7:{number}"
-            operands.append(store)
+            operands += self.store_and_unit(known, opened)
         if operands[0] != source:
             try:
                 self.load_table(sectors, operands)
@@ -2269,6 +2283,31 @@ class Mapping(Entry):
             os.close(fd)
         opened.append(loop)
         self.load_table(sectors, [f"7:{number}", *operands[1:]])
+
+    def store_and_unit(self, known: dm_ioctl | None, opened: list[int]) -> tuple[str, str]:
+        """Where a snapshot keeps changes, MAJOR:MINOR, and its unit in sectors."""
+        active = known is not None and known.flags & DM_ACTIVE_PRESENT_FLAG
+        if active and (operands := snapshot_operands(self.name)):
+            return operands[1], operands[3]
+        chunk = str(chunk_sectors(self.source()[0]))
+        if active:
+            # An earlier run was killed while the table was away.
+            kept = kept_store(self.name)
+            opened.append(os.open(f"{DEV}loop{kept}", os.O_RDWR | os.O_CLOEXEC))
+            set_autoclear(opened[-1], on=True)
+            make_store_valid(kept)
+            return f"7:{kept}", chunk
+        if spare_memory() < STORE_COST:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        fd = os.memfd_create(self.name, os.MFD_CLOEXEC)
+        try:
+            # It takes no room before it is written to.
+            os.ftruncate(fd, 1 << 62)
+            loop, number = attach_loop(fd, read_only=False, limit=self.store)
+        finally:
+            os.close(fd)
+        opened.append(loop)
+        return f"7:{number}", chunk
 
     def load_table(self, sectors: int, operands: Sequence[str]) -> None:
         parameters = self.PARAMETERS[self.target].format(*operands)
@@ -2331,12 +2370,15 @@ class Mapping(Entry):
             return False
         if state is None or not state.flags & DM_ACTIVE_PRESENT_FLAG or state.flags & DM_SUSPEND_FLAG:
             return False
+        if self.target == self.SNAPSHOT and not snapshot_operands(self.name):
+            return False
         size = read_attribute(f"{SYS}dev/block/{device_numbers(state.dev)}/size")
         return size == str(self.source()[1])
 
     def described(self, root: str) -> dict[str, str]:
         source, sectors = self.source()
-        table = f"0 {sectors} {self.target} " + self.PARAMETERS[self.target].format(source, "MEMORY")
+        operands = source, "MEMORY", chunk_sectors(source)
+        table = f"0 {sectors} {self.target} " + self.PARAMETERS[self.target].format(*operands)
         command = f"dmsetup create {self.name} --table {quoted(table)}"
         return {"step": "map", "path": DEV + "mapper/" + self.name, "value": table, "command": command}
 
@@ -2495,6 +2537,10 @@ def why_not_mapped(problem: OSError, disk: Disk) -> str:
                 fact, commands = what_holds(mapping.sysname())
                 return f"its last export is still in use: {fact}; end that{in_brackets(commands)}"
             return f"another program made the device-mapper device '{name}'; remove it with 'dmsetup remove'"
+        if problem.errno == errno.ENODATA:
+            return "what clients had changed is lost; stop storagetm and start it again"
+        if problem.errno == errno.ENOMEM and disk.access == SNAPSHOT:
+            return "too little memory is left for a snapshot; give --read-only or --read-write, or free some"
         return f"it cannot be exported {disk.access}, since device-mapper says: {reason}"
     working = SNAPSHOT if disk.access == READ_ONLY and not lacking_modules(SNAPSHOT) else READ_WRITE
     if disk.access == SNAPSHOT and not lacking_modules(READ_ONLY):
@@ -2509,93 +2555,160 @@ def why_not_mapped(problem: OSError, disk: Disk) -> str:
 class Memory:
     """What all snapshots together may keep in memory, in bytes.
 
-    Each has a store of its own with a limit. The limits are moved as the stores fill, and add up to no more
-    than `size` at any time.
+    Each has a store of its own with a limit. The limits are moved as the stores fill and as the machine's
+    memory does, and add up to no more than `size` at any time. `asked` is what was asked for; without that,
+    half of what is available at the start.
     """
 
-    def __init__(self, size: int = 0) -> None:
-        self.asked = size
-        self.filled: dict[str, tuple[int, int, bool]] = {}  # used, limit and whether it is full, by name
-
-    @property
-    def size(self) -> int:
-        if not self.asked:
-            self.asked = max(STORE_MIN, available_memory() // 2)
-        return self.asked
+    def __init__(self, asked: int = 0) -> None:
+        self.asked = asked
+        self.most = asked
+        self.size = 0
+        # By name: used and limit, and what keeps it from being written to: OVERFLOW, or nothing.
+        self.filled: dict[str, tuple[int, int, str]] = {}
+        self.repaired: set[str] = set()  # those that had been invalid at the last look
+        self.lost: set[str] = set()  # those that still are
 
     @property
     def used(self) -> int:
         return sum(used for used, _, _ in self.filled.values())
 
     @property
+    def full(self) -> bool:
+        return any(trouble for _, _, trouble in self.filled.values())
+
+    @property
     def pause(self) -> float:
         """In how many seconds to look again, so that none runs full before while others have room."""
-        slack = [limit - used for used, limit, full in self.filled.values() if not full]
+        slack = [limit - used for used, limit, trouble in self.filled.values() if not trouble]
         shortest, longest = STORE_POLL_SEC
         # The last bits are not worth the looking.
         if len(slack) < 2 or self.size - self.used < len(slack) * STORE_MIN // 8:
             return longest
         return min(max(shortest, len(slack) / 1000, min(slack) / STORE_FILL / 2), longest)
 
+    def measure(self) -> None:
+        """Brings `size` up to date: what is used and what can be spared now, but no more than asked for."""
+        if not self.most:
+            self.most = max(STORE_MIN, meminfo().get("MemAvailable", 0) // 2)
+        self.size = max(self.used, min(self.most, self.used + spare_memory()))
+
     def share(self, live: Iterable[Mapping], coming: Sequence[Mapping] = ()) -> None:
         """Looks how full the stores are, and divides what is left among them and those that are coming."""
-        self.filled = {}
+        self.filled, self.repaired, self.lost = {}, set(), set()
         stores = {m.name: m for m in live}
         for name in stores:
-            if state := snapshot_state(name):
+            if state := self.look(name):
                 self.filled[name] = state
         sharers = len(self.filled) + len(coming)
         if not sharers:
             return
+        self.measure()
         part = max(0, self.size - self.used) // sharers & ~0xFFF
         # First comes what makes room. Small differences are not worth stopping anybody for.
-        for name, (used, limit, full) in self.filled.items():
-            if limit - used - part > part // 4 and not full:
+        for name, (used, limit, trouble) in self.filled.items():
+            if limit - used - part > part // 4 and not trouble:
                 self.move(name, used + part, part, shrinks=True)
         room = self.size - sum(limit for _, limit, _ in self.filled.values())
         for mapping in coming:
             mapping.store = max(min(part, room) & ~0xFFF, STORE_MIN // 8)
             room -= mapping.store
-        for name, (used, limit, full) in self.filled.items():
+        for name, (used, limit, trouble) in self.filled.items():
             more = min(used + part - limit, room)
-            if more > part // 4 and not full:
+            # One that ran full is not to run full again in a moment.
+            if more > (max(STORE_MIN, self.size // 16) if trouble else part // 4):
                 self.move(name, limit + more, part, shrinks=False)
                 room -= self.filled[name][1] - limit
 
+    def look(self, name: str) -> tuple[int, int, str] | None:
+        """How full a store is. One that has become invalid is made valid first."""
+        state = snapshot_state(name)
+        if state is None or state[2] != INVALID:
+            return state
+        try:
+            revive_snapshot(name)
+            self.repaired.add(name)
+            return snapshot_state(name)
+        except OSError as e:
+            debug(f"Failed to revive '{name}': {reason_of(e)}")
+            self.lost.add(name)
+            return None
+
     def move(self, name: str, limit: int, slack: int, *, shrinks: bool) -> None:
+        used, _, trouble = self.filled[name]
         try:
             limit = set_snapshot_limit(name, limit, slack, shrinks)
-            self.filled[name] = self.filled[name][0], limit, False
+            if trouble:
+                revive_snapshot(name)
+            self.filled[name] = used, limit, ""
         except OSError as e:
             debug(f"Failed to change the limit of '{name}', ignoring: {reason_of(e)}")
 
 
-def available_memory() -> int:
-    """MemAvailable of proc(5), in bytes; 0 if it is not known."""
+def meminfo() -> dict[str, int]:
+    """The lines of proc(5)'s meminfo, in bytes; none if it cannot be read."""
+    found = {}
     try:
         for line in read_bytes(PROC + "meminfo").split(b"\n"):
             fields = line.split()
-            if len(fields) > 1 and fields[0] == b"MemAvailable:" and fields[1].isdigit():
-                return int(fields[1]) * 1024
+            if len(fields) > 1 and fields[1].isdigit() and len(fields[1]) < 16:
+                found[printable(fields[0].rstrip(b":"))] = int(fields[1]) * 1024
     except OSError:
         pass
-    return 0
+    return found
 
 
-def snapshot_state(name: str) -> tuple[int, int, bool] | None:
-    """Used bytes of a snapshot's store, its limit in bytes, and whether it ran full; None if it is none."""
+def spare_memory() -> int:
+    """How many bytes of memory can be filled for good, and the machine still has what it needs to run.
+
+    What is in a memory file cannot be dropped or written out. If there were little else, the kernel would
+    kill one process after the other, and then give up: "System is deadlocked on memory".
+    """
+    found = meminfo()
+    part, least = MEMORY_KEPT
+    spare = found.get("MemAvailable", 0) - max(found.get("MemTotal", 0) // part, least)
+    if read_attribute(PROC + "sys/vm/overcommit_memory") == "2":
+        spare = min(spare, found.get("CommitLimit", 0) - found.get("Committed_AS", 0))
+    return max(0, spare)
+
+
+def chunk_sectors(source: str) -> int:
+    """The unit of a snapshot of a device or file, in sectors of 512 bytes.
+
+    Of one that is overwritten as a whole, the kernel does not read what was there before, which may be
+    unreadable. File systems write multiples of 4 KiB from their partition's beginning on. Larger units would
+    be faster to read, and fill the memory with what lies beside scattered changes.
+    """
+    sysname = device_below(source)
+    if not sysname or not device_number(source):
+        return CHUNK_SECTORS
+    chunk = CHUNK_SECTORS
+    for name in partitions_of(sysname):
+        start = read_attribute(f"{sys_block(name)}/start")
+        while chunk > 1 and start.isdigit() and int(start) % chunk:
+            chunk //= 2
+    block = read_attribute(sys_block(sysname) + "/queue/logical_block_size")
+    return max(chunk, int(block) // 512 if block.isdigit() else 1)
+
+
+def snapshot_state(name: str) -> tuple[int, int, str] | None:
+    """Used bytes of a snapshot's store, its limit in bytes, and OVERFLOW, INVALID or nothing.
+
+    None if there is no such snapshot.
+    """
     try:
         text = dm_target_text(bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_NOFLUSH_FLAG)))
     except OSError:
         return None
     sectors, _, total = text.partition(" ")[0].partition("/")
     if sectors.isdigit() and total.isdigit():
-        return int(sectors) * 512, int(total) * 512, False
-    if text not in ("Overflow", "Invalid"):
+        return int(sectors) * 512, int(total) * 512, ""
+    operands = snapshot_operands(name)
+    if text not in (OVERFLOW, INVALID) or not operands:
         return None
-    size = read_attribute(f"{SYS}dev/block/{snapshot_store(name)}/size")
+    size = read_attribute(f"{SYS}dev/block/{operands[1]}/size")
     size_bytes = int(size) * 512 if size.isdigit() else 0
-    return size_bytes, size_bytes, True
+    return size_bytes, size_bytes, text
 
 
 def set_snapshot_limit(name: str, limit: int, slack: int, shrinks: bool) -> int:
@@ -2611,9 +2724,8 @@ def set_snapshot_limit(name: str, limit: int, slack: int, shrinks: bool) -> int:
     try:
         if shrinks and (state := snapshot_state(name)):
             limit = max(limit, state[0] + slack // 2)
-        info = bytearray(ctypes.sizeof(loop_info64))
-        fcntl.ioctl(fd, LOOP_GET_STATUS64, info)
-        loop_info64.from_buffer(info).lo_sizelimit = limit & ~0xFFF
+        info = loop_status(fd)
+        info.lo_sizelimit = limit & ~0xFFF
         fcntl.ioctl(fd, LOOP_SET_STATUS64, bytes(info))
     finally:
         if shrinks:
@@ -2622,19 +2734,101 @@ def set_snapshot_limit(name: str, limit: int, slack: int, shrinks: bool) -> int:
     return limit & ~0xFFF
 
 
+def loop_status(fd: int) -> loop_info64:
+    info = bytearray(ctypes.sizeof(loop_info64))
+    fcntl.ioctl(fd, LOOP_GET_STATUS64, info)
+    return loop_info64.from_buffer(info)
+
+
+def set_autoclear(fd: int, *, on: bool) -> None:
+    """Whether the kernel detaches a loop device on last close. Raises OSError."""
+    info = loop_status(fd)
+    info.lo_flags = info.lo_flags & ~LO_FLAGS_AUTOCLEAR | (LO_FLAGS_AUTOCLEAR if on else 0)
+    fcntl.ioctl(fd, LOOP_SET_STATUS64, bytes(info))
+
+
+def revive_snapshot(name: str) -> None:
+    """Has the kernel begin anew with the store of a snapshot that has run full or become invalid.
+
+    When something to be copied cannot be read, the kernel marks the snapshot as invalid and fails all I/O
+    from then on, but what clients have changed before is still in the store. And one that ran full takes no
+    more writes, even if there is room again. A new table reads the store, once the old one is gone. Raises
+    OSError, and then the changes are lost.
+    """
+    operands = snapshot_operands(name)
+    if not operands:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    origin, store, _, chunk = operands
+    sectors = dm_sectors(name)
+    fds: list[int] = []
+    try:
+        for number in (x.partition(":")[2] for x in (store, origin) if x.startswith("7:")):
+            fds.append(os.open(f"{DEV}loop{number}", os.O_RDWR if not fds else os.O_RDONLY))
+        # If this process is killed in between, the next one finds it.
+        set_autoclear(fds[0], on=False)
+        dm_replace(name, dm_table(sectors, "error", ""))
+        make_store_valid(store.partition(":")[2])
+        dm_replace(name, dm_table(sectors, Mapping.SNAPSHOT, f"{origin} {store} PO {chunk}"))
+    finally:
+        if fds:
+            set_autoclear(fds[0], on=True)
+        for fd in fds:
+            os.close(fd)
+
+
+def make_store_valid(number: str) -> None:
+    """Takes back what the kernel has noted at the beginning of a store, /dev/loopNUMBER: that it is invalid.
+
+    The format is that of struct disk_header in drivers/md/dm-snap-persistent.c. Raises OSError.
+    """
+    import mmap
+
+    # Past the cache, which may have what udev read there before.
+    fd = os.open(f"{DEV}loop{number}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        page = mmap.mmap(-1, 4096)
+        if os.preadv(fd, [page], 0) != 4096 or page[:4] != b"SnAp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if page[4:8] != b"\1\0\0\0":
+            page[4:8] = b"\1\0\0\0"
+            os.pwritev(fd, [page], 0)
+    finally:
+        os.close(fd)
+
+
+def kept_store(name: str) -> str:
+    """The number of the loop device with the changes of a snapshot whose table is away. Raises OSError."""
+    for loop in list_directory(SYS + "block"):
+        backing = read_attribute(f"{SYS}block/{loop}/loop/backing_file") if loop.startswith("loop") else ""
+        if backing.partition(" ")[0] == f"/memfd:{name}":
+            return loop[4:]
+    raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+
+
 def device_numbers(dev: int) -> str:
     """MAJOR:MINOR of a number as device-mapper gives it (huge_encode_dev() in the kernel)."""
     return f"{os.major(dev)}:{os.minor(dev)}"
 
 
-def snapshot_store(name: str) -> str:
-    """MAJOR:MINOR of the device that a snapshot keeps its changes on; empty if there is no such snapshot."""
+def dm_sectors(name: str) -> int:
+    """The length of a device's first target. Raises OSError."""
+    answer = bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_STATUS_TABLE_FLAG))
+    return int(dm_target_spec.from_buffer_copy(answer, dm_ioctl.from_buffer_copy(answer).data_start).length)
+
+
+def snapshot_operands(name: str) -> list[str]:
+    """A snapshot's table: origin and store as MAJOR:MINOR, "PO", and the unit; empty if it is none."""
     try:
         answer = bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_STATUS_TABLE_FLAG))
     except OSError:
-        return ""
+        return []
     fields = dm_target_text(answer).split(" ")
-    return fields[1] if len(fields) > 3 else ""
+    return fields[:4] if len(fields) > 3 and fields[2] == "PO" else []
+
+
+def snapshot_store(name: str) -> str:
+    """MAJOR:MINOR of the device that a snapshot keeps its changes on; empty if there is no such snapshot."""
+    return (snapshot_operands(name) or ["", ""])[1]
 
 
 class Branch:
@@ -3728,16 +3922,18 @@ class Report:
         """How full the memory for snapshots is; empty if there are none."""
         if not self.memory.filled:
             return ""
-        used, size = self.memory.used, self.memory.size
-        full = any(full for _, _, full in self.memory.filled.values())
-        text = f"snapshots use {size_text(used)} of {size_text(size)} of memory ({100 * used // size} %)"
-        return before + text + (", which is full: writes fail" if full else "")
+        used, size, asked = self.memory.used, self.memory.size, self.memory.asked
+        share = f"{100 * used // max(1, size)} %"
+        if size < asked:
+            share += f"; this machine cannot spare the {size_text(asked)} asked for"
+        text = f"snapshots use {size_text(used)} of {size_text(size)} of memory ({share})"
+        return before + text + (", which is full: writes fail" if self.memory.full else "")
 
     def access_text(self, disk: Disk) -> str:
         """A disk's access as the screen has it."""
         if disk.access == SNAPSHOT and disk.branch:
             for mapping in disk.branch.kept(Mapping) if Mapping in disk.branch.kinds else ():
-                used, limit, full = self.memory.filled.get(os.path.basename(mapping.path), (0, 0, False))
+                used, limit, full = self.memory.filled.get(os.path.basename(mapping.path), (0, 0, ""))
                 if full or limit:
                     return SNAPSHOT_FULL if full else f"snapshot {100 * used // limit:2} %"
         return disk.access.upper() if disk.access == READ_WRITE else disk.access
@@ -3830,8 +4026,9 @@ class Report:
         if self.transport.shared and count:
             blocks.append([("", "")])
         if fill := self.fill_text(""):
-            full = any(full for _, _, full in self.memory.filled.values())
-            blocks.append([("alert" if full else "", fill[0].upper() + fill[1:] + "."), ("", "")])
+            blocks.append(
+                [("alert" if self.memory.full else "", fill[0].upper() + fill[1:] + "."), ("", "")]
+            )
         if self.others:
             blocks.append([("", "Not exported:")])
             blocks += [[("dim", f"{d.node:<13} {why}"[: width - 1])] for d, why in self.others]
@@ -4093,11 +4290,14 @@ class Service:
         self.memory = memory or Memory()
         self.refused = refused  # why nothing is exported, if it is not to be
         self.shared = 0.0  # when the memory was last divided, in seconds of the monotonic clock
+        self.snapshot_news = -1  # descriptor that can be read when device-mapper has news since then
+        self.damaged: set[str] = set()  # mappings whose disks were found to have unreadable sectors
         self.ledger = Ledger(f"{RUN}{transport.prefix}.entries")
         self.tree = Tree(CONFIGFS, self.ledger)
         self.addresses: list[Address] = []
         self.view: JournalView | Screen = JournalView()
         self.dirty = True  # something to show has changed
+        self.outdated = False  # what is wanted has changed, although no disk has
         self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
         self.started = time.monotonic()
         self.ready = False
@@ -4261,6 +4461,7 @@ class Service:
         """Divides the memory for snapshots among those that are live and those that are going to be."""
         self.shared = time.monotonic()
         live = {m.path: m for m in self.tree.mappings(Mapping.SNAPSHOT)}
+        self.snapshot_news = dm_arm() if live else -1
         coming = [
             m
             for b in wanted
@@ -4271,8 +4472,39 @@ class Service:
         before = self.memory.filled
         if live or coming or before:
             self.memory.share(live.values(), coming)
+        for name in self.memory.repaired - self.damaged:
+            self.damaged.add(name)
+            warning(
+                f"A client's write to '{self.mapped_node(name)}' failed, since a sector beside it cannot be "
+                "read, and other I/O may have failed at that moment; what clients changed before is kept"
+            )
+        for name in self.memory.lost:
+            self.lose(name)
+        if not before and self.memory.filled and self.memory.size < self.memory.asked:
+            size, asked = size_text(self.memory.size), size_text(self.memory.asked)
+            warning(f"Snapshots get {size} of memory instead of {asked}: this machine cannot spare more")
         if self.memory.filled != before:
             self.dirty = True
+
+    def mapped_disk(self, name: str) -> Disk | None:
+        """The disk that is exported through a mapping."""
+        for disk in self.inventory.disks.values():
+            kept = disk.branch.kept(Mapping) if disk.branch and Mapping in disk.branch.kinds else []
+            if any(e.path.rpartition("/")[2] == name for e in kept):
+                return disk
+        return None
+
+    def mapped_node(self, name: str) -> str:
+        disk = self.mapped_disk(name)
+        return disk.node if disk else name
+
+    def lose(self, name: str) -> None:
+        """Ends the export of a disk whose changes are gone: to its clients it would be another one."""
+        if disk := self.mapped_disk(name):
+            disk.failed = "what clients had changed is lost; start storagetm again to export it without that"
+            disk.close()
+            error(f"'{disk.node}' is no longer exported: {disk.failed}")
+            self.outdated = True
 
     def claim(self, disk: Disk, now: float, *, strict: bool) -> None:
         """Takes a disk's lock, if udev is done with it and nobody holds it; says when that takes long."""
@@ -4384,6 +4616,7 @@ class Service:
             poll.register(self.view.keys, select.POLLIN)
         # What the service manager prints on the console about this very start is drawn over a little later.
         redraws = [time.monotonic() + 1, time.monotonic() + 4] if isinstance(self.view, Screen) else []
+        news = False  # whether device-mapper has news that were not looked at yet
         while not self.stop_asked:
             now = time.monotonic()
             if redraws and redraws[0] <= now:
@@ -4398,13 +4631,22 @@ class Service:
             if self.pending():
                 deadlines.append(now + self.pause)
             if self.memory.filled:
-                if now - self.shared >= self.memory.pause:
+                if now - self.shared >= (STORE_POLL_SEC[0] if news else self.memory.pause):
                     self.share_memory()
-                deadlines.append(self.shared + self.memory.pause)
+                    news = False
+                deadlines.append(self.shared + (STORE_POLL_SEC[0] if news else self.memory.pause))
+            if self.outdated:
+                deadlines.append(now)
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
             if self.view.unsent:
                 poll.register(self.view.terminal, select.POLLOUT)
+            events = -1 if news else self.snapshot_news
+            if events >= 0:
+                poll.register(events, select.POLLIN)
             ready = {fd for fd, _ in poll.poll(timeout)}
+            if events >= 0:
+                poll.unregister(events)
+                news = events in ready
             if self.view.unsent and isinstance(self.view, Screen):
                 poll.unregister(self.view.terminal)
                 if self.view.terminal in ready:
@@ -4427,7 +4669,8 @@ class Service:
             except OSError as e:
                 warning(f"Failed to read this machine's addresses: {reason_of(e)}")
             self.dirty = True
-        again = bool(self.tree.finished)
+        again = bool(self.tree.finished) or self.outdated
+        self.outdated = False
         if self.uevents.socket.fileno() in ready:
             names = self.uevents.changed()
             if names is None:
