@@ -153,14 +153,9 @@ NO_DISKS = {"loop": "a loop device", "zram": "a compressed RAM disk", "ram": "a 
 ENCODING = sys.getfilesystemencoding()
 MEMORY_FILE = "/memfd:storagetm"  # as the kernel calls one that has a snapshot's changes, up to a hyphen
 STORE_MIN = 1 << 20  # bytes for the changes of snapshots
-STORE_COST = (
-    4 << 20
-)  # bytes that the kernel takes for a snapshot beside them: hash tables, buffers for copies
+STORE_COST = 4 << 20  # bytes that the kernel itself takes for a snapshot, for tables and buffers
 CHUNK_SECTORS = 8  # of 512 bytes: a snapshot's unit, if nothing on the disk begins in the middle of one
-MEMORY_KEPT = (
-    8,
-    64 << 20,
-)  # one part in so many of all memory, and at least so many bytes, stay free of changes
+MEMORY_KEPT = 8, 64 << 20  # changes never take this part of all memory, nor this many bytes
 
 NO_MEDIUM = "No medium found; insert one and it will be exported"
 
@@ -922,14 +917,17 @@ class Disk:
         "name",
         "node",
         "number",
+        "parts",
         "place",
         "read_only",
+        "relatives",
         "removable",
         "reported",
         "serial",
         "size",
         "sysname",
         "tag",
+        "typed",
         "udev_entry",
         "waiting",
         "waiting_named",
@@ -948,6 +946,9 @@ class Disk:
         self.removable = False
         self.access = DEFAULT_ACCESS
         self.udev_entry = b""  # of udev's database
+        self.typed: set[str] = set()  # what it was called on the command line
+        self.parts: list[list[str]] = []  # nodes and links of each of its partitions, if rules ask for them
+        self.relatives: list[list[str]] = []  # the same of what it is made of, and of what is made of it
         self.model = ""
         self.serial = ""  # ID_SERIAL_SHORT
         self.id_serial = ""  # ID_SERIAL
@@ -965,9 +966,13 @@ class Disk:
         self.buffered = False  # a file on a file system without direct I/O
 
     @property
-    def links(self) -> list[str]:
-        """The links to its node that udev has made."""
-        return [DEV + printable(x[2:]) for x in self.udev_entry.split(b"\n") if x.startswith(b"S:")]
+    def names(self) -> list[str]:
+        """What a rule may call it: paths, serial numbers, model."""
+        # virtio disks have the serial number in ID_SERIAL alone.
+        about = self.serial, self.id_serial, self.model, self.model.replace("_", " ")
+        return [
+            name for name in (self.node, *links_in(self.udev_entry), *sorted(self.typed), *about) if name
+        ]
 
     @property
     def key(self) -> str:
@@ -1003,6 +1008,11 @@ class Disk:
             self.fd = -1
 
 
+def links_in(entry: bytes) -> list[str]:
+    """The links that udev has made to a device, from its entry in the database. Takes any bytes."""
+    return [DEV + printable(x[2:]) for x in entry.split(b"\n") if x.startswith(b"S:")]
+
+
 def sys_block(sysname: str) -> str:
     return f"{SYS}class/block/{sysname}"
 
@@ -1020,6 +1030,11 @@ def sysname_of(devnum: int) -> str:
         return os.path.basename(os.readlink(f"{SYS}dev/block/{os.major(devnum)}:{os.minor(devnum)}"))
     except OSError:
         return ""
+
+
+def sysname_of_node(path: str) -> str:
+    """The kernel's name of the block device that a path leads to; empty if it leads to none."""
+    return device_below(path) if device_number(path) else ""
 
 
 def device_number(node: str) -> str:
@@ -1062,7 +1077,7 @@ def why_ours(sysname: str, depth: int = 0) -> str:
         return f"'{DEV}{sysname}', through which '{mapped_disk(sysname)}' is exported"
     lower: list[str] = []
     if is_partition(sysname):
-        lower = [os.path.basename(os.path.dirname(os.path.realpath(sys_block(sysname))))]
+        lower = [whole_disk(sysname)]
     elif is_stacked(sysname):
         lower = list_directory(sys_block(sysname) + "/slaves")
     elif sysname.startswith("loop"):
@@ -1495,6 +1510,52 @@ def probe_block_device(disk: Disk) -> None:
         identity_from_sysfs(disk)
 
 
+def find_relatives(disk: Disk) -> None:
+    """Reads what a rule may call the partitions of a disk, what it is made of and what is made of it.
+
+    Without its partitions' links a disk is not known either, so udev has to be done with these, too.
+    """
+    disk.parts = []
+    for name in partitions_of(disk.sysname):
+        names, known = names_of(name)
+        disk.parts.append(names)
+        if not known and udev_runs() and not disk.waiting:
+            disk.waiting = f"udev is not done with '{device_node(name)}'"
+    seen = {disk.sysname}
+    below, above = (list(stack(disk.sysname, direction, seen)) for direction in ("slaves", "holders"))
+    disk.relatives = [names_of(name)[0] for name in below + above]
+
+
+def stack(sysname: str, direction: str, seen: set[str]) -> Iterator[str]:
+    """The block devices below ("slaves") or above ("holders") one, and their partitions or whole disks."""
+    near = list_directory(f"{sys_block(sysname)}/{direction}")
+    near += partitions_of(sysname) if direction == "holders" else [whole_disk(sysname)]
+    for name in near:
+        if name and name not in seen and not is_mapping(name):
+            seen.add(name)
+            yield name
+            yield from stack(name, direction, seen)
+
+
+def names_of(sysname: str) -> tuple[list[str], bool]:
+    """Node and links of a block device, and whether udev's database has it."""
+    names = [device_node(sysname)]
+    if label := read_attribute(sys_block(sysname) + "/dm/name"):
+        names.append(f"{DEV}mapper/{label}")
+    try:
+        entry = read_udev_entry(*parse_block_uevent(read_page(sys_block(sysname) + "/uevent")))
+    except OSError:
+        return names, False
+    return [*names, *links_in(entry)], True
+
+
+def whole_disk(sysname: str) -> str:
+    """The kernel's name of the disk that a partition is on; empty if the device is gone or no partition."""
+    if not is_partition(sysname):
+        return ""
+    return os.path.basename(os.path.dirname(os.path.realpath(sys_block(sysname))))
+
+
 def probe_file(disk: Disk) -> None:
     """The same for a regular file. Raises OSError."""
     st = os.stat(disk.node)
@@ -1616,25 +1677,85 @@ def try_lock(disk: Disk) -> None:
 
 
 class Access:
-    """Which disks may be written to, and how."""
+    """Which disks may be written to, and how.
+
+    What a rule is for may be misspelled, or come later. So as long as a rule that protects has matched
+    nothing, all disks that it might be for are read-only: those that no rule before it matches.
+    """
 
     def __init__(self, rules: Sequence[tuple[str, str]] = (), mode: str = "") -> None:
         self.rules = rules
         self.mode = mode or DEFAULT_ACCESS
+        self.matched: set[int] = set()  # the rules that have matched a device of this machine at any time
 
-    def of(self, disk: Disk) -> str:
-        """What the first rule says that matches the node, a link, the serial number or the model."""
-        if not self.rules:
-            return self.mode
+    def noted(self) -> bytes:
+        """All of this as it is kept in a file."""
+        return os.fsencode("".join(f"{glob}:{mode}\n" for glob, mode in (*self.rules, ("*", self.mode))))
+
+    def match(self, names: Iterable[str]) -> list[int]:
+        """The rules that match one of the names of a device, in their order."""
         from fnmatch import fnmatchcase
 
-        # virtio disks have the serial number in ID_SERIAL alone.
-        serials = disk.serial, disk.id_serial
-        names = [disk.node, *disk.links, *serials, disk.model, disk.model.replace("_", " ")]
-        for glob, mode in self.rules:
-            if any(fnmatchcase(name, glob) for name in names if name):
-                return mode
-        return self.mode
+        found = [i for i, (glob, _) in enumerate(self.rules) if any(fnmatchcase(n, glob) for n in names)]
+        self.matched.update(found)
+        return found
+
+    def of(self, disk: Disk) -> str:
+        """The mode for a disk: read-only, too, if a rule that has matched nothing may be for it."""
+        mode, doubt = self.judge(disk)
+        return READ_ONLY if doubt is not None else mode
+
+    def doubt(self, disk: Disk) -> int | None:
+        """The first rule that may be for the disk, has matched nothing, and would protect it."""
+        return self.judge(disk)[1]
+
+    def judge(self, disk: Disk) -> tuple[str, int | None]:
+        """What the rules say of a disk, and the rule that makes this doubtful.
+
+        The first rule counts that matches the disk or one of its partitions. If a partition, or what stands
+        above or below the disk, has a rule of its own that protects more, the whole disk is protected so.
+        """
+        if not self.rules:
+            return self.mode, None
+        own = self.match(disk.names)
+        parts = [self.match(names) for names in disk.parts]
+        relatives = [self.match(names) for names in disk.relatives]
+        first = min((found[0] for found in (own, *parts) if found), default=len(self.rules))
+        mode = self.rules[first][1] if first < len(self.rules) else self.mode
+        for found in (*parts, *relatives):
+            if found and found[0] not in own:
+                mode = min(mode, self.rules[found[0]][1], key=ACCESS.index)
+        idle = (i for i in range(first) if i not in self.matched)
+        return mode, next((i for i in idle if self.protects(i, mode)), None)
+
+    def protects(self, rule: int, mode: str) -> bool:
+        return ACCESS.index(self.rules[rule][1]) < ACCESS.index(mode)
+
+    def idle(self, disks: Iterable[Disk]) -> list[str]:
+        """A sentence for each rule that has matched nothing so far."""
+        found = []
+        for i in (i for i in range(len(self.rules)) if i not in self.matched):
+            glob, mode = self.rules[i]
+            text = f"--access={glob}:{mode} matches no disk"
+            text += self.near_miss(glob, disks)
+            after = [mode for _, mode in self.rules[i + 1 :]] + [self.mode]
+            if any(self.protects(i, other) for other in after):
+                text += "; until one does, all that no rule before it matches are read-only"
+            found.append(text)
+        return found
+
+    @staticmethod
+    def near_miss(glob: str, disks: Iterable[Disk]) -> str:
+        """What may have been meant, in brackets."""
+        from fnmatch import fnmatchcase
+
+        for disk in disks:
+            for name in (*disk.names, *(name for part in disk.parts for name in part)):
+                if fnmatchcase(name.casefold(), glob.casefold()):
+                    return f" (there is '{name}', and case matters)"
+        if device := sysname_of_node(glob):
+            return f" (it leads to '{device_node(device)}', but udev does not know it; give that)"
+        return ""
 
 
 class Inventory:
@@ -1659,6 +1780,7 @@ class Inventory:
             # Removable drives last: some take seconds to say that they are empty.
             for name in sorted(names, key=lambda n: (n.startswith(("fd", "sr")), natural_order(n))):
                 self.examine(name, usage)
+            self.settle(usage)
             return
         usage = self.usage()
         for path in self.paths:
@@ -1670,6 +1792,7 @@ class Inventory:
             self.disks.setdefault(disk.key, disk)
         for name in list(self.disks):
             self.examine(name, usage)
+        self.settle(usage)
 
     def update(self, sysnames: Iterable[str]) -> None:
         """Reads those disks again, and those that are left out for their use, which may have ended."""
@@ -1677,11 +1800,52 @@ class Inventory:
             self.rescan()
             return
         again = set(sysnames)
+        if self.access.rules:
+            again.update(filter(None, map(whole_disk, sysnames)))
         again.update(n for n, d in self.disks.items() if d.left_out.startswith("it is in use"))
         usage = self.usage()
         for name in sorted(again, key=natural_order):
             if name in self.disks or os.path.exists(f"{SYS}block/{name}"):
                 self.examine(name, usage)
+        self.settle(usage)
+
+    def settle(self, usage: Usage | None) -> None:
+        """Gives each disk the access that the rules ask for, now that it is known what they match."""
+        access = self.access
+        if not self.all and len(access.matched) < len(access.rules):
+            # A rule may be for a disk that is not exported, and then says nothing of others.
+            for name in list_directory(SYS + "block"):
+                if name not in self.disks and not is_no_disk(name):
+                    other = Disk(name, device_node(name), name)
+                    try:
+                        self.probe(other)
+                    except UserError as e:
+                        debug(str(e))
+        for name, disk in list(self.disks.items()):
+            if disk.fd < 0 and disk.access != access.of(disk):
+                self.examine(name, usage)
+
+    def check_rules(self) -> None:
+        """Raises UserError for a rule that cannot match anything here."""
+        for i, (glob, mode) in enumerate(self.access.rules):
+            if i not in self.access.matched and glob.startswith(DEV + "disk/") and not udev_runs():
+                device = sysname_of_node(glob)
+                instead = f"--access={device_node(device)}:{mode}" if device else "see --list-devices"
+                raise UserError(
+                    f"--access={glob}:{mode} cannot match, since udev, which knows the links below "
+                    f"'{DEV}disk', does not run here; name the disk by its node, serial number or model: "
+                    f"{instead}"
+                )
+
+    def undecided(self, disk: Disk, now: float) -> str:
+        """The node of a disk that udev is not done with, if the access of `disk` depends on it."""
+        if self.access.doubt(disk) is None:
+            return ""
+        for other in self.disks.values():
+            since = now - (other.waiting_since or now)
+            if other is not disk and other.waiting.startswith("udev") and since < UDEV_WAIT_SEC:
+                return other.node
+        return ""
 
     def usage(self) -> Usage | None:
         try:
@@ -1712,9 +1876,12 @@ class Inventory:
             if not os.path.exists(node):
                 node = absolute
             # Named as it was called, so that a link can give it a name that stays.
-            return Disk(os.path.basename(absolute), node, sysname)
+            disk = Disk(os.path.basename(absolute), node, sysname)
+            disk.typed = {path, absolute}
+            return disk
         if stat.S_ISREG(st.st_mode):
             disk = Disk(os.path.basename(absolute), absolute)
+            disk.typed = {path, absolute}
             disk.id_serial = path  # what the UUID is made from, as systemd-storagetm has it
             return disk
         what = {stat.S_IFDIR: "a directory", stat.S_IFCHR: "a character device"}.get(stat.S_IFMT(st.st_mode))
@@ -1729,8 +1896,9 @@ class Inventory:
         for path in self.paths:
             disk = self.resolve(path)
             self.probe(disk)
-            if same := [d.node for d in self.disks.values() if d.tag == disk.tag]:
-                warning(f"'{path}' is the same as '{same[0]}', exporting it once")
+            if same := [d for d in self.disks.values() if d.tag == disk.tag]:
+                warning(f"'{path}' is the same as '{same[0].node}', exporting it once")
+                same[0].typed |= disk.typed
                 continue
             if disk.name in by_name:
                 raise UserError(
@@ -1739,6 +1907,10 @@ class Inventory:
                 )
             by_name[disk.name] = path
             self.disks[disk.key] = disk
+        self.settle(usage)
+        for disk in self.disks.values():
+            path = by_name[disk.name]
+            disk.access = self.access.of(disk)
             if why := why_unfit(disk):
                 why = NO_MEDIUM.replace("it will be exported", "start again") if why == NO_MEDIUM else why
                 raise UserError(f"Failed to export '{path}': {why}")
@@ -1764,7 +1936,13 @@ class Inventory:
         except OSError as e:
             raise UserError(f"Failed to export '{disk.node}': {reason_of(e)}") from e
         if disk.fd < 0:  # or else clients know it as it is
-            disk.access = self.access.of(disk)
+            self.decide(disk)
+
+    def decide(self, disk: Disk) -> None:
+        """Sets the access of a disk by the rules."""
+        if self.access.rules and disk.sysname:
+            find_relatives(disk)
+        disk.access = self.access.of(disk)
 
     def examine(self, name: str, usage: Usage | None) -> None:
         """Reads one disk again and decides whether it is exported; forgets it if it is gone."""
@@ -2451,7 +2629,7 @@ def reread_partitions(sysname: str) -> None:
             return
         except OSError as e:
             # EINVAL: it can have no partitions.
-            if e.errno in (errno.EINVAL, errno.ENOTTY, errno.ENOMEDIUM, errno.ENXIO):
+            if e.errno in (errno.EINVAL, errno.ENOTTY, errno.ENOMEDIUM, errno.ENXIO, errno.ENOENT):
                 return
             use = what_uses(sysname) if e.errno == errno.EBUSY else ""
             if e.errno == errno.EBUSY and not use and time.monotonic() < deadline:
@@ -2616,7 +2794,7 @@ class Memory:
         for name, (used, limit, trouble) in self.filled.items():
             more = min(used + part - limit, room)
             # One that ran full is not to run full again in a moment.
-            if more > (max(STORE_MIN, self.size // 16) if trouble else part // 4):
+            if more > (max(STORE_COST, self.size // 16) if trouble else part // 4):
                 self.move(name, limit + more, part, shrinks=False)
                 room -= self.filled[name][1] - limit
 
@@ -2643,6 +2821,8 @@ class Memory:
             self.filled[name] = used, limit, ""
         except OSError as e:
             debug(f"Failed to change the limit of '{name}', ignoring: {reason_of(e)}")
+            if trouble and not snapshot_operands(name):
+                self.lost.add(name)
 
 
 def meminfo() -> dict[str, int]:
@@ -2768,7 +2948,12 @@ def revive_snapshot(name: str) -> None:
         set_autoclear(fds[0], on=False)
         dm_replace(name, dm_table(sectors, "error", ""))
         make_store_valid(store.partition(":")[2])
-        dm_replace(name, dm_table(sectors, Mapping.SNAPSHOT, f"{origin} {store} PO {chunk}"))
+        table = dm_table(sectors, Mapping.SNAPSHOT, f"{origin} {store} PO {chunk}")
+        try:
+            dm_replace(name, table)
+        except OSError:  # for want of memory: what the old table had is free in a moment
+            time.sleep(LOCK_POLL_SEC[0])
+            dm_replace(name, table)
     finally:
         if fds:
             set_autoclear(fds[0], on=True)
@@ -3787,10 +3972,7 @@ class NvmeTcp:
         between: list[Entry] = []
         device: Entry = Attribute(namespace + "/device_path", disk.node)
         protection: list[Entry] = []
-        if disk.access != READ_WRITE:
-            target = Mapping.READ_ONLY if disk.access == READ_ONLY else Mapping.SNAPSHOT
-            path = Mapping.path_for(disk.name, self.prefix, disk.tag, disk.node, target)
-            mapping = Mapping(path, target, disk.node, disk.size)
+        if mapping := self.mapping(disk, disk.access):
             between, device = [mapping], MappedNode(namespace + "/device_path", mapping)
         elif disk.sysname:
             between = [Writable(Writable.path_for(disk.tag), disk.sysname)]
@@ -3816,6 +3998,25 @@ class NvmeTcp:
             identity = self.subsystem_entries(root, self.model(disk), self.serial(disk))
             entries = [*identity, *entries, *self.links(root)]
         return Branch(disk.tag, entries)
+
+    def mapping(self, disk: Disk, access: str) -> Mapping | None:
+        """What stands between a disk and its export, for this kind of access."""
+        if access == READ_WRITE:
+            return None
+        target = Mapping.READ_ONLY if access == READ_ONLY else Mapping.SNAPSHOT
+        path = Mapping.path_for(disk.name, self.prefix, disk.tag, disk.node, target)
+        return Mapping(path, target, disk.node, disk.size)
+
+    def live_access(self, disk: Disk, live: dict[str, Branch]) -> str:
+        """The kind of access with which a disk is exported now; empty if it is not."""
+        if self.shared:
+            disk.number = self.numbers.take(disk)
+        branch = live.get(self.root(disk))
+        if branch is None or branch.tag != disk.tag:
+            return ""
+        paths = [e.path for e in branch.kept(Mapping)]
+        wanted = {access: self.mapping(disk, access) for access in ACCESS}
+        return next((a for a, mapping in wanted.items() if paths == ([mapping.path] if mapping else [])), "")
 
     def model(self, disk: Disk | None) -> str:
         """The model of a disk's subsystem, or of the one that is for all."""
@@ -3894,9 +4095,11 @@ class Report:
         disks: Iterable[Disk],
         memory: Memory | None = None,
         refused: str = "",
+        idle: Sequence[str] = (),
     ) -> None:
         self.memory = memory or Memory()
         self.refused = refused
+        self.idle = idle  # what to say of rules that have matched nothing
         self.title = f"Storage target mode: {machine.name} ({machine.os_name})"
         self.transport = transport
         self.addresses = transport.reachable(addresses)
@@ -4025,6 +4228,8 @@ class Report:
             blocks.append([*lines, ("", "")])
         if self.transport.shared and count:
             blocks.append([("", "")])
+        for text in self.idle:
+            blocks.append([("alert", f"{text}."), ("", "")])
         if fill := self.fill_text(""):
             blocks.append(
                 [("alert" if self.memory.full else "", fill[0].upper() + fill[1:] + "."), ("", "")]
@@ -4293,6 +4498,9 @@ class Service:
         self.snapshot_news = -1  # descriptor that can be read when device-mapper has news since then
         self.damaged: set[str] = set()  # mappings whose disks were found to have unreadable sectors
         self.ledger = Ledger(f"{RUN}{transport.prefix}.entries")
+        self.rules_file = f"{RUN}{transport.prefix}.access"
+        self.same_rules = False  # whether an earlier run that was killed had the same
+        self.rules_noted = False
         self.tree = Tree(CONFIGFS, self.ledger)
         self.addresses: list[Address] = []
         self.view: JournalView | Screen = JournalView()
@@ -4316,6 +4524,7 @@ class Service:
         prepare_kernel()
         self.ledger.lock()
         self.tree.adopt()
+        self.compare_rules()
         self.transport.choose_ports(self.tree.live)
         self.transport.numbers.kept = True
         self.catch_signals()
@@ -4327,6 +4536,7 @@ class Service:
             if self.inventory.all:
                 self.inventory.rescan()
                 self.check_names()
+            self.inventory.check_rules()
             self.synchronise(strict=True)
             self.network = Network()
             self.addresses = self.network.addresses()
@@ -4340,9 +4550,33 @@ class Service:
             clean = self.stop()
             self.view.close()
             log.screen = None
-            for message in [*(getattr(self.view, "messages", []) if failed else []), *last]:
+            for message in getattr(self.view, "messages", []) if failed else []:
+                error(message)
+            # Elsewhere they were written at once.
+            for message in last if os.isatty(2) else []:
                 error(message)
         return 0 if clean else 1
+
+    def compare_rules(self) -> None:
+        """Finds out whether an earlier run that was killed had the same rules.
+
+        Then no access changes that clients have, although rules may match other disks by now.
+        """
+        try:
+            self.same_rules = read_bytes(self.rules_file) == self.inventory.access.noted()
+            if not self.same_rules:
+                os.unlink(self.rules_file)
+        except OSError as e:
+            debug(f"No rules of an earlier run: {reason_of(e)}")
+
+    def note_rules(self) -> None:
+        """Notes the rules, once all that is exported is exported by them."""
+        self.rules_noted = True
+        try:
+            if self.inventory.access.rules:
+                write_new_file(self.rules_file, self.inventory.access.noted())
+        except OSError as e:
+            debug(f"Failed to note the rules, ignoring: {reason_of(e)}")
 
     @staticmethod
     def set_urgent(urgent: bool) -> None:
@@ -4386,9 +4620,13 @@ class Service:
             self.ledger.shorten(self.tree.live.values(), CONFIGFS)
         except OSError as e:
             debug(f"Failed to shorten '{self.ledger.path}', ignoring: {reason_of(e)}")
+        if not self.rules_noted and not self.pending():
+            self.note_rules()
         if not self.ready and (not self.pending() or now - self.started > LOCK_WAIT_SEC):
             self.ready = True
             notify("READY=1")
+            for text in self.idle_rules():
+                warning(text)
         self.dirty = True
 
     def apply(self, disks: Sequence[Disk], *, strict: bool) -> None:
@@ -4513,6 +4751,9 @@ class Service:
         waited = now - disk.waiting_since
         if disk.waiting.startswith("udev") and waited < UDEV_WAIT_SEC:
             return  # until udev says so, and the disk is read again
+        if other := self.inventory.undecided(disk, now):
+            disk.waiting = f"its access depends on '{other}', which udev is not done with"
+            return
         try:
             try_lock(disk)
         except OSError as e:
@@ -4520,6 +4761,11 @@ class Service:
             return
         if disk.fd >= 0:
             disk.waiting_since, disk.waiting_named = 0.0, False
+            # To open it has waited for the kernel to read its partition table.
+            self.inventory.decide(disk)
+            disk.waiting = ""
+            if self.same_rules and (access := self.transport.live_access(disk, self.tree.live)):
+                disk.access = access
         elif waited > LOCK_WAIT_SEC and not disk.waiting_named:
             disk.waiting_named = True
             warning(
@@ -4534,6 +4780,10 @@ class Service:
         # What an earlier run exported stays while the lock that died with it is waited for.
         live = self.tree.live.get(self.transport.root(disk))
         return live if live and live.tag == disk.tag else None
+
+    def idle_rules(self) -> list[str]:
+        """What to say of rules that have matched nothing, once all disks were looked at."""
+        return self.inventory.access.idle(self.inventory.disks.values()) if self.ready else []
 
     def pending(self) -> list[Disk]:
         return [d for d in self.inventory.candidates() if d.waiting and d.fd < 0 and not d.failed]
@@ -4689,7 +4939,15 @@ class Service:
     def show(self) -> None:
         self.dirty = False
         disks = self.inventory.disks.values()
-        report = Report(self.machine, self.transport, self.addresses, disks, self.memory, self.refused)
+        report = Report(
+            self.machine,
+            self.transport,
+            self.addresses,
+            disks,
+            self.memory,
+            self.refused,
+            self.idle_rules(),
+        )
         self.view.show(report)
         if (status := report.status()) != self.status:
             self.status = status
@@ -4713,10 +4971,12 @@ class Service:
             disk.close()
         if not self.tree.live:
             self.ledger.clear()
+            if self.inventory.access.rules and os.path.exists(self.rules_file):
+                os.unlink(self.rules_file)
         self.ledger.close()
         if self.splash:
             plymouth("")
-        return not self.tree.live and not Mapping.abandoned
+        return not self.tree.live and not any(map(dm_status, Mapping.abandoned))
 
 
 def wake(fd: int) -> None:
@@ -5012,6 +5272,9 @@ def list_devices(options: Options) -> int:
     """Says what --all would export, what not, and why."""
     inventory = Inventory((), True, options.all > 1, Access(options.rules, options.mode))
     inventory.rescan()
+    inventory.check_rules()
+    for text in inventory.access.idle(inventory.disks.values()):
+        warning(text)
     disks = sorted(inventory.disks.values(), key=lambda d: natural_order(d.name))
     if options.json:
         write_json(
@@ -5047,6 +5310,9 @@ def dry_run(options: Options, transport: NvmeTcp, inventory: Inventory) -> int:
         inventory.rescan()
     else:
         inventory.check_named()
+    inventory.check_rules()
+    for text in inventory.access.idle(inventory.disks.values()):
+        warning(text)
     ledger = Ledger(f"{RUN}{transport.prefix}.entries")
     tree = Tree(CONFIGFS, ledger, steps.append)
     try:

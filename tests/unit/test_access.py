@@ -431,7 +431,7 @@ def test_memory_shrinks_and_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stores.share(memory) == {"a": (8 * MIB, 8 * MIB, ""), "b": (0, 0, "")}
     assert memory.size == 8 * MIB
     stores.stores["a"] = 8 * MIB, 8 * MIB, storagetm.OVERFLOW
-    stores.spare = MIB  # not worth it yet
+    stores.spare = 3 * MIB  # not worth it yet
     assert stores.share(memory)["a"] == (8 * MIB, 8 * MIB, storagetm.OVERFLOW)
     assert memory.full
     assert stores.revived == []

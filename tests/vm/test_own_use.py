@@ -47,7 +47,7 @@ def failed_stop(target: Machine, service: Service) -> str:
     return service.output
 
 
-@pytest.mark.parametrize("access", ["--read-only", "--snapshot=8M", "--read-write"])
+@pytest.mark.parametrize("access", ["--read-only", "--read-write"])
 def test_nobody_else_takes_it(target: Machine, members: tuple[str, ...], access: str) -> None:
     """md and a mount find a disk, or what stands between it and its export, but it is busy."""
     attempts = "mdadm --assemble --scan; for d in {}; do mdadm --assemble --run /dev/md77 $d; "
