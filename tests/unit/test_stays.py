@@ -229,7 +229,7 @@ def test_disks_whose_numbers_would_clash_have_others_after_each_boot(
     inventory = storagetm.Inventory((), True, False, stays=run(path))
     disks = [disk(f"sd{i}", f"DISK-{i}") for i in range(10)]
     inventory.disks = {d.sysname: d for d in disks}
-    inventory.settle(disks)
+    inventory.begin_stays(disks)
     choices = [inventory.stays.choice(d.identity()) for d in disks]
     clashing = [d for d, n in zip(disks, choices) if choices.count(n) > 1]
     assert 0 < len(clashing) < 10
@@ -242,7 +242,7 @@ def test_disks_whose_numbers_would_clash_have_others_after_each_boot(
     inventory.stays = run(path)
     for each in disks:
         each.stay = None
-    inventory.settle(reversed(disks))
+    inventory.begin_stays(reversed(disks))
     after = {d.sysname: d.stay and d.stay.number for d in disks}
     assert {n for n in before if before[n] == after[n]} >= {d.sysname for d in disks if d not in clashing}
     assert sorted(set(after.values())) == sorted(after.values())  # type: ignore[type-var]
