@@ -58,6 +58,7 @@ def run(path: str) -> storagetm.Stays:
 
 def number(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) -> int:
     stay = stays.begin(disk, alone=alone)
+    stays.note()
     assert stay
     return stay.number
 
@@ -65,6 +66,7 @@ def number(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) 
 def identities(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) -> set[str]:
     """All by which a client could take one disk for another."""
     disk.stay = stays.begin(disk, alone=alone)
+    stays.note()
     assert disk.stay
     machine = storagetm.Machine.__new__(storagetm.Machine)
     machine.id, machine.os, machine.os_version = SALT, "debian", "13"
@@ -258,7 +260,7 @@ def test_nothing_is_written_before_the_lock_is_held(path: str) -> None:
 def test_place_for_notes_is_full(capfd: pytest.CaptureFixture[str]) -> None:
     """The disk is exported all the same, and why its number may not last is said."""
     assert number(run("/proc/none"), disk("sda", "ONE"))
-    assert "Failed to note the number of a namespace in '/proc/none'" in capfd.readouterr().err
+    assert "Failed to note the numbers of namespaces in '/proc/none'" in capfd.readouterr().err
 
 
 def test_note_that_does_not_fit(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
