@@ -4430,7 +4430,8 @@ class NvmeHost:
     def __init__(self, address: tuple[str, int], nqn: str, host_id: str) -> None:
         self.number = 0  # of the last command
         self.buffer = b""  # what has arrived and is not yet looked at
-        self.socket = socket.socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC)
+        family = AF_INET6 if ":" in address[0] else AF_INET
+        self.socket = socket.socket(family, SOCK_STREAM | SOCK_CLOEXEC)
         try:
             self.socket.settimeout(self.CONNECT_SEC)
             self.socket.connect(address)
@@ -4444,6 +4445,16 @@ class NvmeHost:
 
     def close(self) -> None:
         self.socket.close()
+
+    def is_attached(self) -> bool:
+        """Whether the target still has the connection."""
+        self.socket.settimeout(0)
+        try:
+            return bool(self.socket.recv(1))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def initialize(self) -> None:
         """The PDUs with which a connection begins: neither alignment nor digests."""
@@ -4595,6 +4606,74 @@ class WriteProtection(Entry):
         return {"step": "write-protect", "path": path, "command": command}
 
 
+class ClientLimit(Attribute):
+    """The last ID that a subsystem's controllers may have.
+
+    Linux 6.1 refuses the same as the first one (nvmet_subsys_attr_cntlid_max_store()), Linux 6.12 takes it.
+    One more is allowed then, which a Seat takes.
+    """
+
+    def make(self, root: str) -> None:
+        try:
+            super().make(root)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            write_attribute(root + self.path, str(int(self.value) + 1))
+
+    def is_live(self, root: str) -> bool:
+        return read_attribute(root + self.path) in (self.value, str(int(self.value) + 1))
+
+
+class Seat(Entry):
+    """A connection of our own to a subsystem where the kernel lets in one client more than it should.
+
+    It is made between the subsystem's first link and the others. A crash gives it up, and the next run takes
+    it again; EBUSY if a client was quicker.
+    """
+
+    amendable = holds = admits = True
+
+    def __init__(self, path: str, transport: NvmeTcp) -> None:
+        super().__init__(path)
+        self.transport = transport
+
+    def make(self, root: str) -> None:
+        self.unmake(root)
+        if self.is_needed(root):
+            self.transport.seats[self.path] = self.transport.take_seat(os.path.dirname(self.path))
+
+    def unmake(self, root: str) -> None:
+        if seat := self.transport.seats.pop(self.path, None):
+            seat.close()
+
+    def described(self, root: str) -> dict[str, str] | None:
+        """Nothing about a subsystem that is not there yet, since the kernel has not said what it allows."""
+        if not self.is_needed(root):
+            return None
+        subsystem = os.path.dirname(self.path)
+        command = f"nvme connect -t tcp -n {quoted(os.path.basename(subsystem))}"
+        return {
+            "step": "attach",
+            "path": root + subsystem,
+            "command": f"# as a host of this machine: {command}",
+        }
+
+    def undescribed(self, root: str) -> None:
+        """The kernel ends the connection with the link."""
+
+    def is_needed(self, root: str) -> bool:
+        first, last = (
+            int(read_attribute(f"{root}{os.path.dirname(self.path)}/attr_cntlid_{name}") or 0)
+            for name in ("min", "max")
+        )
+        return last - first >= self.transport.clients
+
+    def is_live(self, root: str) -> bool:
+        seat = self.transport.seats.get(self.path)
+        return seat.is_attached() if seat else not self.is_needed(root)
+
+
 class NvmeTcp:
     """NVMe/TCP through the kernel's nvmet: a subsystem for each disk, a port for each address family.
 
@@ -4634,8 +4713,9 @@ class NvmeTcp:
         self.attempts = 0
         self.passage = 0  # number of the port that is only there for ourselves
         self.passage_port = 0  # its TCP port, once something is linked there
-        self.host_id = ""  # as which we come in there
+        self.host_id = machine.app_specific(self.NQN_APPLICATION)  # as which we come in there
         self.untold: dict[str, OSError] = {}  # by path of WriteProtection: why hosts are not told of it
+        self.seats: dict[str, NvmeHost] = {}  # by path of Seat
         self.unreachable_until = 0.0  # when to connect to ourselves again, where that could not be done
 
     # Names
@@ -4718,6 +4798,14 @@ class NvmeTcp:
         """Why the kernel would not do a step, where its own reason would mislead; or else empty."""
         if e.errno in (errno.ENOENT, errno.EACCES) and "/attr_cntlid_" in str(e.filename):
             return "this kernel cannot keep other clients away (Linux 5.8 can); see --clients=any"
+        if str(e.filename).endswith("/seat"):
+            if e.errno == errno.EBUSY:
+                return "several clients have attached it already; detach it from all, or see --clients=any"
+            return (
+                f"this kernel keeps other clients away only while storagetm is one, and that fails: "
+                f"{os.strerror(e.errno or errno.EIO)}; let this machine's firewall accept all packets on "
+                "'lo', or see --clients=any"
+            )
         # nvmet_ns_enable(): not files of ours.
         if self.shared and e.errno == errno.EMFILE and str(e.filename).endswith("/enable"):
             return "the kernel allows no more namespaces in one subsystem (1024); see --subsystem=per-disk"
@@ -4749,7 +4837,6 @@ class NvmeTcp:
         self.passage = self.passage or self.port_number(0)
         while str(self.passage) in taken:
             self.passage, self.passage_port = random_port(), 0
-        self.host_id = self.host_id or self.machine.app_specific(self.NQN_APPLICATION)
 
     def passage_branch(self, *, opened: bool) -> Branch:
         """The passage. Where it is not `opened`, nothing is linked there, and nothing listens."""
@@ -4813,6 +4900,10 @@ class NvmeTcp:
             "Their writes fail all the same"
         )
 
+    def without_seats(self, addresses: list[str]) -> list[str]:
+        """The addresses of clients, given all that have a connection."""
+        return [a for a in addresses if a not in ("127.0.0.1", "::1")] if self.seats else addresses
+
     # The wanted tree
 
     def common_branches(self) -> list[Branch]:
@@ -4839,7 +4930,9 @@ class NvmeTcp:
             limit = self.limit(READ_WRITE if self.writable else READ_ONLY)
             identity = self.subsystem_entries(path, self.model(None), self.serial(None), limit, 0)
             branches.append(
-                Branch("subsystem", [*identity, DefaultGroup(path + "/namespaces"), *self.links(path)])
+                Branch(
+                    "subsystem", [*identity, DefaultGroup(path + "/namespaces"), *self.links(path, limit)]
+                )
             )
         return branches
 
@@ -4855,19 +4948,44 @@ class NvmeTcp:
         entries: list[Entry] = [Directory(path), Attribute(path + "/attr_allow_any_host", "1")]
         if limit:
             # The kernel refuses a host when all controllers' IDs between these are taken (Linux 5.8). One is
-            # taken whichever subsystem it is used in.
-            first = CNTLID_MIN + index % ((CNTLID_MAX - CNTLID_MIN + 1) // limit) * limit
+            # taken whichever subsystem it is used in. Where a Seat is taken, there is one more.
+            each = limit + 1
+            first = CNTLID_MIN + index % ((CNTLID_MAX - CNTLID_MIN + 1) // each) * each
             entries.append(Attribute(path + "/attr_cntlid_min", str(first)))
-            entries.append(Attribute(path + "/attr_cntlid_max", str(first + limit - 1)))
+            entries.append(ClientLimit(path + "/attr_cntlid_max", str(first + limit - 1)))
         for name, value in (("model", model), ("firmware", self.firmware), ("serial", serial)):
             if value:
                 entries.append(OptionalAttribute(f"{path}/attr_{name}", value))
         return entries
 
-    def links(self, subsystem: str) -> list[Entry]:
+    def links(self, subsystem: str, limit: int) -> list[Entry]:
         """What lets clients in, and so comes last."""
         nqn = subsystem.rpartition("/")[2]
-        return [Link(f"nvmet/ports/{n}/subsystems/{nqn}", subsystem) for n in self.ports.values()]
+        links: list[Entry] = [
+            Link(f"nvmet/ports/{n}/subsystems/{nqn}", subsystem) for n in self.ports.values()
+        ]
+        # The last ID that Linux 6.1 takes for the first is one that makes room for two.
+        return [*links[:1], Seat(subsystem + "/seat", self), *links[1:]] if limit == 1 else links
+
+    def take_seat(self, subsystem: str) -> NvmeHost:
+        """Attaches ourselves to a subsystem that is linked to the first port. Raises OSError."""
+        family, port = next(iter(self.ports.items()))
+        address = "::1" if family == AF_INET6 else "127.0.0.1", port
+        nqn = subsystem.rpartition("/")[2]
+        if time.monotonic() < self.unreachable_until:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        try:
+            return NvmeHost(address, nqn, self.host_id)
+        except OSError as e:
+            if e.errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL):
+                raise_loopback()
+                return NvmeHost(address, nqn, self.host_id)
+            if isinstance(e, TimeoutError):
+                self.unreachable_until = time.monotonic() + COURTESY_SEC[0]
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from e
+            if e.errno == errno.EIO:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY)) from e
+            raise
 
     def disk_branch(self, disk: Disk) -> Branch:
         """What has to be in configfs to export `disk`; the same object as long as nothing changes."""
@@ -4905,7 +5023,7 @@ class NvmeTcp:
         if not self.shared:
             limit, index = self.limit(disk.access), disk.stay.index if disk.stay else 0
             identity = self.subsystem_entries(root, self.model(disk), self.serial(disk), limit, index)
-            entries = [*identity, *entries, *self.links(root)]
+            entries = [*identity, *entries, *self.links(root, limit)]
         return Branch(disk.tag, entries, claims=self.claims(disk))
 
     def claims(self, disk: Disk) -> list[tuple[str, str]]:
@@ -6195,7 +6313,7 @@ class Service:
             self.idle_rules(),
             reboots=self.reboots,
         )
-        report.attached = Clients.attached(self.transport.ports.values())
+        report.attached = self.transport.without_seats(Clients.attached(self.transport.ports.values()))
         if filters_input():
             report.firewall = self.transport.firewall_text()
         self.view.show(report)

@@ -589,7 +589,7 @@ def test_wanted_tree(busy: storagetm.NvmeTcp) -> None:
         ("Directory", nqn, ""),
         ("Attribute", f"{nqn}/attr_allow_any_host", "1"),
         ("Attribute", f"{nqn}/attr_cntlid_min", "1024"),
-        ("Attribute", f"{nqn}/attr_cntlid_max", "1024"),
+        ("ClientLimit", f"{nqn}/attr_cntlid_max", "1024"),
         ("OptionalAttribute", f"{nqn}/attr_model", "Model (debian)"),
         ("OptionalAttribute", f"{nqn}/attr_firmware", "13"),
         ("OptionalAttribute", f"{nqn}/attr_serial", "A"),
@@ -600,6 +600,7 @@ def test_wanted_tree(busy: storagetm.NvmeTcp) -> None:
         ("Attribute", f"{nqn}/namespaces/1/enable", "1"),
         ("Trigger", f"{nqn}/namespaces/1/revalidate_size", "1048576"),
         ("Link", f"nvmet/ports/59936/subsystems/{PREFIX}.vda", nqn),
+        ("Seat", f"{nqn}/seat", ""),
         ("Link", f"nvmet/ports/36681/subsystems/{PREFIX}.vda", nqn),
     ]
 

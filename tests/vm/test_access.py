@@ -8,6 +8,7 @@ import json
 import random
 import re
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -325,7 +326,7 @@ def test_rules(target: Machine) -> None:
 
 def writable(target: Machine) -> set[str]:
     """The names of the disks that are exported without anything in between."""
-    script = f"cd {NVMET}/subsystems && grep -H . */namespaces/1/device_path"
+    script = f"cd {NVMET}/subsystems && grep -H . */namespaces/*/device_path"
     lines = [line.partition("/")[::2] for line in target.run(script).stdout.splitlines()]
     return {nqn.rpartition(".")[2] for nqn, rest in lines if "/dev/dm-" not in rest}
 
@@ -611,6 +612,11 @@ def test_debian_releases(boot: BootMachine, tool: Path, release: str, tmp_path: 
             client.run(["python3", "-c", f"import os; os.fsync(os.open('{disk}', os.O_RDONLY))"])
             written = client.run(f"dd if=/dev/zero of={disk} bs=64k count=1 conv=fsync", check=False)
             assert (written.returncode == 0) == (access != "--read-only")
+            # Another client is turned away from what can be written to, on kernels that want room for two, too.
+            other = str(uuid.uuid4())
+            command = f"nvme connect -t tcp -a {TARGET_ADDRESS} -s {PORT} -n {NQN}.{node[5:]} --hostid {other}"
+            second = client.run(f"{command} --hostnqn nqn.2014-08.org.nvmexpress:uuid:{other}", check=False)
+            assert (second.returncode == 0) == (access == "--read-only")
             attachment.check()
             if access == "--read-only":
                 outcomes(client.run(hostile(client, node, 500)).stdout)

@@ -46,7 +46,7 @@ def test_no_console(images: dict[str, Image], tmp_path: Path) -> None:
         rows = machine.vga_text()
         # In the initrd's own os-release, dracut speaks of itself.
         assert rows[0].endswith(" (Debian GNU/Linux 13 (trixie))")
-        assert rows[-1] == "Ctrl-C stops exporting."
+        assert rows[-1] == "Ctrl-C stops exporting and reboots this machine."
         assert exported(machine) == {"vda"}
         journal = machine.run("journalctl -b --no-pager --output=cat _COMM=storagetm").stdout
         assert "\nExporting '/dev/vda' " in journal
