@@ -1155,6 +1155,7 @@ class Disk:
         "access",
         "block",
         "branch",
+        "cached",
         "failed",
         "fd",
         "id_serial",
@@ -1188,6 +1189,7 @@ class Disk:
         self.node = node
         self.sysname = sysname  # empty for a regular file
         self.place = ""  # its directory in sysfs, once probed
+        self.cached: dict[str, str] = {}  # what stable() and location() have found
         self.tag = ""
         self.size = 0
         self.read_only = False
@@ -1232,6 +1234,7 @@ class Disk:
         if tag != self.tag:
             self.tag = tag
             self.stay = None
+            self.cached = {}
 
     def is_drive(self) -> bool:
         """Whether its medium may be exchanged without a word, as a card may. A CD's drive has a door."""
@@ -1248,11 +1251,14 @@ class Disk:
         if self.sysname.startswith("dm-"):
             dm = self.place + "/dm"
             return read_attribute(dm + "/uuid") or read_attribute(dm + "/name") or self.node
-        return (
-            read_attribute(self.place + "/wwid")
-            or read_attribute(self.place + "/device/wwid")
-            or self.location()
-        )
+        # Kept, as is the slot: both are asked for six times at the start, PERCENT of its time with 256 disks.
+        if "stable" not in self.cached:
+            self.cached["stable"] = (
+                read_attribute(self.place + "/wwid")
+                or read_attribute(self.place + "/device/wwid")
+                or self.location()
+            )
+        return self.cached["stable"]
 
     def identity(self) -> str:
         """What tells it from all others, also after a reboot, if it lasts()."""
@@ -1263,6 +1269,11 @@ class Disk:
         """Names the slot that it is in, by its device in sysfs."""
         if not self.sysname:
             return self.node
+        if "location" not in self.cached:
+            self.cached["location"] = self.slot()
+        return self.cached["location"]
+
+    def slot(self) -> str:
         whole = whole_place(self.place)
         device = whole + "/device"
         if not os.path.exists(device):
@@ -1459,6 +1470,8 @@ class Stays:
 
     def leave(self, disks: Iterable[Disk]) -> None:
         """Notes that these were exported until now: the next run awaits them."""
+        if not self.path:
+            return
         tags = [(self.digest(self.boot, d.tag), d.node) for d in disks]
         lines = [f"{tag} {self.known[tag].origin} {node}\n" for tag, node in tags if tag in self.known]
         try:
@@ -3353,7 +3366,10 @@ class Writable(Entry):
 
 def sectors_written(sysname: str) -> str:
     """The count of sectors written to a block device so far; empty if it is not known."""
-    return " ".join(read_attribute(sys_block(sysname) + "/stat").split()[6:7])
+    try:
+        return os.fsdecode(b"".join(read_page(sys_block(sysname) + "/stat").split()[6:7]))
+    except OSError:
+        return ""
 
 
 def reread_partitions(sysname: str) -> None:
@@ -4075,6 +4091,7 @@ class Tree:
         self.present: dict[str, set[str]] = {}  # names in the directories in which something is to be made
         self.gone: set[str] = set()  # what would not be there any more after the steps of a dry run
         self.live: dict[str, Branch] = {}
+        self.inherited: set[str] = set()  # roots of what an earlier run left
         self.leaving: set[str] = set()  # roots whose removal hangs in the kernel, in a thread of its own
         self.ended = False  # whether one of these has ended, for which something may have been put off
         self.finished: list[tuple[Branch, OSError | None]] = []
@@ -4088,6 +4105,7 @@ class Tree:
     def adopt(self) -> None:
         """Takes over what an earlier run left. Raises OSError."""
         self.live = self.ledger.read(self.root)
+        self.inherited = set(self.live)
 
     def admits(self) -> bool:
         """Whether clients can come in to anything that is live."""
@@ -4096,8 +4114,8 @@ class Tree:
 
     def guard(self) -> None:
         """Keeps the rest of this machine off what an earlier run has exported, too."""
-        for branch in self.live.values():
-            for entry in branch.entries:
+        for root in self.inherited & self.live.keys():
+            for entry in self.live[root].entries:
                 entry.guard(adopted=True)
 
     def reconcile(

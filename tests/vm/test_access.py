@@ -614,8 +614,9 @@ def test_debian_releases(boot: BootMachine, tool: Path, release: str, tmp_path: 
             assert (written.returncode == 0) == (access != "--read-only")
             # Another client is turned away from what can be written to, on kernels that want room for two, too.
             other = str(uuid.uuid4())
-            command = f"nvme connect -t tcp -a {TARGET_ADDRESS} -s {PORT} -n {NQN}.{node[5:]} --hostid {other}"
-            second = client.run(f"{command} --hostnqn nqn.2014-08.org.nvmexpress:uuid:{other}", check=False)
+            options = f"hostid={other},hostnqn=nqn.2014-08.org.nvmexpress:uuid:{other},duplicate_connect"
+            address = f"transport=tcp,traddr={TARGET_ADDRESS},trsvcid={PORT},nqn={NQN}.{node[5:]}"
+            second = client.run(f"echo {address},{options} >/dev/nvme-fabrics", check=False)
             assert (second.returncode == 0) == (access == "--read-only")
             attachment.check()
             if access == "--read-only":
