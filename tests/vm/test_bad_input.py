@@ -259,7 +259,7 @@ def test_machine_id_random(bare: Machine) -> None:
             warnings = [line for priority, line in service.journal() if priority == 4]
             assert len(warnings) == 1
             assert warnings[0].startswith(
-                "'/etc/machine-id' holds no machine ID and the firmware has none: "
+                "'/etc/machine-id' holds no machine ID and the firmware has none of its own: "
             )
     assert found[0] == found[1]
     assert len(found[0]) == 2
