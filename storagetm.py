@@ -1251,7 +1251,7 @@ class Disk:
         if self.sysname.startswith("dm-"):
             dm = self.place + "/dm"
             return read_attribute(dm + "/uuid") or read_attribute(dm + "/name") or self.node
-        # Kept, as is the slot: both are asked for six times at the start, PERCENT of its time with 256 disks.
+        # Kept, as is the slot: both are asked for six times at the start, with 256 disks.
         if "stable" not in self.cached:
             self.cached["stable"] = (
                 read_attribute(self.place + "/wwid")
@@ -4631,16 +4631,27 @@ class ClientLimit(Attribute):
     One more is allowed then, which a Seat takes.
     """
 
+    def __init__(self, path: str, value: str, transport: NvmeTcp) -> None:
+        super().__init__(path, value)
+        self.transport = transport
+
+    def one_more(self) -> str:
+        return str(int(self.value) + 1)
+
     def make(self, root: str) -> None:
         try:
             super().make(root)
         except OSError as e:
             if e.errno != errno.EINVAL:
                 raise
-            write_attribute(root + self.path, str(int(self.value) + 1))
+            write_attribute(root + self.path, self.one_more())
+            self.transport.roomy.add(os.path.dirname(self.path))
 
     def is_live(self, root: str) -> bool:
-        return read_attribute(root + self.path) in (self.value, str(int(self.value) + 1))
+        found = read_attribute(root + self.path)
+        if found == self.one_more():
+            self.transport.roomy.add(os.path.dirname(self.path))
+        return found in (self.value, self.one_more())
 
 
 class Seat(Entry):
@@ -4652,44 +4663,40 @@ class Seat(Entry):
 
     amendable = holds = admits = True
 
-    def __init__(self, path: str, transport: NvmeTcp) -> None:
-        super().__init__(path)
+    def __init__(self, subsystem: str, transport: NvmeTcp) -> None:
+        super().__init__(subsystem + "/seat")
+        self.subsystem = subsystem
         self.transport = transport
 
     def make(self, root: str) -> None:
         self.unmake(root)
-        if self.is_needed(root):
-            self.transport.seats[self.path] = self.transport.take_seat(os.path.dirname(self.path))
+        if self.subsystem in self.transport.roomy:
+            self.transport.seats[self.path] = self.transport.take_seat(self.subsystem)
 
     def unmake(self, root: str) -> None:
         if seat := self.transport.seats.pop(self.path, None):
             seat.close()
 
+    def is_live(self, root: str) -> bool:
+        """As far as it is needed, which the subsystem's ClientLimit finds out before."""
+        if self.subsystem not in self.transport.roomy:
+            return True
+        seat = self.transport.seats.get(self.path)
+        return seat is not None and seat.is_attached()
+
     def described(self, root: str) -> dict[str, str] | None:
         """Nothing about a subsystem that is not there yet, since the kernel has not said what it allows."""
-        if not self.is_needed(root):
+        if self.subsystem not in self.transport.roomy:
             return None
-        subsystem = os.path.dirname(self.path)
-        command = f"nvme connect -t tcp -n {quoted(os.path.basename(subsystem))}"
+        command = f"nvme connect -t tcp -n {quoted(os.path.basename(self.subsystem))}"
         return {
             "step": "attach",
-            "path": root + subsystem,
+            "path": root + self.subsystem,
             "command": f"# as a host of this machine: {command}",
         }
 
     def undescribed(self, root: str) -> None:
         """The kernel ends the connection with the link."""
-
-    def is_needed(self, root: str) -> bool:
-        first, last = (
-            int(read_attribute(f"{root}{os.path.dirname(self.path)}/attr_cntlid_{name}") or 0)
-            for name in ("min", "max")
-        )
-        return last - first >= self.transport.clients
-
-    def is_live(self, root: str) -> bool:
-        seat = self.transport.seats.get(self.path)
-        return seat.is_attached() if seat else not self.is_needed(root)
 
 
 class NvmeTcp:
@@ -4733,6 +4740,7 @@ class NvmeTcp:
         self.passage_port = 0  # its TCP port, once something is linked there
         self.host_id = machine.app_specific(self.NQN_APPLICATION)  # as which we come in there
         self.untold: dict[str, OSError] = {}  # by path of WriteProtection: why hosts are not told of it
+        self.roomy: set[str] = set()  # subsystems that let in one client more than they should
         self.seats: dict[str, NvmeHost] = {}  # by path of Seat
         self.unreachable_until = 0.0  # when to connect to ourselves again, where that could not be done
 
@@ -4970,7 +4978,7 @@ class NvmeTcp:
             each = limit + 1
             first = CNTLID_MIN + index % ((CNTLID_MAX - CNTLID_MIN + 1) // each) * each
             entries.append(Attribute(path + "/attr_cntlid_min", str(first)))
-            entries.append(ClientLimit(path + "/attr_cntlid_max", str(first + limit - 1)))
+            entries.append(ClientLimit(path + "/attr_cntlid_max", str(first + limit - 1), self))
         for name, value in (("model", model), ("firmware", self.firmware), ("serial", serial)):
             if value:
                 entries.append(OptionalAttribute(f"{path}/attr_{name}", value))
@@ -4983,7 +4991,7 @@ class NvmeTcp:
             Link(f"nvmet/ports/{n}/subsystems/{nqn}", subsystem) for n in self.ports.values()
         ]
         # The last ID that Linux 6.1 takes for the first is one that makes room for two.
-        return [*links[:1], Seat(subsystem + "/seat", self), *links[1:]] if limit == 1 else links
+        return [*links[:1], Seat(subsystem, self), *links[1:]] if limit == 1 else links
 
     def take_seat(self, subsystem: str) -> NvmeHost:
         """Attaches ourselves to a subsystem that is linked to the first port. Raises OSError."""
