@@ -612,7 +612,7 @@ def test_debian_releases(boot: BootMachine, tool: Path, release: str, tmp_path: 
             client.run(["python3", "-c", f"import os; os.fsync(os.open('{disk}', os.O_RDONLY))"])
             written = client.run(f"dd if=/dev/zero of={disk} bs=64k count=1 conv=fsync", check=False)
             assert (written.returncode == 0) == (access != "--read-only")
-            # Another client is turned away from what can be written to, also where the kernel makes room for two.
+            # Another client is turned away from what can be written to, by Linux 6.1 as well.
             other = str(uuid.uuid4())
             options = f"hostid={other},hostnqn=nqn.2014-08.org.nvmexpress:uuid:{other},duplicate_connect"
             address = f"transport=tcp,traddr={TARGET_ADDRESS},trsvcid={PORT},nqn={NQN}.{node[5:]}"
