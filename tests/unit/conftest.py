@@ -33,6 +33,12 @@ def read_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storagetm, "DEFAULT_ACCESS", storagetm.READ_WRITE)
 
 
+@pytest.fixture(autouse=True)
+def no_logind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where tests are run, they keep no computer awake."""
+    monkeypatch.setattr(storagetm, "LOGIND", f"{tmp_path}/seats/")
+
+
 class CapturedMachine:
     """A captured machine below `root`, where its files can be changed.
 
