@@ -62,7 +62,9 @@ AF_NETLINK = 16
 AF_UNIX = 1
 AT_FDCWD = -100
 BLKGETSIZE64 = 0x80081272
+BLKRRPART = 0x125F
 CDROM_DRIVE_STATUS = 0x5326
+DM_DEV_ARM_POLL = 0xC138FD10
 DM_DEV_CREATE = 0xC138FD03
 DM_DEV_REMOVE = 0xC138FD04
 DM_DEV_STATUS = 0xC138FD07
@@ -71,6 +73,7 @@ DM_LIST_VERSIONS = 0xC138FD0D
 DM_TABLE_LOAD = 0xC138FD09
 DM_TABLE_STATUS = 0xC138FD0C
 DM_ACTIVE_PRESENT_FLAG = 0x20
+DM_DEFERRED_REMOVE = 0x20000
 DM_NOFLUSH_FLAG = 0x800
 DM_STATUS_TABLE_FLAG = 0x10
 DM_SKIP_LOCKFS_FLAG = 0x400
@@ -152,7 +155,7 @@ FIRMWARE_MAX = 8
 LOCK_WAIT_SEC = 10  # a lock held longer than this is named, and the other disks no longer wait for it
 START_WAIT_SEC = 30  # so long all wait at the start for a disk that udev has not finished with
 RETURN_WAIT_SEC = 20  # and for one that was exported until the last stop
-DM_BUSY_SEC = 2  # until what somebody else has open for a moment is free
+BUSY_SEC = 2  # for which another program may have a device open in passing
 STORE_POLL_SEC = (0.05, 1)  # shortest and longest pause between two looks at how full the snapshots are
 STORE_FILL = 1 << 30  # bytes a second with which a client is expected to fill one
 COURTESY_SEC = (10, 600)  # first and longest pause until hosts are told again that a disk is read-only
@@ -165,12 +168,14 @@ REDRAW_SEC = 0.75  # between two redraws; what changes meanwhile is shown togeth
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
 THREADS = 16  # for what is mostly waiting for the kernel
 CLIENTS_MAX = 100  # that may be asked for, so that 600 disks have controllers' IDs of their own
-FILES_SURE = 500  # disks, each with a file open; systemd and shells allow 1024 unless told otherwise
+FILES_SURE = 400  # disks, each with two files open; systemd and shells allow 1024 unless told otherwise
 
 READ_ONLY = "read-only"  # kinds of access
 SNAPSHOT = "snapshot"
 READ_WRITE = "read-write"
 SNAPSHOT_FULL = "snapshot FULL"
+OVERFLOW = "Overflow"  # what device-mapper says of a snapshot whose store is full
+INVALID = "Invalid"  # and of one that it could not copy something into
 ACCESS = (READ_ONLY, SNAPSHOT, READ_WRITE)
 PER_DISK = "per-disk"  # which subsystem a disk is in
 SHARED = "shared"
@@ -178,8 +183,11 @@ DEFAULT_ACCESS = READ_ONLY
 # By what the kernel's names begin with.
 NETWORK_DISKS = {"nbd": "NBD", "rbd": "Ceph", "rnbd": "RNBD", "etherd!": "ATA over Ethernet"}
 NO_DISKS = {"loop": "a loop device", "zram": "a compressed RAM disk", "ram": "a RAM disk"}
-MEMORY_FILE = "/memfd:storagetm"  # as the kernel calls it
+MEMORY_FILE = "/memfd:storagetm"  # as the kernel calls one that has a snapshot's changes, up to a hyphen
 STORE_MIN = 1 << 20  # bytes for the changes of snapshots
+STORE_COST = 4 << 20  # bytes that the kernel itself takes for a snapshot, for tables and buffers
+CHUNK_SECTORS = 8  # of 512 bytes: a snapshot's unit, if nothing on the disk begins in the middle of one
+MEMORY_KEPT = 8, 64 << 20  # changes never take this part of all memory, nor this many bytes
 
 UNKNOWN = "?"
 POLL_NOTE = "events_poll_msecs."  # before a drive's name: the file that keeps what the kernel had there
@@ -783,6 +791,7 @@ def plymouth_request(request: bytes, wait_sec: float = 0) -> None:
 DM_COOKIE = (0x1 | 0x2 | 0x4 | 0x8 | 0x40) << 16
 SUSPENDING = _thread.allocate_lock()  # held by who suspends a device of ours, until it is resumed
 CONTROLS: dict[str, int] = {}  # descriptors of the devices that control others, by path; kept open
+CLAIMS: dict[str, int] = {}  # exclusively opened descriptors of what is exported, by path in the tree
 
 
 def has_udev_rule() -> bool:
@@ -838,10 +847,47 @@ def dm_table(sectors: int, target: str, parameters: str) -> bytes:
     return bytes(spec) + text
 
 
+def dm_replace(name: str, table: bytes) -> None:
+    """Gives a device another table in one go; I/O waits meanwhile. Raises OSError."""
+    dm_call(DM_TABLE_LOAD, name, table=table)
+    dm_call(DM_DEV_SUSPEND, name, flags=DM_SKIP_LOCKFS_FLAG)
+
+
+def dm_arm() -> int:
+    """A descriptor that can be read as soon as device-mapper has news from now on; -1 if there is none."""
+    try:
+        dm_call(DM_DEV_ARM_POLL, "")
+    except OSError:
+        return -1
+    return CONTROLS[DEV + "mapper/control"]
+
+
 def dm_target_text(answer: bytes) -> str:
     """What the answer to DM_TABLE_STATUS says of the first target, its state or its parameters."""
     start = dm_ioctl.from_buffer_copy(answer).data_start + ctypes.sizeof(dm_target_spec)
     return printable(answer[start:].split(b"\0")[0]) if start < len(answer) else ""
+
+
+def claim(path: str, node: str) -> int:
+    """Keeps the rest of this machine off a block device as long as it is exported; 0 or the error number.
+
+    nvmet opens it without a claim. So md, a mount or LVM could take it meanwhile, and would write to what
+    clients write to, or to what is thrown away. With a claim they get EBUSY until release().
+    """
+    if path not in CLAIMS:
+        try:
+            CLAIMS[path] = os.open(node, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as e:
+            debug(f"Failed to claim '{node}', ignoring: {reason_of(e)}")
+            return e.errno or errno.EIO
+    return 0
+
+
+def release(path: str) -> None:
+    """Ends a claim; does nothing where there is none."""
+    fd = CLAIMS.pop(path, -1)
+    if fd >= 0:
+        os.close(fd)
 
 
 def attach_loop(
@@ -1175,9 +1221,11 @@ class Disk:
         "model",
         "name",
         "node",
+        "parts",
         "passing",
         "place",
         "read_only",
+        "relatives",
         "removable",
         "reported",
         "rest",
@@ -1186,6 +1234,7 @@ class Disk:
         "stay",
         "sysname",
         "tag",
+        "typed",
         "udev_entry",
         "waiting",
         "waiting_named",
@@ -1204,6 +1253,9 @@ class Disk:
         self.removable = False
         self.access = DEFAULT_ACCESS
         self.udev_entry = b""  # of udev's database
+        self.typed: set[str] = set()  # what it was called on the command line
+        self.parts: list[list[str]] = []  # nodes and links of each of its partitions, if rules ask for them
+        self.relatives: list[list[str]] = []  # the same of what it is made of, and of what is made of it
         self.model = ""
         self.serial = ""  # ID_SERIAL_SHORT
         self.id_serial = ""  # ID_SERIAL
@@ -1222,9 +1274,13 @@ class Disk:
         self.block = 0  # size of its sectors in bytes, where it has none of its own
 
     @property
-    def links(self) -> list[str]:
-        """The links to its node that udev has made."""
-        return [DEV + printable(x[2:]) for x in self.udev_entry.split(b"\n") if x.startswith(b"S:")]
+    def names(self) -> list[str]:
+        """What a rule may call it: paths, serial numbers, model."""
+        # virtio disks have the serial number in ID_SERIAL alone.
+        about = self.serial, self.id_serial, self.model, self.model.replace("_", " ")
+        return [
+            name for name in (self.node, *links_in(self.udev_entry), *sorted(self.typed), *about) if name
+        ]
 
     @property
     def key(self) -> str:
@@ -1266,14 +1322,16 @@ class Disk:
         """Names the slot that it is in, by its device in sysfs."""
         if not self.sysname:
             return self.node
-        whole = whole_disk(self.place)
+        whole = whole_place(self.place)
         device = whole + "/device"
         if not os.path.exists(device):
             return self.node
         # The boot partitions of an eMMC are disks of their own with the same device.
         area = self.sysname.partition("boot")[2] if self.sysname.startswith("mmcblk") else ""
         partition = self.place[len(whole) :].rpartition("/")[2]
-        return "/".join(filter(None, (os.path.realpath(device), area, partition)))
+        # As realpath() has it, which takes ten times as long: there are no other links on the way.
+        path = os.path.normpath(os.path.join(whole, os.readlink(device)))
+        return "/".join(filter(None, (path, area, partition)))
 
     def lasts(self) -> bool:
         """Whether its serial number means the same disk after the machine was booted again.
@@ -1295,6 +1353,11 @@ class Disk:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def links_in(entry: bytes) -> list[str]:
+    """The links that udev has made to a device, from its entry in the database. Takes any bytes."""
+    return [DEV + printable(x[2:]) for x in entry.split(b"\n") if x.startswith(b"S:")]
 
 
 def sys_block(sysname: str) -> str:
@@ -1346,7 +1409,8 @@ class Stays:
         self.moves: dict[str, int] = {}  # how often a disk of a name was in a slot
         self.awaited: dict[str, tuple[str, str]] = {}  # origin and node, by the digest of the disk's tag
         self.first: set[str] | None = None  # the digests of the tags of the disks that were here first
-        self.kept = False  # whether what is new goes into the file
+        self.new: list[str] = []  # lines that are not in the file yet
+        self.kept = False  # whether they go there
 
     def digest(self, *parts: str) -> str:
         return str(sha256(self.salt + utf8("\0".join(parts))).hexdigest()[:32])
@@ -1426,7 +1490,7 @@ class Stays:
                 number, attempt = self.choice(tag, attempt), attempt + 1
             line = [tag, self.digest(disk.id_serial or disk.node), name, slot]
             self.add(number, *line)
-            self.note(" ".join((str(number), *line)) + "\n")
+            self.new.append(" ".join((str(number), *line)) + "\n")
         return found
 
     def returning(self, disk: Disk, origin: str) -> int:
@@ -1466,20 +1530,22 @@ class Stays:
         except OSError as e:
             debug(f"Failed to note which disks were exported, ignoring: {reason_of(e)}")
 
-    def note(self, line: str) -> None:
-        if not self.kept:
+    def note(self) -> None:
+        """Notes what is new, before anything of it is exported."""
+        lines, self.new = "".join(self.new), []
+        if not lines or not self.kept:
             return
         try:
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
-                append(fd, line.encode())
+                append(fd, lines.encode())
             finally:
                 os.close(fd)
         except OSError as e:
-            warning(f"Failed to note the number of a namespace in '{self.path}': {reason_of(e)}")
+            warning(f"Failed to note the numbers of namespaces in '{self.path}': {reason_of(e)}")
 
 
-def whole_disk(place: str) -> str:
+def whole_place(place: str) -> str:
     """The directory of the disk that a partition is on, given the partition's; a disk's own is returned."""
     return os.path.dirname(place) if os.path.exists(place + "/partition") else place
 
@@ -1492,6 +1558,11 @@ def sysname_of(devnum: int) -> str:
         return ""
 
 
+def sysname_of_node(path: str) -> str:
+    """The kernel's name of the block device that a path leads to; empty if it leads to none."""
+    return device_below(path) if device_number(path) else ""
+
+
 def device_number(node: str) -> str:
     """MAJOR:MINOR of a block device's node; empty if `node` is none."""
     try:
@@ -1499,6 +1570,10 @@ def device_number(node: str) -> str:
     except (OSError, ValueError):
         return ""
     return f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}" if stat.S_ISBLK(st.st_mode) else ""
+
+
+def is_partition(sysname: str) -> bool:
+    return os.path.exists(sys_block(sysname) + "/partition")
 
 
 def is_stacked(sysname: str) -> bool:
@@ -1539,6 +1614,38 @@ def below(sysname: str, found: set[str] | None = None) -> set[str]:
 def is_mapping(sysname: str) -> bool:
     """Whether a block device is one of ours, in between a disk and its export."""
     return dm_uuid(sysname).startswith(Mapping.PREFIX)
+
+
+def mapped_disk(sysname: str) -> str:
+    """The node or file that a mapping of ours leads to; empty if it does not show."""
+    for lower in list_directory(sys_block(sysname) + "/slaves"):
+        backing = read_attribute(f"{sys_block(lower)}/loop/backing_file")
+        if not backing.startswith(MEMORY_FILE):
+            return backing or device_node(lower)
+    return ""
+
+
+def why_ours(sysname: str, depth: int = 0) -> str:
+    """How a block device leads to a mapping of ours, and so is an export itself; empty if it does not."""
+    if is_mapping(sysname):
+        return f"'{DEV}{sysname}', through which '{mapped_disk(sysname)}' is exported"
+    lower: list[str] = []
+    if is_partition(sysname):
+        lower = [whole_disk(sysname)]
+    elif is_stacked(sysname):
+        lower = list_directory(sys_block(sysname) + "/slaves")
+    elif sysname.startswith("loop"):
+        lower = [device_below(read_attribute(sys_block(sysname) + "/loop/backing_file"))]
+    return next((why for n in lower if n and depth < 16 and (why := why_ours(n, depth + 1))), "")
+
+
+def device_below(path: str) -> str:
+    """The kernel's name of the block device that a path leads to, or that a file is on; empty if unknown."""
+    try:
+        st = os.stat(path)
+    except (OSError, ValueError):
+        return ""
+    return sysname_of(st.st_rdev if stat.S_ISBLK(st.st_mode) else st.st_dev)
 
 
 def is_no_disk(sysname: str) -> bool:
@@ -1781,16 +1888,19 @@ def parse_swaps(raw: bytes) -> Iterator[bytes]:
 class Usage:
     """What the running system does with its block devices, read once.
 
-    `direct` maps MAJOR:MINOR to a sentence's end ("is mounted on '/'"), `loops` a block device or file
-    behind a loop device to that. Raises OSError if it cannot be read, and then nothing is known.
+    `direct` maps MAJOR:MINOR to a sentence's end ("is mounted on '/'"), `mounts` to the mount point, `loops`
+    a block device or file behind a loop device to that. Raises OSError if it cannot be read, and then
+    nothing is known.
     """
 
     def __init__(self) -> None:
         self.direct: dict[str, str] = {}
         self.loops: dict[str, str] = {}
+        self.mounts: dict[str, str] = {}
         for devnum, source, where in parse_mountinfo(read_bytes(PROC + "self/mountinfo")):
             use = f"is mounted on '{where}'"
             self.direct.setdefault(devnum, use)
+            self.mounts.setdefault(devnum, where)
             # btrfs, ZFS, bcachefs and overlays have device numbers of their own, the source tells more.
             if source.startswith(b"/dev/"):
                 for part in source.split(b":"):
@@ -1846,7 +1956,8 @@ class Usage:
         if number in self.loops:
             upper.append(self.loops[number])
         for name in sorted(upper, key=natural_order):
-            if use := self.search(name, seen):
+            # What stands on a mapping of ours uses the export. It does not end one of an earlier run.
+            if not is_mapping(name) and (use := self.search(name, seen)):
                 return use
         return "" if upper else why_claimed(sysname)
 
@@ -1855,6 +1966,54 @@ class Usage:
         if key in self.direct:
             return f"'{path}' {self.direct[key]}"
         return self.search(self.loops[key], set()) if key in self.loops else ""
+
+
+def what_holds(sysname: str, usage: Usage | None = None) -> tuple[str, list[str]]:
+    """Who uses a block device, as a sentence that is empty if it does not show; the commands that end it."""
+    try:
+        usage = usage or Usage()
+    except OSError:
+        return "", []
+    node = device_node(sysname)
+    for name in sorted(list_directory(sys_block(sysname) + "/holders") + partitions_of(sysname)):
+        fact, commands = what_holds(name, usage)
+        return fact or f"'{device_node(name)}' is made of '{node}'", [*commands, *how_to_end(name)]
+    number = read_attribute(sys_block(sysname) + "/dev")
+    if number in usage.mounts:
+        return f"'{node}' {usage.direct[number]}", [f"umount {quoted(usage.mounts[number])}"]
+    if number in usage.direct:
+        return f"'{node}' {usage.direct[number]}", [f"swapoff {node}"]
+    if loop := usage.loops.get(number):
+        fact, commands = what_holds(loop, usage)
+        return fact or f"'{DEV}{loop}' is made of '{node}'", [*commands, f"losetup -d {DEV}{loop}"]
+    for pid in list_directory(PROC):
+        if pid.isdigit() and int(pid) != os.getpid():
+            for fd in list_directory(f"{PROC}{pid}/fd"):
+                # Only what leads to a device can be it, and most descriptors are something else.
+                if device_number(f"{PROC}{pid}/fd/{fd}") == number:
+                    name = read_attribute(f"{PROC}{pid}/comm")
+                    return f"process {pid} ({name}) has '{node}' open", [f"kill {pid}"]
+    return "", []
+
+
+def in_brackets(commands: Sequence[str]) -> str:
+    return f" ('{' && '.join(commands)}')" if commands else ""
+
+
+def how_to_end(sysname: str) -> list[str]:
+    """The command that takes a stacked block device apart; none for a partition."""
+    node = device_node(sysname)
+    if sysname.startswith("dm-"):
+        name = read_attribute(sys_block(sysname) + "/dm/name")
+        uuid = read_attribute(sys_block(sysname) + "/dm/uuid")
+        if uuid.startswith("LVM-"):
+            # A volume is called GROUP-VOLUME there, and each hyphen of theirs is doubled.
+            group = name.replace("--", "\0").partition("-")[0].replace("\0", "-")
+            return [f"vgchange -an {quoted(group)}"]
+        return [f"{'cryptsetup close' if uuid.startswith('CRYPT-') else 'dmsetup remove'} {quoted(name)}"]
+    if sysname.startswith("bcache"):
+        return [f"echo 1 >{sys_block(sysname)}/bcache/stop"]
+    return [f"mdadm --stop {node}"] if is_stacked(sysname) and not is_partition(sysname) else []
 
 
 def layer_name(sysname: str) -> str:
@@ -1891,23 +2050,30 @@ def device_node(sysname: str) -> str:
     return DEV + sysname.replace("!", "/")
 
 
+def block_tag(place: str, number: str, diskseq: str) -> str:
+    """What tells a disk or medium from the next one with the same number MAJOR:MINOR. Raises OSError.
+
+    That is DISKSEQ (Linux 5.15); partitions have their disk's. Before, a disk that is plugged in has a new
+    directory at least.
+    """
+    whole = place if diskseq else whole_place(place)
+    if whole != place:
+        diskseq = parse_block_uevent(read_page(whole + "/uevent"))[1]
+    return f"{number} {diskseq or f'inode {os.stat(whole).st_ino}'}"
+
+
 def probe_block_device(disk: Disk) -> None:
     """Reads from sysfs and udev's database what can change about a disk. Raises OSError once it is gone."""
     # The link is followed once: with a thousand disks, the kernel's way through it counts.
     disk.place = base = sys_device(disk.sysname)
     number, diskseq = parse_block_uevent(read_page(base + "/uevent"))
-    # DISKSEQ (Linux 5.15) tells a disk or medium from the next one with the same number. Partitions have
-    # their disk's; before, a disk that was plugged in has a new directory at least.
-    whole = base if diskseq else whole_disk(base)
-    if whole != base:
-        diskseq = parse_block_uevent(read_page(whole + "/uevent"))[1]
-    disk.set_tag(f"{number} {diskseq or f'inode {os.stat(whole).st_ino}'}")
+    disk.set_tag(block_tag(base, number, diskseq))
     size = read_page(base + "/size").strip()
     disk.size = int(size) * 512 if size.isdigit() else 0
     disk.read_only = read_page(base + "/ro")[:1] == b"1"
     # Asked only where a medium can be taken out: of SCSI disks and drives, MMC and floppy drives.
     drive = disk.sysname.startswith(("sd", "sr", "mmcblk", "fd"))
-    disk.removable = drive and read_attribute(whole_disk(base) + "/removable") == "1"
+    disk.removable = drive and read_attribute(whole_place(base) + "/removable") == "1"
     try:
         entry = read_udev_entry(number, diskseq)
         identity_from_udev(disk, parse_udev_database(entry))
@@ -1916,6 +2082,52 @@ def probe_block_device(disk: Disk) -> None:
     except OSError:
         disk.waiting = "udev is not done with it" if udev_runs() else ""
         identity_from_sysfs(disk)
+
+
+def find_relatives(disk: Disk) -> None:
+    """Reads what a rule may call the partitions of a disk, what it is made of and what is made of it.
+
+    Without its partitions' links a disk is not known either, so udev has to be done with these, too.
+    """
+    disk.parts = []
+    for name in partitions_of(disk.sysname):
+        names, known = names_of(name)
+        disk.parts.append(names)
+        if not known and udev_runs() and not disk.waiting:
+            disk.waiting = f"udev is not done with '{device_node(name)}'"
+    seen = {disk.sysname}
+    below, above = (list(stack(disk.sysname, direction, seen)) for direction in ("slaves", "holders"))
+    disk.relatives = [names_of(name)[0] for name in below + above]
+
+
+def stack(sysname: str, direction: str, seen: set[str]) -> Iterator[str]:
+    """The block devices below ("slaves") or above ("holders") one, and their partitions or whole disks."""
+    near = list_directory(f"{sys_block(sysname)}/{direction}")
+    near += partitions_of(sysname) if direction == "holders" else [whole_disk(sysname)]
+    for name in near:
+        if name and name not in seen and not is_mapping(name):
+            seen.add(name)
+            yield name
+            yield from stack(name, direction, seen)
+
+
+def names_of(sysname: str) -> tuple[list[str], bool]:
+    """Node and links of a block device, and whether udev's database has it."""
+    names = [device_node(sysname)]
+    if label := read_attribute(sys_block(sysname) + "/dm/name"):
+        names.append(f"{DEV}mapper/{label}")
+    try:
+        entry = read_udev_entry(*parse_block_uevent(read_page(sys_block(sysname) + "/uevent")))
+    except OSError:
+        return names, False
+    return [*names, *links_in(entry)], True
+
+
+def whole_disk(sysname: str) -> str:
+    """The kernel's name of the disk that a partition is on; empty if the device is gone or no partition."""
+    if not is_partition(sysname):
+        return ""
+    return os.path.basename(os.path.dirname(os.path.realpath(sys_block(sysname))))
 
 
 def image_sectors(path: str) -> int:
@@ -1984,6 +2196,8 @@ def why_unfit(disk: Disk) -> str:
         return f"it has {disk.rest} bytes, less than one sector of {disk.block}"
     if disk.size == 0:
         return "it has size 0"
+    if why := why_ours(disk.sysname or device_below(disk.node)):
+        return "it is an export already" if is_mapping(disk.sysname) else f"it is on {why}"
     if disk.read_only and disk.access == READ_WRITE:
         return "it is read-only, and was asked for read-write; see --read-only and --snapshot"
     if disk.access != READ_WRITE and disk.sysname and is_zoned(disk.sysname):
@@ -2058,29 +2272,89 @@ def try_lock(disk: Disk) -> None:
 
 
 class Access:
-    """Which disks may be written to, and how."""
+    """Which disks may be written to, and how.
+
+    What a rule is for may be misspelled, or come later. So as long as a rule that protects has matched
+    nothing, all disks that it might be for are read-only: those that no rule before it matches.
+    """
 
     def __init__(self, rules: Sequence[tuple[str, str]] = (), mode: str = "") -> None:
         self.rules = rules
         self.mode = mode or DEFAULT_ACCESS
+        self.matched: set[int] = set()  # the rules that have matched a device of this machine at any time
 
     def may_write(self) -> bool:
         """Whether there may be a disk that clients can write to, now or later."""
         return any(mode != READ_ONLY for mode in (self.mode, *(mode for _, mode in self.rules)))
 
-    def of(self, disk: Disk) -> str:
-        """What the first rule says that matches the node, a link, the serial number or the model."""
-        if not self.rules:
-            return self.mode
+    def noted(self) -> bytes:
+        """All of this as it is kept in a file."""
+        return utf8("".join(f"{glob}:{mode}\n" for glob, mode in (*self.rules, ("*", self.mode))))
+
+    def match(self, names: Iterable[str]) -> list[int]:
+        """The rules that match one of the names of a device, in their order."""
         from fnmatch import fnmatchcase
 
-        # virtio disks have the serial number in ID_SERIAL alone.
-        serials = disk.serial, disk.id_serial
-        names = [disk.node, *disk.links, *serials, disk.model, disk.model.replace("_", " ")]
-        for glob, mode in self.rules:
-            if any(fnmatchcase(name, glob) for name in names if name):
-                return mode
-        return self.mode
+        found = [i for i, (glob, _) in enumerate(self.rules) if any(fnmatchcase(n, glob) for n in names)]
+        self.matched.update(found)
+        return found
+
+    def of(self, disk: Disk) -> str:
+        """The mode for a disk: read-only, too, if a rule that has matched nothing may be for it."""
+        mode, doubt = self.judge(disk)
+        return READ_ONLY if doubt is not None else mode
+
+    def doubt(self, disk: Disk) -> int | None:
+        """The first rule that may be for the disk, has matched nothing, and would protect it."""
+        return self.judge(disk)[1]
+
+    def judge(self, disk: Disk) -> tuple[str, int | None]:
+        """What the rules say of a disk, and the rule that makes this doubtful.
+
+        The first rule counts that matches the disk or one of its partitions. If a partition, or what stands
+        above or below the disk, has a rule of its own that protects more, the whole disk is protected so.
+        """
+        if not self.rules:
+            return self.mode, None
+        own = self.match(disk.names)
+        parts = [self.match(names) for names in disk.parts]
+        relatives = [self.match(names) for names in disk.relatives]
+        first = min((found[0] for found in (own, *parts) if found), default=len(self.rules))
+        mode = self.rules[first][1] if first < len(self.rules) else self.mode
+        for found in (*parts, *relatives):
+            if found and found[0] not in own:
+                mode = min(mode, self.rules[found[0]][1], key=ACCESS.index)
+        idle = (i for i in range(first) if i not in self.matched)
+        return mode, next((i for i in idle if self.protects(i, mode)), None)
+
+    def protects(self, rule: int, mode: str) -> bool:
+        return ACCESS.index(self.rules[rule][1]) < ACCESS.index(mode)
+
+    def idle(self, disks: Iterable[Disk]) -> list[str]:
+        """A sentence for each rule that has matched nothing so far."""
+        found = []
+        for i in (i for i in range(len(self.rules)) if i not in self.matched):
+            glob, mode = self.rules[i]
+            text = f"--access={glob}:{mode} matches no disk"
+            text += self.near_miss(glob, disks)
+            after = [mode for _, mode in self.rules[i + 1 :]] + [self.mode]
+            if any(self.protects(i, other) for other in after):
+                text += "; until one does, all that no rule before it matches are read-only"
+            found.append(text)
+        return found
+
+    @staticmethod
+    def near_miss(glob: str, disks: Iterable[Disk]) -> str:
+        """What may have been meant, in brackets."""
+        from fnmatch import fnmatchcase
+
+        for disk in disks:
+            for name in (*disk.names, *(name for part in disk.parts for name in part)):
+                if fnmatchcase(name.casefold(), glob.casefold()):
+                    return f" (there is '{name}', and case matters)"
+        if device := sysname_of_node(glob):
+            return f" (it leads to '{device_node(device)}', but udev does not know it; give that)"
+        return ""
 
 
 class Inventory:
@@ -2114,6 +2388,7 @@ class Inventory:
             # Removable drives last: some take seconds to say that they are empty.
             for name in sorted(names, key=lambda n: (n.startswith(("fd", "sr")), natural_order(n))):
                 self.examine(name, usage)
+            self.settle(usage)
             self.untangle()
             return
         usage = self.usage()
@@ -2126,6 +2401,7 @@ class Inventory:
             self.disks.setdefault(disk.key, disk)
         for name in list(self.disks):
             self.examine(name, usage)
+        self.settle(usage)
 
     def update(self, sysnames: Iterable[str]) -> None:
         """Reads those disks again, and those that are left out for their use, which may have ended."""
@@ -2133,11 +2409,14 @@ class Inventory:
             self.rescan()
             return
         again = set(sysnames)
+        if self.access.rules:
+            again.update(filter(None, map(whole_disk, sysnames)))
         again.update(n for n, d in self.disks.items() if d.left_out and d.passing)
         usage = self.usage()
         for name in sorted(again, key=natural_order):
             if name in self.disks or os.path.exists(f"{SYS}block/{name}"):
                 self.examine(name, usage)
+        self.settle(usage)
         self.untangle()
 
     def untangle(self) -> None:
@@ -2157,6 +2436,44 @@ class Inventory:
                     name = f"'{upper.node}'{layer_name(upper.sysname)}"
                     out, why = lower, f"{name}, which is made of it, is exported"
                 out.left_out, out.passing, out.waiting = why, True, ""
+
+    def settle(self, usage: Usage | None) -> None:
+        """Gives each disk the access that the rules ask for, now that it is known what they match."""
+        access = self.access
+        if not self.all and len(access.matched) < len(access.rules):
+            # A rule may be for a disk that is not exported, and then says nothing of others.
+            for name in list_directory(SYS + "block"):
+                if name not in self.disks and not is_no_disk(name):
+                    other = Disk(name, device_node(name), name)
+                    try:
+                        self.probe(other)
+                    except UserError as e:
+                        debug(str(e))
+        for name, disk in list(self.disks.items()):
+            if disk.fd < 0 and disk.access != access.of(disk):
+                self.examine(name, usage)
+
+    def check_rules(self) -> None:
+        """Raises UserError for a rule that cannot match anything here."""
+        for i, (glob, mode) in enumerate(self.access.rules):
+            if i not in self.access.matched and glob.startswith(DEV + "disk/") and not udev_runs():
+                device = sysname_of_node(glob)
+                instead = f"--access={device_node(device)}:{mode}" if device else "see --list-devices"
+                raise UserError(
+                    f"--access={glob}:{mode} cannot match, since udev, which knows the links below "
+                    f"'{DEV}disk', does not run here; name the disk by its node, serial number or model: "
+                    f"{instead}"
+                )
+
+    def undecided(self, disk: Disk, now: float) -> str:
+        """The node of a disk that udev is not done with, if the access of `disk` depends on it."""
+        if self.access.doubt(disk) is None:
+            return ""
+        for other in self.disks.values():
+            since = now - (other.waiting_since or now)
+            if other is not disk and other.waiting.startswith("udev") and since < UDEV_WAIT_SEC:
+                return other.node
+        return ""
 
     def usage(self) -> Usage | None:
         try:
@@ -2187,9 +2504,12 @@ class Inventory:
             if not os.path.exists(node):
                 node = absolute
             # Named as it was called, so that a link can give it a name that stays.
-            return Disk(os.path.basename(absolute), node, sysname)
+            disk = Disk(os.path.basename(absolute), node, sysname)
+            disk.typed = {path, absolute}
+            return disk
         if stat.S_ISREG(st.st_mode):
             disk = Disk(os.path.basename(absolute), absolute)
+            disk.typed = {path, absolute}
             disk.id_serial = path  # what the UUID is made from, as systemd-storagetm has it
             return disk
         what = {stat.S_IFDIR: "a directory", stat.S_IFCHR: "a character device"}.get(stat.S_IFMT(st.st_mode))
@@ -2204,8 +2524,9 @@ class Inventory:
         for path in self.paths:
             disk = self.resolve(path)
             self.probe(disk)
-            if same := [d.node for d in self.disks.values() if d.tag == disk.tag]:
-                warning(f"'{path}' is the same as '{same[0]}', exporting it once")
+            if same := [d for d in self.disks.values() if d.tag == disk.tag]:
+                warning(f"'{path}' is the same as '{same[0].node}', exporting it once")
+                same[0].typed |= disk.typed
                 continue
             if disk.name in by_name:
                 raise UserError(
@@ -2214,6 +2535,10 @@ class Inventory:
                 )
             by_name[disk.name] = path
             self.disks[disk.key] = disk
+        self.settle(usage)
+        for disk in self.disks.values():
+            path = by_name[disk.name]
+            disk.access = self.access.of(disk)
             if why := why_unfit(disk):
                 why = NO_MEDIUM.replace("it will be exported", "start again") if why == NO_MEDIUM else why
                 raise UserError(f"Failed to export '{path}': {why}")
@@ -2224,13 +2549,11 @@ class Inventory:
                 )
             if why := self.why_used(disk, usage):
                 raise UserError(f"Failed to export '{path}': {why}; stop that use first, or give --force")
-            lower = below(disk.sysname) if disk.sysname else set()
-            for other in self.disks.values():
-                if other.sysname in lower or disk.sysname in below(other.sysname or "?"):
-                    raise UserError(
-                        f"Failed to export '{path}': it has data in common with '{other.node}', and clients "
-                        "would break them by writing to both; name one of them"
-                    )
+            for name in sorted(below(disk.sysname) & self.disks.keys()) if disk.sysname else ():
+                raise UserError(
+                    f"Failed to export '{path}': its data is on '{self.disks[name].node}', "
+                    "which is named, too; name one of them"
+                )
         self.paths = list(by_name.values())
 
     def why_used(self, disk: Disk, usage: Usage | None) -> str:
@@ -2253,7 +2576,13 @@ class Inventory:
         if disk.stay is None:
             disk.stay = self.stays.of(disk)
         if disk.fd < 0:  # or else clients know it as it is
-            disk.access = self.access.of(disk)
+            self.decide(disk)
+
+    def decide(self, disk: Disk) -> None:
+        """Sets the access of a disk by the rules."""
+        if self.access.rules and disk.sysname:
+            find_relatives(disk)
+        disk.access = self.access.of(disk)
 
     def examine(self, name: str, usage: Usage | None) -> None:
         """Reads one disk again and decides whether it is exported; forgets it if it is gone."""
@@ -2298,7 +2627,7 @@ class Inventory:
         if disk := self.disks.pop(name, None):
             disk.close()
 
-    def settle(self, disks: Iterable[Disk]) -> None:
+    def begin_stays(self, disks: Iterable[Disk]) -> None:
         """Decides who those disks are to clients."""
         new = [d for d in disks if d.stay is None]
         counts: dict[int, int] = {}
@@ -2312,6 +2641,8 @@ class Inventory:
             if disk.stay is None:
                 disk.left_out = "this machine has seen more disks than there are namespaces; boot it again"
                 disk.close()
+        if new:
+            self.stays.note()
 
     def candidates(self) -> list[Disk]:
         """The disks that are to be exported, or are being waited for, in the order to show them."""
@@ -2670,6 +3001,12 @@ class Entry:
         """Whether the kernel has it just so."""
         return True
 
+    def guard(self, *, adopted: bool) -> None:
+        """Keeps the rest of this machine off the device that it stands for, if it stands for one.
+
+        Called when it was made, or `adopted` from an earlier run.
+        """
+
     def described(self, root: str) -> dict[str, str] | None:
         """What make() does: `step`, its operands, and the shell command for it; None if it does nothing."""
         return None
@@ -2823,6 +3160,7 @@ class Mapping(Entry):
     amendable = True
 
     PREFIX = "storagetm-"
+    abandoned: ClassVar[list[str]] = []  # names of those that others held when they were to be removed
     # Reads pass, all that would write fails (drivers/md/dm-flakey.c): up for 0 s, down for 1 s, for ever.
     READ_ONLY = "flakey"
     # Writes go to memory; when that is full, they fail, and reads go on (drivers/md/dm-snap.c).
@@ -2831,8 +3169,7 @@ class Mapping(Entry):
     READ_WRITE = "linear"
     PARAMETERS: ClassVar[dict[str, str]] = {
         READ_ONLY: "{} 0 0 1 1 error_writes",
-        # Reads are cut into its pieces, and with 32 KiB are about as fast as without.
-        SNAPSHOT: "{} {} PO 64",
+        SNAPSHOT: "{} {} PO {}",
         READ_WRITE: "{} 0",
     }
 
@@ -2869,7 +3206,7 @@ class Mapping(Entry):
         try:
             dm_call(DM_DEV_CREATE, self.name, uuid=self.name)
         except OSError as e:
-            if e.errno != errno.EBUSY or (known := self.state()) is None:
+            if e.errno != errno.EBUSY or (known := self.state()) is None or known.flags & DM_DEFERRED_REMOVE:
                 raise
         opened: list[int] = []
         try:
@@ -2895,18 +3232,7 @@ class Mapping(Entry):
         source, sectors = self.source()
         operands = [device_number(source) or source]
         if self.target == self.SNAPSHOT:
-            store = snapshot_store(self.name) if known else ""
-            if not store:
-                fd = os.memfd_create(MEMORY_FILE.rpartition(":")[2], os.MFD_CLOEXEC)
-                try:
-                    # It takes no room before it is written to.
-                    os.ftruncate(fd, 1 << 62)
-                    loop, number = attach_loop(fd, read_only=False, limit=self.store)
-                finally:
-                    os.close(fd)
-                opened.append(loop)
-                store = f"7:{number}"
-            operands.append(store)
+            operands += self.store_and_unit(known, opened)
         if operands[0] != source:
             try:
                 self.load_table(sectors, operands)
@@ -2927,20 +3253,84 @@ class Mapping(Entry):
         opened.append(loop)
         self.load_table(sectors, [f"7:{number}", *operands[1:]])
 
+    def store_and_unit(self, known: dm_ioctl | None, opened: list[int]) -> tuple[str, str]:
+        """Where a snapshot keeps changes, MAJOR:MINOR, and its unit in sectors."""
+        active = known is not None and known.flags & DM_ACTIVE_PRESENT_FLAG
+        if active and (operands := snapshot_operands(self.name)):
+            return operands[1], operands[3]
+        chunk = str(chunk_sectors(self.source()[0]))
+        if active:
+            # An earlier run was killed while the table was away.
+            kept = kept_store(self.name)
+            opened.append(os.open(f"{DEV}loop{kept}", os.O_RDWR | os.O_CLOEXEC))
+            set_autoclear(opened[-1], on=True)
+            make_store_valid(kept)
+            return f"7:{kept}", chunk
+        if spare_memory() < STORE_COST:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        fd = os.memfd_create(self.name, os.MFD_CLOEXEC)
+        try:
+            # It takes no room before it is written to.
+            os.ftruncate(fd, 1 << 62)
+            loop, number = attach_loop(fd, read_only=False, limit=self.store)
+        finally:
+            os.close(fd)
+        opened.append(loop)
+        return f"7:{number}", chunk
+
     def load_table(self, sectors: int, operands: Sequence[str]) -> None:
         parameters = self.PARAMETERS[self.target].format(*operands)
         dm_call(DM_TABLE_LOAD, self.name, table=dm_table(sectors, self.target, parameters))
 
+    def guard(self, *, adopted: bool) -> None:
+        try:
+            if not self.sysname() or claim(self.path, self.node()) != errno.EBUSY:
+                return
+        except OSError as e:
+            debug(f"Failed to claim '{self.name}', ignoring: {reason_of(e)}")
+            return
+        fact, commands = what_holds(self.sysname())
+        disk, fact = mapped_disk(self.sysname()), fact or f"something has '{self.node()}' open"
+        warning(
+            f"This machine itself uses the export of '{disk}', and what it writes there is lost: {fact}; "
+            f"end that{in_brackets(commands)}"
+        )
+
     def unmake(self, root: str) -> None:
-        deadline = time.monotonic() + DM_BUSY_SEC
+        release(self.path)
+        deadline = time.monotonic() + BUSY_SEC
         while self.state() is not None:
             try:
                 dm_call(DM_DEV_REMOVE, self.name)
             except OSError as e:
-                # udev or a disk monitor may be looking at it.
-                if e.errno != errno.EBUSY or time.monotonic() > deadline:
+                # udev or a disk monitor may be looking at it. What has claimed it stays.
+                if e.errno != errno.EBUSY:
                     raise
+                if time.monotonic() > deadline or claim(self.path, self.node()) == errno.EBUSY:
+                    self.abandon()
+                    return
+                release(self.path)
                 time.sleep(LOCK_POLL_SEC[0])
+
+    def abandon(self) -> None:
+        """Has the kernel remove it as soon as nobody holds it any longer, and says who does."""
+        fact, commands = what_holds(self.sysname())
+        disk, fact = mapped_disk(self.sysname()), fact or f"something has '{self.node()}' open"
+        dm_call(DM_DEV_REMOVE, self.name, flags=DM_DEFERRED_REMOVE)
+        self.abandoned.append(self.name)
+        error(
+            f"'{disk}' is no longer exported, but still in use: {fact}; "
+            f"end that{in_brackets(commands)}, and it is free"
+        )
+
+    def sysname(self) -> str:
+        """The kernel's name for it; empty if there is none."""
+        if not self.device and (state := self.state()):
+            self.device = state.dev
+        return f"dm-{os.minor(self.device)}" if self.device else ""
+
+    def node(self) -> str:
+        return DEV + self.sysname()
 
     def is_live(self, root: str) -> bool:
         try:
@@ -2949,18 +3339,116 @@ class Mapping(Entry):
             return False
         if state is None or not state.flags & DM_ACTIVE_PRESENT_FLAG or state.flags & DM_SUSPEND_FLAG:
             return False
+        if self.target == self.SNAPSHOT and not snapshot_operands(self.name):
+            return False
         size = read_attribute(f"{SYS}dev/block/{device_numbers(state.dev)}/size")
         return size == str(self.source()[1])
 
     def described(self, root: str) -> dict[str, str]:
         source, sectors = self.source()
-        table = f"0 {sectors} {self.target} " + self.PARAMETERS[self.target].format(source, "MEMORY")
+        operands = source, "MEMORY", chunk_sectors(source)
+        table = f"0 {sectors} {self.target} " + self.PARAMETERS[self.target].format(*operands)
         command = f"dmsetup create {self.name} --table {quoted(table)}"
         return {"step": "map", "path": DEV + "mapper/" + self.name, "value": table, "command": command}
 
     def undescribed(self, root: str) -> dict[str, str]:
         path = DEV + "mapper/" + self.name
         return {"step": "unmap", "path": path, "command": f"dmsetup remove {self.name}"}
+
+
+class Writable(Entry):
+    """A block device that clients write to, and that is claimed meanwhile: "disk/" and its tag.
+
+    Clients may change the partition table, of which the kernel takes no notice. So that is read again in the
+    end, unless the device is gone by then or nothing was written. `value` is the kernel's name, if known. It
+    is not claimed where it is `mapped`: then our device over it has it.
+    """
+
+    __slots__ = ("mapped",)
+
+    PREFIX = "disk/"
+    written: ClassVar[dict[str, str]] = {}  # by path: the sectors written to the device before the export
+
+    def __init__(self, path: str, value: str = "", *, mapped: bool = False) -> None:
+        super().__init__(path, value)
+        self.mapped = mapped
+
+    @classmethod
+    def path_for(cls, tag: str) -> str:
+        return cls.PREFIX + tag.replace(" ", "-")
+
+    def sysname(self) -> str:
+        """The kernel's name of the device; empty if it is gone, even if another one has its number."""
+        number = self.path[len(self.PREFIX) :].partition("-")[0]
+        try:
+            found = os.path.basename(os.readlink(f"{SYS}dev/block/{number}"))
+            place = sys_device(found)
+            tag = block_tag(place, *parse_block_uevent(read_page(place + "/uevent")))
+            return found if self.path_for(tag) == self.path else ""
+        except OSError:
+            return ""
+
+    def guard(self, *, adopted: bool) -> None:
+        if (name := self.sysname() if adopted else self.value) and not self.mapped:
+            claim(self.path, device_node(name))
+        if name and not adopted:
+            self.written[self.path] = sectors_written(name)
+
+    def unmake(self, root: str) -> None:
+        release(self.path)
+        before = self.written.pop(self.path, "")
+        if not (name := self.sysname()):
+            return
+        counted = before and read_attribute(sys_block(name) + "/queue/iostats") == "1"
+        if not counted or before != sectors_written(name):
+            reread_partitions(name)
+
+    def undescribed(self, root: str) -> dict[str, str] | None:
+        if not (name := self.sysname()):
+            return None
+        path = device_node(name)
+        return {"step": "reread", "path": path, "command": f"blockdev --rereadpt {path}"}
+
+
+def sectors_written(sysname: str) -> str:
+    """The count of sectors written to a block device so far; empty if it is not known."""
+    return " ".join(read_attribute(sys_block(sysname) + "/stat").split()[6:7])
+
+
+def reread_partitions(sysname: str) -> None:
+    """Has the kernel read a disk's partition table again; says why if it cannot. Raises nothing."""
+    node = device_node(sysname)
+    deadline = time.monotonic() + BUSY_SEC
+    while True:
+        try:
+            fd = os.open(node, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(fd, BLKRRPART)
+            finally:
+                os.close(fd)
+            return
+        except OSError as e:
+            # EINVAL: it can have no partitions.
+            if e.errno in (errno.EINVAL, errno.ENOTTY, errno.ENOMEDIUM, errno.ENXIO, errno.ENOENT):
+                return
+            use = what_uses(sysname) if e.errno == errno.EBUSY else ""
+            if e.errno == errno.EBUSY and not use and time.monotonic() < deadline:
+                time.sleep(LOCK_POLL_SEC[0])
+                continue
+            reason = use or reason_of(e)
+            warning(
+                f"The kernel may have an old partition table of '{node}', which was exported read-write: "
+                f"{reason}; end that use, then run 'blockdev --rereadpt {node}' before you use a partition"
+            )
+            return
+
+
+def what_uses(sysname: str) -> str:
+    """How the system uses a block device; empty if it does not, or if that is not known."""
+    try:
+        return Usage().of(sysname)
+    except OSError:
+        return ""
 
 
 class MappedNode(Attribute):
@@ -2973,9 +3461,7 @@ class MappedNode(Attribute):
         self.mapping = mapping
 
     def text(self) -> str:
-        if not self.mapping.device and (state := self.mapping.state()):
-            self.mapping.device = state.dev
-        return f"{DEV}dm-{os.minor(self.mapping.device)}" if self.mapping.device else ""
+        return self.mapping.node() if self.mapping.sysname() else ""
 
     def is_live(self, root: str) -> bool:
         try:
@@ -3034,7 +3520,15 @@ def why_not_mapped(problem: OSError, disk: Disk) -> str:
         reason = reason_of(problem)
         name = str(problem.filename).rpartition("/")[2]
         if problem.errno == errno.EBUSY:
+            mapping = Mapping(str(problem.filename))
+            if mapping.state():
+                fact, commands = what_holds(mapping.sysname())
+                return f"its last export is still in use: {fact}; end that{in_brackets(commands)}"
             return f"another program made the device-mapper device '{name}'; remove it with 'dmsetup remove'"
+        if problem.errno == errno.ENODATA:
+            return "what clients had changed is lost; stop storagetm and start it again"
+        if problem.errno == errno.ENOMEM and disk.access == SNAPSHOT:
+            return "too little memory is left for a snapshot; give --read-only or --read-write, or free some"
         return f"it cannot be exported {disk.access}, since device-mapper says: {reason}"
     missing = " and ".join(f"'{name}'" for name in lacking)
     advice = f"{disk.access} access needs {missing}, which this kernel does not have; install it"
@@ -3047,65 +3541,102 @@ def why_not_mapped(problem: OSError, disk: Disk) -> str:
 class Memory:
     """What all snapshots together may keep in memory, in bytes.
 
-    Each has a store of its own with a limit. The limits are moved as the stores fill, and add up to no more
-    than `size` at any time.
+    Each has a store of its own with a limit. The limits are moved as the stores fill and as the machine's
+    memory does, and add up to no more than `size` at any time. `asked` is what was asked for; without that,
+    half of what is available at the start.
     """
 
-    def __init__(self, size: int = 0) -> None:
-        self.asked = size
-        self.filled: dict[str, tuple[int, int, bool]] = {}  # used, limit and whether it is full, by name
-
-    @property
-    def size(self) -> int:
-        if not self.asked:
-            self.asked = max(STORE_MIN, available_memory() // 2)
-        return self.asked
+    def __init__(self, asked: int = 0) -> None:
+        self.asked = asked
+        self.most = asked
+        self.size = 0
+        # By name: used and limit, and what keeps it from being written to: OVERFLOW, or nothing.
+        self.filled: dict[str, tuple[int, int, str]] = {}
+        self.repaired: set[str] = set()  # those that had been invalid at the last look
+        self.lost: set[str] = set()  # those that still are
 
     @property
     def used(self) -> int:
         return sum(used for used, _, _ in self.filled.values())
 
     @property
+    def full(self) -> bool:
+        return any(trouble for _, _, trouble in self.filled.values())
+
+    @property
     def pause(self) -> float:
         """In how many seconds to look again, so that none runs full before while others have room."""
-        slack = [limit - used for used, limit, full in self.filled.values() if not full]
+        slack = [limit - used for used, limit, trouble in self.filled.values() if not trouble]
         shortest, longest = STORE_POLL_SEC
         # The last bits are not worth the looking.
         if len(slack) < 2 or self.size - self.used < len(slack) * STORE_MIN // 8:
             return longest
         return min(max(shortest, len(slack) / 1000, min(slack) / STORE_FILL / 2), longest)
 
+    def measure(self) -> None:
+        """Brings `size` up to date: what is used and what can be spared now, but no more than asked for."""
+        if not self.most:
+            self.most = max(STORE_MIN, meminfo().get("MemAvailable", 0) // 2)
+        self.size = max(self.used, min(self.most, self.used + spare_memory()))
+
     def share(self, live: Iterable[Mapping], coming: Sequence[Mapping] = ()) -> None:
         """Looks how full the stores are, and divides what is left among them and those that are coming."""
-        self.filled = {}
+        self.filled, self.repaired, self.lost = {}, set(), set()
         stores = {m.name: m for m in live}
         for name in stores:
-            if state := snapshot_state(name):
+            if state := self.look(name):
                 self.filled[name] = state
         sharers = len(self.filled) + len(coming)
         if not sharers:
             return
+        self.measure()
         part = max(0, self.size - self.used) // sharers & ~0xFFF
         # First comes what makes room. Small differences are not worth stopping anybody for.
-        for name, (used, limit, full) in self.filled.items():
-            if limit - used - part > part // 4 and not full:
+        for name, (used, limit, trouble) in self.filled.items():
+            if limit - used - part > part // 4 and not trouble:
                 self.move(name, used + part, part, shrinks=True)
         room = self.size - sum(limit for _, limit, _ in self.filled.values())
         for mapping in coming:
             mapping.store = max(min(part, room) & ~0xFFF, STORE_MIN // 8)
             room -= mapping.store
-        for name, (used, limit, full) in self.filled.items():
+        for name, (used, limit, trouble) in self.filled.items():
             more = min(used + part - limit, room)
-            if more > part // 4 and not full:
+            # One that ran full is not to run full again in a moment.
+            if more > (max(STORE_COST, self.size // 16) if trouble else part // 4):
                 self.move(name, limit + more, part, shrinks=False)
                 room -= self.filled[name][1] - limit
 
+    def look(self, name: str) -> tuple[int, int, str] | None:
+        """How full a store is. One that has become invalid is made valid first."""
+        state = snapshot_state(name)
+        if state is None or state[2] != INVALID or not SUSPENDING.acquire(False):
+            return state
+        try:
+            revive_snapshot(name)
+            self.repaired.add(name)
+            return snapshot_state(name)
+        except OSError as e:
+            debug(f"Failed to revive '{name}': {reason_of(e)}")
+            self.lost.add(name)
+            return None
+        finally:
+            SUSPENDING.release()
+
     def move(self, name: str, limit: int, slack: int, *, shrinks: bool) -> None:
+        used, _, trouble = self.filled[name]
+        if not SUSPENDING.acquire(False):
+            return  # a drive is being looked into; soon there is another try
         try:
             limit = set_snapshot_limit(name, limit, slack, shrinks)
-            self.filled[name] = self.filled[name][0], limit, False
+            if trouble:
+                revive_snapshot(name)
+            self.filled[name] = used, limit, ""
         except OSError as e:
             debug(f"Failed to change the limit of '{name}', ignoring: {reason_of(e)}")
+            if trouble and not snapshot_operands(name):
+                self.lost.add(name)
+        finally:
+            SUSPENDING.release()
 
 
 class MediumWatch:
@@ -3203,32 +3734,70 @@ class MediumWatch:
         return same
 
 
-def available_memory() -> int:
-    """MemAvailable of proc(5), in bytes; 0 if it is not known."""
+def meminfo() -> dict[str, int]:
+    """The lines of proc(5)'s meminfo, in bytes; none if it cannot be read."""
+    found = {}
     try:
         for line in read_bytes(PROC + "meminfo").split(b"\n"):
             fields = line.split()
-            if len(fields) > 1 and fields[0] == b"MemAvailable:" and fields[1].isdigit():
-                return int(fields[1]) * 1024
+            if len(fields) > 1 and fields[1].isdigit() and len(fields[1]) < 16:
+                found[printable(fields[0].rstrip(b":"))] = int(fields[1]) * 1024
     except OSError:
         pass
-    return 0
+    return found
 
 
-def snapshot_state(name: str) -> tuple[int, int, bool] | None:
-    """Used bytes of a snapshot's store, its limit in bytes, and whether it ran full; None if it is none."""
+def spare_memory() -> int:
+    """How many bytes of memory can be filled for good, and the machine still has what it needs to run.
+
+    What is in a memory file cannot be dropped or written out. If there were little else, the kernel would
+    kill one process after the other, and then give up: "System is deadlocked on memory".
+    """
+    found = meminfo()
+    part, least = MEMORY_KEPT
+    spare = found.get("MemAvailable", 0) - max(found.get("MemTotal", 0) // part, least)
+    if read_attribute(PROC + "sys/vm/overcommit_memory") == "2":
+        spare = min(spare, found.get("CommitLimit", 0) - found.get("Committed_AS", 0))
+    return max(0, spare)
+
+
+def chunk_sectors(source: str) -> int:
+    """The unit of a snapshot of a device or file, in sectors of 512 bytes.
+
+    Of one that is overwritten as a whole, the kernel does not read what was there before, which may be
+    unreadable. File systems write multiples of 4 KiB from their partition's beginning on. Larger units would
+    be faster to read, and fill the memory with what lies beside scattered changes.
+    """
+    sysname = device_below(source)
+    if not sysname or not device_number(source):
+        return CHUNK_SECTORS
+    chunk = CHUNK_SECTORS
+    for name in partitions_of(sysname):
+        start = read_attribute(f"{sys_block(name)}/start")
+        while chunk > 1 and start.isdigit() and int(start) % chunk:
+            chunk //= 2
+    block = read_attribute(sys_block(sysname) + "/queue/logical_block_size")
+    return max(chunk, int(block) // 512 if block.isdigit() else 1)
+
+
+def snapshot_state(name: str) -> tuple[int, int, str] | None:
+    """Used bytes of a snapshot's store, its limit in bytes, and OVERFLOW, INVALID or nothing.
+
+    None if there is no such snapshot.
+    """
     try:
         text = dm_target_text(bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_NOFLUSH_FLAG)))
     except OSError:
         return None
     sectors, _, total = text.partition(" ")[0].partition("/")
     if sectors.isdigit() and total.isdigit():
-        return int(sectors) * 512, int(total) * 512, False
-    if text not in ("Overflow", "Invalid"):
+        return int(sectors) * 512, int(total) * 512, ""
+    operands = snapshot_operands(name)
+    if text not in (OVERFLOW, INVALID) or not operands:
         return None
-    size = read_attribute(f"{SYS}dev/block/{snapshot_store(name)}/size")
+    size = read_attribute(f"{SYS}dev/block/{operands[1]}/size")
     size_bytes = int(size) * 512 if size.isdigit() else 0
-    return size_bytes, size_bytes, True
+    return size_bytes, size_bytes, text
 
 
 def set_snapshot_limit(name: str, limit: int, slack: int, shrinks: bool) -> int:
@@ -3244,9 +3813,8 @@ def set_snapshot_limit(name: str, limit: int, slack: int, shrinks: bool) -> int:
     try:
         if shrinks and (state := snapshot_state(name)):
             limit = max(limit, state[0] + slack // 2)
-        info = bytearray(ctypes.sizeof(loop_info64))
-        fcntl.ioctl(fd, LOOP_GET_STATUS64, info)
-        loop_info64.from_buffer(info).lo_sizelimit = limit & ~0xFFF
+        info = loop_status(fd)
+        info.lo_sizelimit = limit & ~0xFFF
         fcntl.ioctl(fd, LOOP_SET_STATUS64, bytes(info))
     finally:
         if shrinks:
@@ -3255,19 +3823,106 @@ def set_snapshot_limit(name: str, limit: int, slack: int, shrinks: bool) -> int:
     return limit & ~0xFFF
 
 
+def loop_status(fd: int) -> loop_info64:
+    info = bytearray(ctypes.sizeof(loop_info64))
+    fcntl.ioctl(fd, LOOP_GET_STATUS64, info)
+    return loop_info64.from_buffer(info)
+
+
+def set_autoclear(fd: int, *, on: bool) -> None:
+    """Whether the kernel detaches a loop device on last close. Raises OSError."""
+    info = loop_status(fd)
+    info.lo_flags = info.lo_flags & ~LO_FLAGS_AUTOCLEAR | (LO_FLAGS_AUTOCLEAR if on else 0)
+    fcntl.ioctl(fd, LOOP_SET_STATUS64, bytes(info))
+
+
+def revive_snapshot(name: str) -> None:
+    """Has the kernel begin anew with the store of a snapshot that has run full or become invalid.
+
+    When something to be copied cannot be read, the kernel marks the snapshot as invalid and fails all I/O
+    from then on, but what clients have changed before is still in the store. And one that ran full takes no
+    more writes, even if there is room again. A new table reads the store, once the old one is gone. Raises
+    OSError, and then the changes are lost.
+    """
+    operands = snapshot_operands(name)
+    if not operands:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    origin, store, _, chunk = operands
+    sectors = dm_sectors(name)
+    fds: list[int] = []
+    try:
+        for number in (x.partition(":")[2] for x in (store, origin) if x.startswith("7:")):
+            fds.append(os.open(f"{DEV}loop{number}", os.O_RDWR if not fds else os.O_RDONLY))
+        # If this process is killed in between, the next one finds it.
+        set_autoclear(fds[0], on=False)
+        dm_replace(name, dm_table(sectors, "error", ""))
+        make_store_valid(store.partition(":")[2])
+        table = dm_table(sectors, Mapping.SNAPSHOT, f"{origin} {store} PO {chunk}")
+        try:
+            dm_replace(name, table)
+        except OSError:  # for want of memory: what the old table had is free in a moment
+            time.sleep(LOCK_POLL_SEC[0])
+            dm_replace(name, table)
+    finally:
+        if fds:
+            set_autoclear(fds[0], on=True)
+        for fd in fds:
+            os.close(fd)
+
+
+def make_store_valid(number: str) -> None:
+    """Takes back what the kernel has noted at the beginning of a store, /dev/loopNUMBER: that it is invalid.
+
+    The format is that of struct disk_header in drivers/md/dm-snap-persistent.c. Raises OSError.
+    """
+    import mmap
+
+    # Past the cache, which may have what udev read there before.
+    fd = os.open(f"{DEV}loop{number}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        page = mmap.mmap(-1, 4096)
+        if os.preadv(fd, [page], 0) != 4096 or page[:4] != b"SnAp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if page[4:8] != b"\1\0\0\0":
+            page[4:8] = b"\1\0\0\0"
+            os.pwritev(fd, [page], 0)
+    finally:
+        os.close(fd)
+
+
+def kept_store(name: str) -> str:
+    """The number of the loop device with the changes of a snapshot whose table is away. Raises OSError."""
+    for loop in list_directory(SYS + "block"):
+        backing = read_attribute(f"{SYS}block/{loop}/loop/backing_file") if loop.startswith("loop") else ""
+        if backing.partition(" ")[0] == f"/memfd:{name}":
+            return loop[4:]
+    raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+
+
 def device_numbers(dev: int) -> str:
     """MAJOR:MINOR of a number as device-mapper gives it (huge_encode_dev() in the kernel)."""
     return f"{os.major(dev)}:{os.minor(dev)}"
 
 
-def snapshot_store(name: str) -> str:
-    """MAJOR:MINOR of the device that a snapshot keeps its changes on; empty if there is no such snapshot."""
+def dm_sectors(name: str) -> int:
+    """The length of a device's first target. Raises OSError."""
+    answer = bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_STATUS_TABLE_FLAG))
+    return int(dm_target_spec.from_buffer_copy(answer, dm_ioctl.from_buffer_copy(answer).data_start).length)
+
+
+def snapshot_operands(name: str) -> list[str]:
+    """A snapshot's table: origin and store as MAJOR:MINOR, "PO", and the unit; empty if it is none."""
     try:
         answer = bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_STATUS_TABLE_FLAG))
     except OSError:
-        return ""
+        return []
     fields = dm_target_text(answer).split(" ")
-    return fields[1] if len(fields) > 3 else ""
+    return fields[:4] if len(fields) > 3 and fields[2] == "PO" else []
+
+
+def snapshot_store(name: str) -> str:
+    """MAJOR:MINOR of the device that a snapshot keeps its changes on; empty if there is no such snapshot."""
+    return (snapshot_operands(name) or ["", ""])[1]
 
 
 class Branch:
@@ -3333,6 +3988,7 @@ class Ledger:
         "d": Directory,
         "l": Link,
         "m": Mapping,
+        "w": Writable,
         "g": Links,
         "i": DefaultGroup,
     }
@@ -3497,6 +4153,12 @@ class Tree:
         entries = [e for b in self.live.values() for e in b.entries if e.admits]
         return any(os.path.lexists(self.root + e.path) for e in entries)
 
+    def guard(self) -> None:
+        """Keeps the rest of this machine off what an earlier run has exported, too."""
+        for branch in self.live.values():
+            for entry in branch.entries:
+                entry.guard(adopted=True)
+
     def reconcile(
         self,
         wanted: Sequence[Branch],
@@ -3646,6 +4308,8 @@ class Tree:
             for entry in entries:
                 if not isinstance(entry, Trigger):  # what is new has nothing to catch up with
                     self.make(entry)
+                    if not dry:
+                        entry.guard(adopted=False)
                 made.append(entry)
                 if noted and entry.path == branch.root:
                     self.ledger.confirm(branch, self.root)
@@ -3715,7 +4379,7 @@ class Tree:
         for branch in branches:
             entries = branch.entries if made is None else made
             if self.unmake_all([e for e in reversed(entries) if e.holds], branch.root, failures):
-                kept = [e for e in reversed(entries) if isinstance(e, (Directory, Mapping))]
+                kept = [e for e in reversed(entries) if isinstance(e, (Directory, Mapping, Writable))]
                 ready.append((branch, [e for e in kept if not e.holds]))
         if not ready:
             return
@@ -4278,10 +4942,12 @@ class NvmeTcp:
         between: list[Entry] = []
         device: Entry = Attribute(namespace + "/device_path", disk.node)
         protection: list[Entry] = []
-        if target := mapping_target(disk, disk.access):
-            path = Mapping.path_for(disk.name, self.prefix, disk.tag, disk.node, target)
-            mapping = Mapping(path, target, disk.node, disk.size, disk.block)
+        if mapping := self.mapping(disk, disk.access):
             between, device = [mapping], MappedNode(namespace + "/device_path", mapping)
+        if disk.access == READ_WRITE and disk.sysname:
+            # Before the mapping, so that it comes after that when all is taken away.
+            writable = Writable(Writable.path_for(disk.tag), disk.sysname, mapped=mapping is not None)
+            between.insert(0, writable)
         if disk.access == READ_ONLY:
             protection = [WriteProtection(namespace + "/write_protect", self)]
         entries: list[Entry] = [
@@ -4307,6 +4973,22 @@ class NvmeTcp:
         if not self.overrides["SERIAL"] and not disk.serial and not self.shared:
             found.append(("serial number", self.serial(disk)))
         return found
+
+    def mapping(self, disk: Disk, access: str) -> Mapping | None:
+        """What stands between a disk and its export, for this kind of access."""
+        if not (target := mapping_target(disk, access)):
+            return None
+        path = Mapping.path_for(disk.name, self.prefix, disk.tag, disk.node, target)
+        return Mapping(path, target, disk.node, disk.size, disk.block)
+
+    def live_access(self, disk: Disk, live: dict[str, Branch]) -> str:
+        """The kind of access with which a disk is exported now; empty if it is not."""
+        branch = live.get(self.root(disk))
+        if branch is None or branch.tag != disk.tag:
+            return ""
+        paths = [e.path for e in branch.kept(Mapping)]
+        wanted = {access: self.mapping(disk, access) for access in ACCESS}
+        return next((a for a, mapping in wanted.items() if paths == ([mapping.path] if mapping else [])), "")
 
     def model(self, disk: Disk | None) -> str:
         """The model of a disk's subsystem, or of the one that is for all."""
@@ -4398,12 +5080,14 @@ class Report:
         memory: Memory | None = None,
         refused: str = "",
         awaited: Sequence[str] = (),
+        idle: Sequence[str] = (),
         *,
         reboots: bool = False,
     ) -> None:
         self.memory = memory or Memory()
         self.refused = refused
         self.awaited = awaited
+        self.idle = idle  # what to say of rules that have matched nothing
         self.reboots = reboots
         self.attached: list[str] = []  # addresses of clients
         self.firewall = ""  # what it has to let in, where there is one
@@ -4432,10 +5116,12 @@ class Report:
         """How full the memory for snapshots is; empty if there are none."""
         if not self.memory.filled:
             return ""
-        used, size = self.memory.used, self.memory.size
-        full = any(full for _, _, full in self.memory.filled.values())
-        text = f"snapshots use {size_text(used)} of {size_text(size)} of memory ({100 * used // size} %)"
-        return before + text + (", which is full: writes fail" if full else "")
+        used, size, asked = self.memory.used, self.memory.size, self.memory.asked
+        share = f"{100 * used // max(1, size)} %"
+        if size < asked:
+            share += f"; this machine cannot spare the {size_text(asked)} asked for"
+        text = f"snapshots use {size_text(used)} of {size_text(size)} of memory ({share})"
+        return before + text + (", which is full: writes fail" if self.memory.full else "")
 
     def attached_text(self) -> str:
         """Who has disks, and why others may be turned away."""
@@ -4449,7 +5135,7 @@ class Report:
         """A disk's access as the screen has it."""
         if disk.access == SNAPSHOT and disk.branch:
             for mapping in disk.branch.kept(Mapping) if Mapping in disk.branch.kinds else ():
-                used, limit, full = self.memory.filled.get(os.path.basename(mapping.path), (0, 0, False))
+                used, limit, full = self.memory.filled.get(os.path.basename(mapping.path), (0, 0, ""))
                 if full or limit:
                     return SNAPSHOT_FULL if full else f"snapshot {100 * used // limit:2} %"
         return disk.access.upper() if disk.access == READ_WRITE else disk.access
@@ -4568,9 +5254,11 @@ class Report:
             blocks.append([("", "")])
         if self.attached:
             blocks.append([("", line) for line in wrapped(self.attached_text() + ".", width)] + [("", "")])
+        for text in self.idle:
+            blocks.append([("alert", line) for line in wrapped(f"{text}.", width)] + [("", "")])
         if fill := self.fill_text(""):
-            full = any(full for _, _, full in self.memory.filled.values())
-            blocks.append([("alert" if full else "", fill[0].upper() + fill[1:] + "."), ("", "")])
+            style = "alert" if self.memory.full else ""
+            blocks.append([(style, fill[0].upper() + fill[1:] + "."), ("", "")])
         if others := [(d, why) for d, why in self.others if why]:
             blocks.append([("", "Not exported:")])
             blocks += [[("dim", line) for line in self.why_not(d, why, width)] for d, why in others]
@@ -4981,13 +5669,19 @@ class Service:
         # start is shown instead: it would be there again after the boot, and nobody could have read it.
         self.reboots = reboots
         self.shared = 0.0  # when the memory was last divided, in seconds of the monotonic clock
+        self.snapshot_news = -1  # descriptor that can be read when device-mapper has news since then
+        self.damaged: set[str] = set()  # mappings whose disks were found to have unreadable sectors
         self.ledger = Ledger(f"{RUN}{transport.prefix}.entries")
+        self.rules_file = f"{RUN}{transport.prefix}.access"
+        self.same_rules = False  # whether an earlier run that was killed had the same
+        self.rules_noted = False
         self.tree = Tree(CONFIGFS, self.ledger)
         self.media = MediumWatch(lambda: self.tree.wake())
         self.sleep_lock = SleepLock()
         self.addresses: list[Address] = []
         self.view = Views(JournalView())
         self.dirty = True  # something to show has changed
+        self.outdated = False  # what is wanted has changed, although no disk has
         self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
         self.started = time.monotonic()
         self.opened = False  # whether clients may come in
@@ -5044,27 +5738,36 @@ class Service:
         self.ledger.lock()
         self.tree.adopt()
         self.opened = self.tree.admits()
+        self.compare_rules()
         self.transport.choose_ports(self.tree.live)
         self.inventory.stays.kept = True
         self.catch_signals()
         failed = True
+        last: list[str] = []  # messages of the stop
         try:
             # Listening comes before looking: what happens in between is then looked at twice, not missed.
             self.uevents = Uevents()
             if self.inventory.all:
                 self.inventory.rescan()
                 self.transport.check_names(self.inventory.candidates(), named=not self.inventory.all)
+            self.inventory.check_rules()
             self.synchronise(strict=True)
             self.clients = Clients()
             self.network = Network()
             self.addresses = self.network.addresses()
             self.open_view()
             self.running = True
+            self.tree.guard()
             self.loop()
             failed = False
         finally:
+            if log.screen:
+                log.screen = last.append
             clean = self.stop()
+            shown_only = os.isatty(log.errors)  # elsewhere they were written at once
             self.close_view(failed=failed)
+            for message in last if shown_only else []:
+                error(message)
         return 0 if clean else 1
 
     def close_view(self, *, failed: bool) -> None:
@@ -5072,6 +5775,27 @@ class Service:
         log.screen, log.errors = None, 2
         for message in self.view.messages if failed else []:
             error(message)
+
+    def compare_rules(self) -> None:
+        """Finds out whether an earlier run that was killed had the same rules.
+
+        Then no access changes that clients have, although rules may match other disks by now.
+        """
+        try:
+            self.same_rules = read_bytes(self.rules_file) == self.inventory.access.noted()
+            if not self.same_rules:
+                os.unlink(self.rules_file)
+        except OSError as e:
+            debug(f"No rules of an earlier run: {reason_of(e)}")
+
+    def note_rules(self) -> None:
+        """Notes the rules, once all that is exported is exported by them."""
+        self.rules_noted = True
+        try:
+            if self.inventory.access.rules:
+                write_new_file(self.rules_file, self.inventory.access.noted())
+        except OSError as e:
+            debug(f"Failed to note the rules, ignoring: {reason_of(e)}")
 
     @staticmethod
     def set_urgent(urgent: bool) -> None:
@@ -5105,7 +5829,7 @@ class Service:
                 self.claim(disk, now, strict=strict)
         if self.inventory.stays.first is None:
             self.inventory.stays.begin_with(list(self.inventory.disks.values()))
-        self.inventory.settle(d for d in disks if d.fd >= 0)
+        self.inventory.begin_stays(d for d in disks if d.fd >= 0)
         self.dirty = True
         if not self.opened:
             self.awaited = self.still_awaited(now)
@@ -5125,9 +5849,13 @@ class Service:
             self.ledger.shorten(self.tree.live.values(), CONFIGFS)
         except OSError as e:
             debug(f"Failed to shorten '{self.ledger.path}', ignoring: {reason_of(e)}")
+        if not self.rules_noted and not self.pending():
+            self.note_rules()
         if not self.ready and (not self.pending() or now - self.started > LOCK_WAIT_SEC):
             self.ready = True
             notify("READY=1")
+            for text in self.idle_rules():
+                warning(text)
 
     def still_awaited(self, now: float) -> list[str]:
         """The disks without which no client is let in yet, with the reasons."""
@@ -5227,6 +5955,7 @@ class Service:
         """Divides the memory for snapshots among those that are live and those that are going to be."""
         self.shared = time.monotonic()
         live = {m.path: m for m in self.tree.mappings(Mapping.SNAPSHOT)}
+        self.snapshot_news = dm_arm() if live else -1
         coming = [
             m
             for b in wanted
@@ -5237,8 +5966,39 @@ class Service:
         before = self.memory.filled
         if live or coming or before:
             self.memory.share(live.values(), coming)
+        for name in self.memory.repaired - self.damaged:
+            self.damaged.add(name)
+            warning(
+                f"A client's write to '{self.mapped_node(name)}' failed, since a sector beside it cannot be "
+                "read, and other I/O may have failed at that moment; what clients changed before is kept"
+            )
+        for name in self.memory.lost:
+            self.lose(name)
+        if not before and self.memory.filled and self.memory.size < self.memory.asked:
+            size, asked = size_text(self.memory.size), size_text(self.memory.asked)
+            warning(f"Snapshots get {size} of memory instead of {asked}: this machine cannot spare more")
         if self.memory.filled != before:
             self.dirty = True
+
+    def mapped_disk(self, name: str) -> Disk | None:
+        """The disk that is exported through a mapping."""
+        for disk in self.inventory.disks.values():
+            kept = disk.branch.kept(Mapping) if disk.branch and Mapping in disk.branch.kinds else []
+            if any(e.path.rpartition("/")[2] == name for e in kept):
+                return disk
+        return None
+
+    def mapped_node(self, name: str) -> str:
+        disk = self.mapped_disk(name)
+        return disk.node if disk else name
+
+    def lose(self, name: str) -> None:
+        """Ends the export of a disk whose changes are gone: to its clients it would be another one."""
+        if disk := self.mapped_disk(name):
+            disk.failed = "what clients had changed is lost; start storagetm again to export it without that"
+            disk.close()
+            error(f"'{disk.node}' is no longer exported: {disk.failed}")
+            self.outdated = True
 
     def claim(self, disk: Disk, now: float, *, strict: bool) -> None:
         """Takes a disk's lock, if udev is done with it and nobody holds it; says when that takes long."""
@@ -5247,6 +6007,9 @@ class Service:
         waited = now - disk.waiting_since
         if disk.waiting.startswith("udev") and waited < UDEV_WAIT_SEC:
             return  # until udev says so, and the disk is read again
+        if other := self.inventory.undecided(disk, now):
+            disk.waiting = f"its access depends on '{other}', which udev is not done with"
+            return
         try:
             try_lock(disk)
         except OSError as e:
@@ -5254,6 +6017,11 @@ class Service:
             return
         if disk.fd >= 0:
             disk.waiting_since, disk.waiting_named = 0.0, False
+            # To open it has waited for the kernel to read its partition table.
+            self.inventory.decide(disk)
+            disk.waiting = ""
+            if self.same_rules and (access := self.transport.live_access(disk, self.tree.live)):
+                disk.access = access
         elif waited > LOCK_WAIT_SEC and not disk.waiting_named:
             disk.waiting_named = True
             warning(
@@ -5295,6 +6063,10 @@ class Service:
             if any(e.path in self.transport.untold for e in branch.kept(WriteProtection)):
                 self.tree.live[root] = Branch(branch.tag, branch.entries, adopted=True)
         self.synchronise()
+
+    def idle_rules(self) -> list[str]:
+        """What to say of rules that have matched nothing, once all disks were looked at."""
+        return self.inventory.access.idle(self.inventory.disks.values()) if self.ready else []
 
     def pending(self) -> list[Disk]:
         return [d for d in self.inventory.candidates() if d.waiting and d.fd < 0 and not d.failed]
@@ -5390,6 +6162,7 @@ class Service:
                 poll.register(screen.keys, select.POLLIN)
         # What the service manager prints on the console about this very start is drawn over a little later.
         redraws = [time.monotonic() + 1, time.monotonic() + 4] if self.view.screens else []
+        news = False  # whether device-mapper has news that were not looked at yet
         while not self.stop_asked:
             now = time.monotonic()
             if redraws and redraws[0] <= now:
@@ -5409,16 +6182,25 @@ class Service:
                     now = time.monotonic()
                 deadlines.append(self.tell_again or now)
             if self.memory.filled and not self.refused:
-                if now - self.shared >= self.memory.pause:
+                if now - self.shared >= (STORE_POLL_SEC[0] if news else self.memory.pause):
                     self.share_memory()
-                deadlines.append(self.shared + self.memory.pause)
+                    news = False
+                deadlines.append(self.shared + (STORE_POLL_SEC[0] if news else self.memory.pause))
+            if self.outdated:
+                deadlines.append(now)
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
             if (lock := self.sleep_lock.fd) >= 0:
                 poll.register(lock, 0)
             unsent = [screen for screen in self.view.screens if screen.unsent]
             for screen in unsent:
                 poll.register(screen.terminal, select.POLLOUT)
+            events = -1 if news else self.snapshot_news
+            if events >= 0:
+                poll.register(events, select.POLLIN)
             ready = {fd for fd, _ in poll.poll(timeout)}
+            if events >= 0:
+                poll.unregister(events)
+                news = events in ready
             for screen in unsent:
                 poll.unregister(screen.terminal)
                 if screen.terminal in ready:
@@ -5448,7 +6230,8 @@ class Service:
             self.dirty = True
         if self.clients.socket.fileno() in ready and self.clients.changed():
             self.dirty = True
-        again = bool(self.tree.finished)
+        again = bool(self.tree.finished) or self.outdated
+        self.outdated = False
         if self.uevents.socket.fileno() in ready:
             names = self.uevents.changed()
             if names is None:
@@ -5475,6 +6258,7 @@ class Service:
             self.memory,
             self.refused,
             self.awaited,
+            self.idle_rules(),
             reboots=self.reboots,
         )
         report.attached = Clients.attached(self.transport.ports.values())
@@ -5509,11 +6293,13 @@ class Service:
             disk.close()
         if not self.tree.live:
             self.ledger.clear()
+            if self.inventory.access.rules and os.path.exists(self.rules_file):
+                os.unlink(self.rules_file)
         self.ledger.close()
         self.sleep_lock.release()
         if self.splash:
             plymouth("")
-        return not self.tree.live
+        return not self.tree.live and not any(map(dm_status, Mapping.abandoned))
 
 
 def wake(fd: int) -> None:
@@ -5855,6 +6641,9 @@ def list_devices(options: Options) -> int:
     access = Access(options.rules, options.mode)
     inventory = Inventory((), True, options.all > 1, access, stacked=options.stacked)
     inventory.rescan()
+    inventory.check_rules()
+    for text in inventory.access.idle(inventory.disks.values()):
+        warning(text)
     disks = sorted(inventory.disks.values(), key=lambda d: natural_order(d.name))
     if options.json:
         write_json(
@@ -5890,6 +6679,9 @@ def dry_run(options: Options, transport: NvmeTcp, inventory: Inventory) -> int:
         inventory.rescan()
     else:
         inventory.check_named()
+    inventory.check_rules()
+    for text in inventory.access.idle(inventory.disks.values()):
+        warning(text)
     ledger = Ledger(f"{RUN}{transport.prefix}.entries")
     tree = Tree(CONFIGFS, ledger, steps.append)
     try:
@@ -5902,7 +6694,7 @@ def dry_run(options: Options, transport: NvmeTcp, inventory: Inventory) -> int:
     disks = inventory.candidates()
     transport.check_names(disks, named=not inventory.all)
     disks = [d for d in disks if not transport.why_name(d)]
-    inventory.settle(disks)
+    inventory.begin_stays(disks)
     branches += map(transport.disk_branch, disks)
     if tree.lacks(branches, WriteProtection):
         transport.choose_passage(tree.live)

@@ -123,7 +123,7 @@ class Disk:
     """A disk, or with `kind="cd"` a CD drive, that is empty unless it has a path.
 
     `size` and `block_size` are in bytes. Without a path the disk is a new file full of zeros, see
-    `Machine.disk_path()`.
+    `Machine.disk_path()`. The machine gets an error when it reads one of `bad_sectors`, of 512 bytes each.
     """
 
     id: str
@@ -134,6 +134,7 @@ class Disk:
     kind: Literal["disk", "cd"] = "disk"
     readonly: bool = False
     block_size: int = 512
+    bad_sectors: tuple[int, ...] = ()
 
 
 class Wire:
@@ -762,12 +763,19 @@ class Machine:
             with path.open("ab") as file:
                 file.truncate(disk.size)
         self._disk_paths[disk.id] = path
+        protocol: dict[str, Any] = {"driver": "file", "filename": str(path), "locking": "off"}
+        if disk.bad_sectors:
+            errors = [
+                {"event": "none", "iotype": "read", "errno": 5, "sector": sector, "once": False}
+                for sector in disk.bad_sectors
+            ]
+            protocol = {"driver": "blkdebug", "image": protocol, "inject-error": errors}
         return {
             "node-name": disk.id,
             "driver": "raw",
             "read-only": disk.readonly or disk.kind == "cd",
             "discard": "unmap",
-            "file": {"driver": "file", "filename": str(path), "locking": "off"},
+            "file": protocol,
         }
 
     def _device(self, disk: Disk) -> dict[str, Any]:

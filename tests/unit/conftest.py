@@ -31,6 +31,9 @@ settings.load_profile("unit")
 def read_write(monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands between disk and export otherwise is the kernel's, and tested in emulated machines."""
     monkeypatch.setattr(storagetm, "DEFAULT_ACCESS", storagetm.READ_WRITE)
+    # A made-up disk may have the number of one of this computer's.
+    monkeypatch.setattr(storagetm, "claim", lambda *_: 0)
+    monkeypatch.setattr(storagetm, "reread_partitions", lambda _: None)
 
 
 @pytest.fixture(autouse=True)

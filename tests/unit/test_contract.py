@@ -593,6 +593,7 @@ def test_wanted_tree(busy: storagetm.NvmeTcp) -> None:
         ("OptionalAttribute", f"{nqn}/attr_model", "Model (debian)"),
         ("OptionalAttribute", f"{nqn}/attr_firmware", "13"),
         ("OptionalAttribute", f"{nqn}/attr_serial", "A"),
+        ("Writable", "disk/254:0-1", "vda"),
         ("Directory", f"{nqn}/namespaces/1", ""),
         ("Attribute", f"{nqn}/namespaces/1/device_path", "/dev/vda"),
         ("OptionalAttribute", f"{nqn}/namespaces/1/device_uuid", "23f6dcb9-5617-4019-9db0-49e2af0000e9"),

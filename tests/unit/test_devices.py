@@ -127,6 +127,27 @@ def test_what_is_in_between(unpack: Unpack, inventory: storagetm.Inventory) -> N
     assert seen() == set()
 
 
+@pytest.mark.parametrize("above", ["dm-1", "md0"])
+def test_what_stands_on_an_export(unpack: Unpack, inventory: storagetm.Inventory, above: str) -> None:
+    """No array or volume that was made of what is between a disk and its export is a disk, named or not."""
+    machine = unpack("trixie-assembled")
+    mapping = machine.path("/sys/devices/virtual/block/dm-9")
+    (mapping / "dm").mkdir(parents=True)
+    (mapping / "dm/uuid").write_text("storagetm-vdb-0123456789abcdef\n")
+    (mapping / "slaves").mkdir()
+    (mapping / "slaves/vdb").touch()
+    machine.path("/sys/class/block/dm-9").symlink_to("../../devices/virtual/block/dm-9")
+    # dm-1 is made of dm-0, and that of md0.
+    (machine.path("/sys/class/block/md0") / "slaves/dm-9").touch()
+    inventory.rescan()
+    if above == "dm-1":
+        assert (
+            inventory.disks[above].left_out == "it is on '/dev/dm-9', through which '/dev/vdb' is exported"
+        )
+    with pytest.raises(storagetm.UserError, match="it is on '/dev/dm-9'"):
+        named(f"/dev/{above}", force=True)
+
+
 @pytest.mark.parametrize("name", REASONS)
 def test_reasons(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> None:
     unpack(name)
@@ -192,9 +213,8 @@ def test_exported_first_stays_exported(unpack: Unpack, first: str) -> None:
 def test_named_with_data_in_common(unpack: Unpack) -> None:
     unpack("trixie-assembled")
     for paths in (("/dev/vdc", "/dev/dm-1"), ("/dev/dm-1", "/dev/vdd"), ("/dev/vdb", "/dev/vdb1")):
-        with pytest.raises(
-            storagetm.UserError, match=f"'{paths[1]}': it has data in common with '{paths[0]}'"
-        ):
+        upper, lower = sorted(paths, key=lambda p: (not p.endswith("1"), p))
+        with pytest.raises(storagetm.UserError, match=f"'{upper}': its data is on '{lower}'"):
             named(*paths, force=True)
     assert named("/dev/vdc", "/dev/md1").disks.keys() == {"vdc", "md1"}
 

@@ -83,7 +83,7 @@ class Run:
 
     def namespace(self, name: str) -> str:
         """Where the disk's namespace is in configfs, or will be."""
-        self.service.inventory.settle([self.disk(name)])
+        self.service.inventory.begin_stays([self.disk(name)])
         transport = self.service.transport
         return f"{transport.root(self.disk(name))}/namespaces/{transport.number(self.disk(name))}"
 
@@ -147,6 +147,35 @@ def test_second_instance(start: Start) -> None:
     start()
     with pytest.raises(storagetm.UserError, match=f"process {os.getpid()}; stop it or give another --nqn"):
         start()
+
+
+def test_lost_changes(
+    start: Start, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without what its clients had changed, a disk is another one to them: it is no longer exported."""
+    run = start("/dev/vdb", "/dev/vdc")
+    run.service.synchronise(strict=True)
+    branch = run.disk("vdb").branch
+    assert branch
+    branch.entries.append(storagetm.Mapping("dm/storagetm-vdb-1", "snapshot"))
+    branch.kinds.add(storagetm.Mapping)
+    memory = run.service.memory
+    memory.filled = {"storagetm-vdb-1": (0, 1, "")}
+
+    def share(*_: object) -> None:
+        memory.filled, memory.lost = {}, {"storagetm-vdb-1"}
+
+    monkeypatch.setattr(memory, "share", share)
+    monkeypatch.setattr(storagetm, "dm_status", lambda _: None)
+    run.service.share_memory()
+    assert run.service.outdated
+    memory.lost = set()
+    monkeypatch.setattr(memory, "share", lambda *_: None)
+    run.service.synchronise()
+    assert subsystems(nvmet) == ["vdc"]
+    why = "what clients had changed is lost; start storagetm again to export it without that"
+    assert capfd.readouterr().err == f"'/dev/vdb' is no longer exported: {why}\n"
+    assert run.disk("vdb").status() == why
 
 
 # Waiting

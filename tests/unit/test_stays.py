@@ -58,6 +58,7 @@ def run(path: str) -> storagetm.Stays:
 
 def number(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) -> int:
     stay = stays.begin(disk, alone=alone)
+    stays.note()
     assert stay
     return stay.number
 
@@ -65,6 +66,7 @@ def number(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) 
 def identities(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) -> set[str]:
     """All by which a client could take one disk for another."""
     disk.stay = stays.begin(disk, alone=alone)
+    stays.note()
     assert disk.stay
     machine = storagetm.Machine.__new__(storagetm.Machine)
     machine.id, machine.os, machine.os_version = SALT, "debian", "13"
@@ -229,7 +231,7 @@ def test_disks_whose_numbers_would_clash_have_others_after_each_boot(
     inventory = storagetm.Inventory((), True, False, stays=run(path))
     disks = [disk(f"sd{i}", f"DISK-{i}") for i in range(10)]
     inventory.disks = {d.sysname: d for d in disks}
-    inventory.settle(disks)
+    inventory.begin_stays(disks)
     choices = [inventory.stays.choice(d.identity()) for d in disks]
     clashing = [d for d, n in zip(disks, choices) if choices.count(n) > 1]
     assert 0 < len(clashing) < 10
@@ -242,7 +244,7 @@ def test_disks_whose_numbers_would_clash_have_others_after_each_boot(
     inventory.stays = run(path)
     for each in disks:
         each.stay = None
-    inventory.settle(reversed(disks))
+    inventory.begin_stays(reversed(disks))
     after = {d.sysname: d.stay and d.stay.number for d in disks}
     assert {n for n in before if before[n] == after[n]} >= {d.sysname for d in disks if d not in clashing}
     assert sorted(set(after.values())) == sorted(after.values())  # type: ignore[type-var]
@@ -258,7 +260,7 @@ def test_nothing_is_written_before_the_lock_is_held(path: str) -> None:
 def test_place_for_notes_is_full(capfd: pytest.CaptureFixture[str]) -> None:
     """The disk is exported all the same, and why its number may not last is said."""
     assert number(run("/proc/none"), disk("sda", "ONE"))
-    assert "Failed to note the number of a namespace in '/proc/none'" in capfd.readouterr().err
+    assert "Failed to note the numbers of namespaces in '/proc/none'" in capfd.readouterr().err
 
 
 def test_note_that_does_not_fit(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -615,6 +615,50 @@ def test_dry_run(
         assert contents == expected
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "diskseq", "iostats", "read"),
+    [
+        ("8", "16", "7", "1", True),
+        ("8", "8", "7", "1", False),
+        ("8", "8", "7", "0", True),  # not counted
+        (None, "8", "7", "1", True),  # by an earlier run
+        ("8", "16", "9", "1", False),  # another disk with its number
+        ("8", "16", None, "1", False),  # gone
+    ],
+)
+def test_partition_table_is_read_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: str | None,
+    after: str,
+    diskseq: str | None,
+    iostats: str,
+    read: bool,
+) -> None:
+    """At the end of an export that clients could write to, if anything was written to that very disk."""
+    monkeypatch.setattr(storagetm, "SYS", f"{tmp_path}/")
+    done: list[str] = []
+    monkeypatch.setattr(storagetm, "reread_partitions", done.append)
+    disk = tmp_path / "devices/sdz"
+    (disk / "queue").mkdir(parents=True)
+    for name, target in (
+        ("dev/block/65:144", "../../devices/sdz"),
+        ("class/block/sdz", "../../devices/sdz"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).symlink_to(target)
+    (disk / "queue/iostats").write_text(iostats)
+    entry = storagetm.Writable(storagetm.Writable.path_for("65:144 7"), "sdz")
+    (disk / "stat").write_text(f"1 2 3 4 5 6 {before} 8 9\n")
+    entry.guard(adopted=before is None)
+    (disk / "stat").write_text(f"1 2 3 4 5 6 {after} 8 9\n")
+    if diskseq is None:
+        (tmp_path / "dev/block/65:144").unlink()
+    (disk / "uevent").write_text(f"MAJOR=65\nMINOR=144\nDEVNAME=sdz\nDISKSEQ={diskseq}\n")
+    entry.unmake("/")
+    assert done == (["sdz"] if read else [])
+
+
 def test_every_step_is_described() -> None:
     """What is done by an entry of any kind is in a dry run, too."""
 

@@ -165,7 +165,7 @@ def test_good_client(target: Machine, client: Machine) -> None:
                 if kind == "lvm":
                     client.run("vgchange -q -a n stm")
                 client.run(["python3", "-c", f"import os; os.fsync(os.open('{disk}', os.O_RDONLY))"])
-                client.run(f"nvme flush {disk} -n 1")
+                client.run(f"nvme flush {disk}")
                 read = f"dd if={disk} bs=1M count=64 iflag=direct status=none | sha256sum"
                 assert client.run(read, timeout=900).stdout == digests[device]
                 refused = client.run(f"dd if=/dev/zero of={disk} bs=4k count=1 oflag=direct", check=False)
@@ -323,6 +323,57 @@ def test_rules(target: Machine) -> None:
         assert targets == {"flakey", "snapshot"}
 
 
+def writable(target: Machine) -> set[str]:
+    """The names of the disks that are exported without anything in between."""
+    script = f"cd {NVMET}/subsystems && grep -H . */namespaces/1/device_path"
+    lines = [line.partition("/")[::2] for line in target.run(script).stdout.splitlines()]
+    return {nqn.rpartition(".")[2] for nqn, rest in lines if "/dev/dm-" not in rest}
+
+
+def test_rule_for_a_partition(target: Machine) -> None:
+    """A label on a disk that comes later: until then all are protected; what has clients stays as it is."""
+    target.add_disk(Disk("labelled", size=SIZE, serial="DISK-LABEL"))
+    name = wait_name(target, "DISK-LABEL")
+    target.run(
+        f"udevadm settle; echo type=linux | sfdisk --quiet /dev/{name} && udevadm settle && "
+        f"mkfs.ext4 -q -L DATA /dev/{name}1 && udevadm settle && test -e /dev/disk/by-label/DATA"
+    )
+    path = target.disk_path("labelled")
+    target.remove_disk("labelled", timeout=120)
+    rule = "--access=/dev/disk/by-label/DATA:read-only"
+    arguments = ["--all", f"--nqn={NQN}", "--read-write", "--access=/dev/vdb:read-write", rule]
+    service = Service(target, arguments)
+    service.start()
+    plugged = []
+    try:
+        warning = f"{rule} matches no disk; until one does, all that no rule before it matches are read-only"
+        assert (4, warning) in service.journal()
+        assert writable(target) == {"vdb"}
+        before = nvmet.exported(target)
+        plugged.append("labelled")
+        target.add_disk(Disk("labelled", path=path, serial="DISK-LABEL"))
+        name = target.wait_until(lambda: nvmet.exported(target) - before).pop()
+        plugged.append("other")
+        target.add_disk(Disk("other", size=SIZE, serial="DISK-OTHER"))
+        other = target.wait_until(lambda: nvmet.exported(target) - before - {name}).pop()
+        assert writable(target) == {"vdb", other}
+        # The rule matches from the start now, but no access changes behind a client's back.
+        service.kill("KILL")
+        target.wait_run(f"systemctl is-failed --quiet {service.unit}")
+        target.run(f"systemctl reset-failed {service.unit}")
+        service = Service(target, arguments)
+        service.start()
+        assert nvmet.exported(target) == before | {name, other}
+        assert writable(target) == {"vdb", other}
+        service.stop()
+        with exporting(target, *arguments):
+            assert writable(target) == nvmet.exported(target) - {name}
+    finally:
+        target.run("systemctl stop 'test-*'", check=False)
+        for disk in plugged:
+            target.remove_disk(disk, timeout=120)
+
+
 def test_read_only_devices(target: Machine, client: Machine, tmp_path: Path) -> None:
     """What is read-only itself, CDs among it, is exported the same way, and not at all to be written to."""
     disc = tmp_path / "disc.iso"
@@ -362,13 +413,11 @@ def test_odd_devices(target: Machine, client: Machine, access: str) -> None:
     target.run("head -c 3000000 /dev/urandom >/run/plain.img; udevadm settle")
     try:
         before = target.run(f"cat {large} {odd} /run/plain.img | sha256sum").stdout
-        # Without a loop device in between, the kernel takes the file system's blocks.
-        block_of_file = 4096 if access == "--read-write" else 512
         with exporting(target, f"--nqn={NQN}", access, large, odd, "/run/plain.img"):
             for name, size, block in (
                 (large[5:], SIZE, 4096),
                 (odd[5:], MIB - 512, 512),
-                ("plain.img", 3000000 // block_of_file * block_of_file, block_of_file),
+                ("plain.img", 3000000 // 512 * 512, 512),
             ):
                 with attached(client, f"{NQN}.{name}", PORT) as attachment:
                     node = attachment.node

@@ -240,7 +240,7 @@ def test_stacked(machine: Machine, nodes: dict[str, str]) -> None:
         assert exported(machine) == {"md101"}
     both = machine.run([TOOL, "/dev/md101", f"/dev/{nodes['MD-IDLE-2']}"], check=False)
     assert both.returncode == 1
-    assert "it has data in common with '/dev/md101'" in both.stderr
+    assert f"'/dev/md101': its data is on '/dev/{nodes['MD-IDLE-2']}'" in both.stderr
 
 
 def test_named(machine: Machine, nodes: dict[str, str]) -> None:
@@ -307,17 +307,16 @@ def test_own_export_attached(machine: Machine) -> None:
 
 
 def test_use_ends(machine: Machine, nodes: dict[str, str]) -> None:
-    """A disk is exported once what was on top of it is gone, and then stays, even if it is used again.
+    """A disk is exported once what was on top of it is gone, and then stays: the system cannot use it again.
 
     The last test, since this is not undone.
     """
     disk = nodes["MULTIPATH"]
-    # Read-only, the system could not use it again, since device-mapper does.
     with exporting(machine, "--all", "--nqn=quux", "--read-write"):
         assert disk not in exported(machine)
         machine.run("umount /mnt/multipath && dmsetup remove path")
         machine.wait_until(lambda: disk in exported(machine))
-        machine.run(f"mount /dev/{disk} /mnt/multipath")
+        assert machine.run(f"mount /dev/{disk} /mnt/multipath", check=False).returncode
         # Another change, so that all disks have been looked at since.
         machine.add_disk(Disk("late", serial="LATE", bus="scsi"))
         machine.wait_until(lambda: "sda" in exported(machine))

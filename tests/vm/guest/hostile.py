@@ -36,7 +36,10 @@ DATA = b"CHANGED!" * 1024
 class Queue:
     """A queue, that is, a connection. `number` 0 is the admin queue."""
 
-    def __init__(self, address: tuple[str, int], nqn: str, number: int, controller: int) -> None:
+    def __init__(
+        self, address: tuple[str, int], nqn: str, number: int, controller: int, namespace: int = 0
+    ) -> None:
+        self.namespace = namespace
         self.socket = socket.create_connection(address, timeout=5)
         self.socket.sendall(struct.pack("<BBBBI", 0, 0, 128, 0, 128).ljust(128, b"\0"))
         self.read_pdu()
@@ -51,7 +54,7 @@ class Queue:
     def command(
         self,
         opcode: int,
-        nsid: int = 1,
+        nsid: int | None = None,
         *,
         cdw10: int = 0,
         cdw11: int = 0,
@@ -61,6 +64,7 @@ class Queue:
         cdw15: int = 0,
         data: bytes = b"",
     ) -> bytes:
+        nsid = self.namespace if nsid is None else nsid
         inside = data if opcode & 1 else b""
         # Data inside the capsule; or a buffer of the host's for what comes back.
         sgl = struct.pack("<QI3xB", 0, len(data), 0x01 if inside else 0x5A)
@@ -103,6 +107,19 @@ class Queue:
             elif kind == 3:
                 raise ConnectionError("terminated")
         return found
+
+    def namespaces(self) -> list[int]:
+        """The numbers of the active namespaces: Identify, CNS 2."""
+        self.send([self.command(0x06, 0, cdw10=2, data=bytes(4096))])
+        while True:
+            kind, flags, body = self.read_pdu()
+            if kind == 7:
+                numbers = struct.unpack("<1024I", body[16 : 16 + 4096])
+                if not flags & 0x08:
+                    self.answers(1)
+                return [n for n in numbers if n]
+            if kind == 5:
+                return []
 
 
 class Hostile:
@@ -153,7 +170,7 @@ class Hostile:
             (0x80, 0x84, 0x0D, 0x15, 0x10, 0x11, 0x81, 0x86, 0x7D, 0x1D, SET_FEATURES)
         )
         opcode = self.random.choice((opcode, self.random.randrange(256)))
-        nsid = self.random.choice((1, 0xFFFFFFFF, 0))
+        nsid = self.random.choice((queue.namespace, 0xFFFFFFFF, 0))
         feature = self.random.randrange(256)
         commands = [
             queue.command(SET_FEATURES, cdw10=feature, cdw11=value, data=DATA[:4096] if value & 1 else b""),
@@ -168,6 +185,7 @@ class Hostile:
         """Attacks until the target closes the connection."""
         admin = Queue(self.address, self.nqn, 0, 0xFFFF)
         self.connections += 1
+        controller = admin.result & 0xFFFF
         enable = [
             # Property Set: Controller Configuration.
             admin.command(FABRICS, 0, cdw11=0x14, cdw12=0x460001),
@@ -176,7 +194,8 @@ class Hostile:
         for command in enable:
             admin.send([command])
             admin.answers(1)
-        io = Queue(self.address, self.nqn, 1, admin.result & 0xFFFF)
+        admin.namespace = next(iter(admin.namespaces()), 1)
+        io = Queue(self.address, self.nqn, 1, controller, admin.namespace)
         while (self.count < wanted or not wanted) and time.monotonic() < deadline:
             for name, queue, commands in (
                 ("admin", admin, self.admin(admin)),
