@@ -203,7 +203,9 @@ SYS = "/sys/"
 UDEV = "/run/udev/"
 UDEV_RULE = "54-storagetm.rules"  # before 55-dm.rules
 UDEV_RULES = tuple(p + "/udev/rules.d/" for p in ("/usr/local/lib", "/usr/lib", "/lib", "/etc", "/run"))
-LOGIND = "/run/systemd/seats/"  # is there where logind runs (sd-login(3)), or has run since the boot
+# One is there while logind runs, by how the machine mounts control groups. Where it does not run nobody sends the
+# machine to sleep, and to ask for it on D-Bus would start it: in storage target mode, which has just stopped it.
+LOGIND = tuple(f"/sys/fs/cgroup/{p}system.slice/systemd-logind.service" for p in ("", "unified/", "systemd/"))
 PROGRAMS = ("/usr/sbin/", "/usr/bin/", "/sbin/", "/bin/")
 
 
@@ -677,9 +679,10 @@ class SleepLock:
             return
         self.asked = True
         program, reader = find_program("systemd-inhibit"), find_program("cat")
-        if not (program and reader and os.path.isdir(LOGIND)):
+        if not (program and reader and any(map(os.path.isdir, LOGIND))):
             return
         arguments = ("--who=storagetm", "--why=Other machines may be using its disks", "--mode=block")
+        # Nothing is heard of it: where it fails, it ends, and the pipe says so.
         null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (1, 2)]
         reading, self.fd = os.pipe()
         try:
@@ -697,10 +700,13 @@ class SleepLock:
             os.close(reading)
 
     def lost(self) -> None:
-        """Called when systemd-inhibit has ended."""
-        debug("systemd-inhibit has ended: this machine may go to sleep")
+        """Called when systemd-inhibit has ended: logind has refused, or cannot be reached."""
         self.release()
         os.waitpid(self.pid, 0)
+        warning(
+            "Failed to keep this machine awake: systemd-inhibit has ended; it may go to sleep when it is idle or its "
+            "lid is closed"
+        )
 
     def release(self) -> None:
         """Gives the lock back, without waiting for that."""
@@ -6211,7 +6217,7 @@ class Service:
                     screen.read_keys()
                     if screen.keys < 0:
                         poll.unregister(keys)
-            if lock in ready:
+            if lock in ready and not self.stop_asked:  # a service manager ends all processes of a unit
                 poll.unregister(lock)
                 self.sleep_lock.lost()
             if self.signals in ready:

@@ -34,8 +34,8 @@ def inhibit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text(INHIBIT)
     path.chmod(0o755)
     monkeypatch.setattr(storagetm, "PROGRAMS", (f"{path.parent}/", *storagetm.PROGRAMS))
-    (tmp_path / "seats").mkdir()
-    monkeypatch.setattr(storagetm, "LOGIND", f"{tmp_path}/seats/")
+    (tmp_path / "logind").mkdir()
+    monkeypatch.setattr(storagetm, "LOGIND", (f"{tmp_path}/none", f"{tmp_path}/logind"))
     return path
 
 
@@ -106,9 +106,9 @@ def test_ends_with_a_process_that_is_killed(inhibit: Path) -> None:
 def test_nothing_is_started_where_there_is_no_logind(
     inhibit: Path, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There, asking on D-Bus could start what nobody needs."""
+    """There, asking on D-Bus would start what nobody needs."""
     if missing == "logind":
-        os.rmdir(storagetm.LOGIND)
+        os.rmdir(storagetm.LOGIND[1])
     else:
         monkeypatch.setattr(storagetm, "PROGRAMS", storagetm.PROGRAMS[1:])
         monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith("inhibit"))
@@ -123,8 +123,6 @@ def test_program_that_ends(
 ) -> None:
     """As it does when logind refuses. The loop notices that once, and goes on."""
     inhibit.write_text("#!/bin/sh\nexit 1\n")
-    monkeypatch.setenv("SYSTEMD_LOG_LEVEL", "debug")
-    monkeypatch.setattr(storagetm, "log", storagetm.Log())
     made = storagetm.Machine()
     service = storagetm.Service(
         made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False), refused="for this test"
@@ -142,9 +140,37 @@ def test_program_that_ends(
     monkeypatch.setattr(service.sleep_lock, "lost", stop)
     service.loop()
     assert service.sleep_lock.fd == -1
-    assert capfd.readouterr().err.count("systemd-inhibit has ended") == 1
+    assert capfd.readouterr().err == (
+        "Failed to keep this machine awake: systemd-inhibit has ended; it may go to sleep when it is idle or its lid "
+        "is closed\n"
+    )
+    with pytest.raises(ChildProcessError):  # none is left to be waited for
+        os.waitpid(-1, os.WNOHANG)
     service.sleep_lock.take()
     assert service.sleep_lock.fd == -1
+
+
+def test_program_that_a_stop_ends(
+    inhibit: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A service manager ends all processes of a unit at once. That is no failure."""
+    inhibit.write_text("#!/bin/sh\nexit 1\n")
+    made = storagetm.Machine()
+    service = storagetm.Service(
+        made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False), refused="for this test"
+    )
+    service.view.beside_plymouth = False
+    service.signals, wakeup = os.pipe()
+    service.sleep_lock.take()
+    pid = service.sleep_lock.pid
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    # As a signal does between two looks at whether to stop.
+    monkeypatch.setattr(service, "show", lambda: setattr(service, "stop_asked", True))
+    service.loop()
+    service.sleep_lock.release()
+    os.close(wakeup)
+    os.waitpid(pid, 0)
+    assert capfd.readouterr().err == ""
 
 
 def test_program_that_does_not_start(inhibit: Path, capfd: pytest.CaptureFixture[str]) -> None:
