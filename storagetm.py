@@ -203,9 +203,10 @@ SYS = "/sys/"
 UDEV = "/run/udev/"
 UDEV_RULE = "54-storagetm.rules"  # before 55-dm.rules
 UDEV_RULES = tuple(p + "/udev/rules.d/" for p in ("/usr/local/lib", "/usr/lib", "/lib", "/etc", "/run"))
-# One is there while logind runs, by how the machine mounts control groups. Where it does not run nobody sends the
-# machine to sleep, and to ask for it on D-Bus would start it: in storage target mode, which has just stopped it.
-LOGIND = tuple(f"/sys/fs/cgroup/{p}system.slice/systemd-logind.service" for p in ("", "unified/", "systemd/"))
+# One is there while logind runs, by how control groups are mounted. Where it does not run, nobody sends the
+# machine to sleep; asking on D-Bus would start it, also in storage target mode, which has just stopped it.
+CGROUPS = tuple(f"{SYS}fs/cgroup/{p}" for p in ("", "unified/", "systemd/"))
+LOGIND = tuple(p + "system.slice/systemd-logind.service" for p in CGROUPS)
 PROGRAMS = ("/usr/sbin/", "/usr/bin/", "/sbin/", "/bin/")
 
 
@@ -704,8 +705,8 @@ class SleepLock:
         self.release()
         os.waitpid(self.pid, 0)
         warning(
-            "Failed to keep this machine awake: systemd-inhibit has ended; it may go to sleep when it is idle or its "
-            "lid is closed"
+            "Failed to keep this machine awake: systemd-inhibit has ended; it may go to sleep when it is "
+            "idle or its lid is closed"
         )
 
     def release(self) -> None:

@@ -55,7 +55,9 @@ def test_awake_while_it_exports(
     machine = unpack("trixie-fresh")
     Nvmet(machine.path("/sys/kernel/config"), monkeypatch)
     made = storagetm.Machine()
-    service = storagetm.Service(made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False))
+    stays = storagetm.Stays(storagetm.RUN + "disks", made.id)  # a stop leaves a file beside it
+    inventory = storagetm.Inventory((), True, False, stays=stays)
+    service = storagetm.Service(made, storagetm.NvmeTcp(made), inventory)
     service.ledger.lock()
     service.inventory.rescan()
     service.synchronise(strict=True)
@@ -83,7 +85,7 @@ def test_not_before_clients_are_let_in(
     made = storagetm.Machine()
     service = storagetm.Service(made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False))
     service.inventory.rescan()
-    monkeypatch.setattr(service, "still_awaited", lambda now: ["'/dev/sda' (udev is busy)"])
+    monkeypatch.setattr(service, "still_awaited", lambda _: ["'/dev/sda' (udev is busy)"])
     service.synchronise(strict=True)
     assert not service.sleep_lock.asked
     assert not Path(f"{inhibit}.began").exists()
@@ -102,16 +104,15 @@ def test_ends_with_a_process_that_is_killed(inhibit: Path) -> None:
     assert happened(inhibit, "ended")
 
 
+@pytest.mark.usefixtures("inhibit")
 @pytest.mark.parametrize("missing", ["logind", "program"])
-def test_nothing_is_started_where_there_is_no_logind(
-    inhibit: Path, missing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_started_where_there_is_no_logind(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """There, asking on D-Bus would start what nobody needs."""
     if missing == "logind":
         os.rmdir(storagetm.LOGIND[1])
     else:
         monkeypatch.setattr(storagetm, "PROGRAMS", storagetm.PROGRAMS[1:])
-        monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith("inhibit"))
+        monkeypatch.setattr(os, "access", lambda path, _: not path.endswith("inhibit"))
     lock = storagetm.SleepLock()
     lock.take()
     assert (lock.fd, lock.pid) == (-1, 0)
@@ -141,8 +142,8 @@ def test_program_that_ends(
     service.loop()
     assert service.sleep_lock.fd == -1
     assert capfd.readouterr().err == (
-        "Failed to keep this machine awake: systemd-inhibit has ended; it may go to sleep when it is idle or its lid "
-        "is closed\n"
+        "Failed to keep this machine awake: systemd-inhibit has ended; it may go to sleep when it is idle "
+        "or its lid is closed\n"
     )
     with pytest.raises(ChildProcessError):  # none is left to be waited for
         os.waitpid(-1, os.WNOHANG)
@@ -173,7 +174,7 @@ def test_program_that_a_stop_ends(
     assert capfd.readouterr().err == ""
 
 
-def test_program_that_does_not_start(inhibit: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_program_that_does_not_start(inhibit: Path) -> None:
     inhibit.write_bytes(b"\x7fELF")
     lock = storagetm.SleepLock()
     before = os.listdir("/proc/self/fd")

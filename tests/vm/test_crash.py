@@ -299,7 +299,7 @@ def test_stale_notes(target: Machine) -> None:
 
 
 def test_stays_awake(target: Machine) -> None:
-    """logind has the lock from the start to the end, however that comes. Where it does not run, nothing starts it."""
+    """logind has a lock until the program ends, in whatever way. Where it does not run, it stays so."""
     locks = "systemd-inhibit --list --no-legend --no-pager"
     service = Service(target, ["--nqn=quux", "/dev/nvme0n1"])
     before = service.start()
