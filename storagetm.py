@@ -203,6 +203,11 @@ SYS = "/sys/"
 UDEV = "/run/udev/"
 UDEV_RULE = "54-storagetm.rules"  # before 55-dm.rules
 UDEV_RULES = tuple(p + "/udev/rules.d/" for p in ("/usr/local/lib", "/usr/lib", "/lib", "/etc", "/run"))
+# One is there while logind runs, by how control groups are mounted. Where it does not run, nobody sends the
+# machine to sleep; asking on D-Bus would start it, also in storage target mode, which has just stopped it.
+CGROUPS = tuple(f"{SYS}fs/cgroup/{p}" for p in ("", "unified/", "systemd/"))
+LOGIND = tuple(p + "system.slice/systemd-logind.service" for p in CGROUPS)
+PROGRAMS = ("/usr/sbin/", "/usr/bin/", "/sbin/", "/bin/")
 
 
 # Kernel structures
@@ -556,13 +561,17 @@ def allow_files(disks: int) -> None:
 
 def run_program(name: str, *arguments: str) -> int:
     """Runs a system program silently. Returns 0 if it succeeded, 1 if not, 127 if there is no such one."""
+    path = find_program(name)
+    if not path:
+        return 127
     null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]
-    for directory in ("/usr/sbin", "/usr/bin", "/sbin", "/bin"):
-        path = f"{directory}/{name}"
-        if os.access(path, os.X_OK):
-            pid = os.posix_spawn(path, (name, *arguments), {}, file_actions=null)
-            return 1 if os.waitpid(pid, 0)[1] else 0
-    return 127
+    pid = os.posix_spawn(path, (name, *arguments), {}, file_actions=null)
+    return 1 if os.waitpid(pid, 0)[1] else 0
+
+
+def find_program(name: str) -> str:
+    """The path of a system program; empty if there is no such one."""
+    return next((p + name for p in PROGRAMS if os.access(p + name, os.X_OK)), "")
 
 
 def birth_time(path: str) -> str:
@@ -648,6 +657,63 @@ class ConsoleLevel:
             os.unlink(self.saved)
         except OSError as e:
             debug(f"Failed to put back the console's log level, ignoring: {reason_of(e)}")
+
+
+class SleepLock:
+    """Keeps logind from sending this machine to sleep: on command, when idle, or when a lid is closed.
+
+    logind's lock lasts as long as a descriptor that it gives to whoever asks on D-Bus. systemd-inhibit(1)
+    has that, and ends with its child, here a program that reads from a pipe. The other end of the pipe is in
+    this process alone, so the lock ends when this process does, even if it is killed.
+    """
+
+    WHAT = "sleep:idle:handle-lid-switch"
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.fd = -1  # the end of the pipe; it has an error once systemd-inhibit has ended
+        self.asked = False
+
+    def take(self) -> None:
+        """Asks for the lock, once, without waiting for it. That it cannot be had is no error."""
+        if self.asked:
+            return
+        self.asked = True
+        program, reader = find_program("systemd-inhibit"), find_program("cat")
+        if not (program and reader and any(map(os.path.isdir, LOGIND))):
+            return
+        arguments = ("--who=storagetm", "--why=Other machines may be using its disks", "--mode=block")
+        # Nothing is heard of it: where it fails, it ends, and the pipe says so.
+        null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (1, 2)]
+        reading, self.fd = os.pipe()
+        try:
+            self.pid = os.posix_spawn(
+                program,
+                ("systemd-inhibit", f"--what={self.WHAT}", *arguments, reader),
+                {},
+                file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0), *null],
+                setpgroup=0,  # Ctrl-C is for us alone: disks are exported until we have stopped
+            )
+        except OSError as e:
+            debug(f"Failed to start '{program}', ignoring: {reason_of(e)}")
+            self.release()
+        finally:
+            os.close(reading)
+
+    def lost(self) -> None:
+        """Called when systemd-inhibit has ended: logind has refused, or cannot be reached."""
+        self.release()
+        os.waitpid(self.pid, 0)
+        warning(
+            "Failed to keep this machine awake: systemd-inhibit has ended; it may go to sleep when it is "
+            "idle or its lid is closed"
+        )
+
+    def release(self) -> None:
+        """Gives the lock back, without waiting for that."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def write_new_file(path: str, content: bytes) -> None:
@@ -5762,6 +5828,7 @@ class Service:
         self.rules_noted = False
         self.tree = Tree(CONFIGFS, self.ledger)
         self.media = MediumWatch(lambda: self.tree.wake())
+        self.sleep_lock = SleepLock()
         self.addresses: list[Address] = []
         self.view = Views(JournalView())
         self.dirty = True  # something to show has changed
@@ -5927,6 +5994,7 @@ class Service:
             self.apply(disks, strict=strict)
         finally:
             self.set_urgent(False)
+        self.sleep_lock.take()
         self.note_untold()
         try:
             self.ledger.shorten(self.tree.live.values(), CONFIGFS)
@@ -6272,6 +6340,8 @@ class Service:
             if self.outdated:
                 deadlines.append(now)
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
+            if (lock := self.sleep_lock.fd) >= 0:
+                poll.register(lock, 0)
             unsent = [screen for screen in self.view.screens if screen.unsent]
             for screen in unsent:
                 poll.register(screen.terminal, select.POLLOUT)
@@ -6292,6 +6362,9 @@ class Service:
                     screen.read_keys()
                     if screen.keys < 0:
                         poll.unregister(keys)
+            if lock in ready and not self.stop_asked:  # a service manager ends all processes of a unit
+                poll.unregister(lock)
+                self.sleep_lock.lost()
             if self.signals in ready:
                 os.read(self.signals, 4096)
                 self.dirty = True
@@ -6374,6 +6447,7 @@ class Service:
             if self.inventory.access.rules and os.path.exists(self.rules_file):
                 os.unlink(self.rules_file)
         self.ledger.close()
+        self.sleep_lock.release()
         if self.splash:
             plymouth("")
         return not self.tree.live and not any(map(dm_status, Mapping.abandoned))

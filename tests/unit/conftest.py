@@ -36,6 +36,12 @@ def read_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storagetm, "reread_partitions", lambda _: None)
 
 
+@pytest.fixture(autouse=True)
+def no_logind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tests are run, they keep no computer awake."""
+    monkeypatch.setattr(storagetm, "LOGIND", ())
+
+
 class CapturedMachine:
     """A captured machine below `root`, where its files can be changed.
 
