@@ -164,6 +164,7 @@ UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as
 MEDIUM_POLL_MSEC = 2000  # between two looks into a drive
 PLYMOUTH_MAX = 253  # bytes of a message, without the NUL that ends it
 PLYMOUTH_WAIT_SEC = 3  # for Plymouth to let go of the console
+CONSOLE_WAIT_SEC = 1  # until a console that was hung up is opened again; each time twice as long
 REDRAW_SEC = 0.75  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
 THREADS = 16  # for what is mostly waiting for the kernel
@@ -5573,6 +5574,7 @@ class Screen:
             typed = b""
         if not typed:
             self.keys = -1
+            self.gone = self.gone or bool(self.path)  # it was hung up, and takes no output any more, either
             return
         if b"\x03" in typed:
             os.kill(os.getpid(), signal.SIGINT)
@@ -5728,7 +5730,8 @@ def is_working_terminal(path: str) -> bool:
             return os.isatty(fd)
         finally:
             os.close(fd)
-    except OSError:
+    except OSError as e:
+        debug(f"'{path}' is no terminal that works: {reason_of(e)}")
         return False
 
 
@@ -5831,6 +5834,9 @@ class Service:
         self.sleep_lock = SleepLock()
         self.addresses: list[Address] = []
         self.view = Views(JournalView())
+        self.paths: list[
+            str
+        ] = []  # of the terminals that it is shown on; empty for the one it was started on
         self.dirty = True  # something to show has changed
         self.outdated = False  # what is wanted has changed, although no disk has
         self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
@@ -6281,9 +6287,10 @@ class Service:
     def open_view(self) -> None:
         own = os.isatty(1)
         term = os.environ.get("TERM", "dumb" if own else "")
-        paths = [""] if own else consoles() if self.on_consoles else []
-        views: list[JournalView | Screen] = [] if own else [JournalView()]
-        for path in paths:
+        self.paths = [""] if own else consoles() if self.on_consoles else []
+        journal = [v for v in self.view.views if type(v) is JournalView]
+        views: list[JournalView | Screen] = [] if own else list(journal) or [JournalView()]
+        for path in self.paths:
             try:
                 views.append(PlainView(path) if term == "dumb" else Screen(path))
             except OSError as e:
@@ -6301,6 +6308,22 @@ class Service:
     def set_dirty(self) -> None:
         self.dirty = True
 
+    def follow_consoles(self) -> None:
+        """Opens the consoles anew if others work now, or if one was hung up.
+
+        A serial line may not work for a moment while the service manager, which has just written to it,
+        closes it.
+        """
+        if not self.on_consoles or os.isatty(1):
+            return
+        if consoles() == self.paths and not any(screen.gone for screen in self.view.screens):
+            return
+        messages = self.view.messages
+        self.view.close()
+        self.open_view()
+        for screen in self.view.screens:
+            screen.messages = list(messages) or screen.messages
+
     def loop(self) -> None:
         """Waits for news and acts on it, until a signal says to stop. Nothing wakes it up without reason."""
         poll = select.poll()
@@ -6308,20 +6331,23 @@ class Service:
         if not self.refused:
             for source in (self.uevents.socket, self.network.socket, self.clients.socket):
                 poll.register(source, select.POLLIN)
-        for screen in self.view.screens:
-            if screen.keys >= 0:
-                poll.register(screen.keys, select.POLLIN)
         # What the service manager prints on the console about this very start is drawn over a little later.
-        redraws = [time.monotonic() + 1, time.monotonic() + 4] if self.view.screens else []
+        shown = self.view.screens or self.on_consoles
+        redraws = [time.monotonic() + 1, time.monotonic() + 4] if shown else []
+        pause = CONSOLE_WAIT_SEC
         news = False  # whether device-mapper has news that were not looked at yet
         while not self.stop_asked:
             now = time.monotonic()
             if redraws and redraws[0] <= now:
                 redraws.pop(0)
+                self.follow_consoles()
                 self.dirty = True
             if self.dirty and now - self.shown >= REDRAW_SEC:
                 self.show()
                 now = self.shown
+            if not redraws and self.on_consoles and any(screen.gone for screen in self.view.screens):
+                redraws.append(now + pause)
+                pause *= 2
             deadlines = redraws[:1]
             if self.dirty:
                 deadlines.append(self.shown + REDRAW_SEC)
@@ -6342,6 +6368,9 @@ class Service:
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
             if (lock := self.sleep_lock.fd) >= 0:
                 poll.register(lock, 0)
+            keys = {screen.keys: screen for screen in self.view.screens if screen.keys >= 0}
+            for fd in keys:
+                poll.register(fd, select.POLLIN)
             unsent = [screen for screen in self.view.screens if screen.unsent]
             for screen in unsent:
                 poll.register(screen.terminal, select.POLLOUT)
@@ -6356,12 +6385,10 @@ class Service:
                 poll.unregister(screen.terminal)
                 if screen.terminal in ready:
                     screen.send()
-            for screen in self.view.screens:
-                keys = screen.keys
-                if keys >= 0 and keys in ready:
+            for fd, screen in keys.items():
+                poll.unregister(fd)
+                if fd in ready:
                     screen.read_keys()
-                    if screen.keys < 0:
-                        poll.unregister(keys)
             if lock in ready and not self.stop_asked:  # a service manager ends all processes of a unit
                 poll.unregister(lock)
                 self.sleep_lock.lost()

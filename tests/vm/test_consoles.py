@@ -66,6 +66,13 @@ def test_consoles_that_are_there(target: Machine) -> None:
     service.wait_output(f"^Attach all disks with: {command('192.0.2.1')}$")
     assert {priority for priority, _ in service.journal()} == {6}
     assert target.run(f"ps -o tty= -p {service.pid}").stdout == "ttyS0\n"
+    # Another program hangs it up, as some do before they use it (TIOCVHANGUP).
+    hang_up = "import fcntl, os; fcntl.ioctl(os.open('/dev/ttyS0', os.O_RDWR | os.O_NOCTTY), 0x5437)"
+    clear(target)
+    target.run(["python3", "-c", hang_up])
+    rows = target.wait_screen("^Ctrl-C stops", redraw=REDRAW)
+    assert rows.index("Ctrl-C stops exporting.") == ROWS - 1
+    assert service.output.count("Exporting '/dev/nvme0n1'") == 1
     target.send_keys("\x03")
     target.wait_run(f"! systemctl --quiet is-active {service.unit}")
     assert target.run(f"systemctl --quiet is-failed {service.unit}", check=False).returncode
