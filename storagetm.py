@@ -205,7 +205,7 @@ UDEV = "/run/udev/"
 UDEV_RULE = "54-storagetm.rules"  # before 55-dm.rules
 UDEV_RULES = tuple(p + "/udev/rules.d/" for p in ("/usr/local/lib", "/usr/lib", "/lib", "/etc", "/run"))
 # One is there while logind runs, by how control groups are mounted. Where it does not run, nobody sends the
-# machine to sleep; asking on D-Bus would start it, also in storage target mode, which has just stopped it.
+# machine to sleep, and asking on D-Bus would start it.
 CGROUPS = tuple(f"{SYS}fs/cgroup/{p}" for p in ("", "unified/", "systemd/"))
 LOGIND = tuple(p + "system.slice/systemd-logind.service" for p in CGROUPS)
 PROGRAMS = ("/usr/sbin/", "/usr/bin/", "/sbin/", "/bin/")

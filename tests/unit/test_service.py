@@ -612,7 +612,8 @@ class Failing:
 
     def __init__(self, nqn: str, monkeypatch: pytest.MonkeyPatch) -> None:
         made = storagetm.Machine()
-        inventory = storagetm.Inventory((), True, False)
+        stays = storagetm.Stays(storagetm.RUN + "disks", made.id)  # a stop leaves a file beside it
+        inventory = storagetm.Inventory((), True, False, stays=stays)
         self.service = storagetm.Service(made, storagetm.NvmeTcp(made, nqn), inventory)
         self.service.view.beside_plymouth = False
         self.looped = False
