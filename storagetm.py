@@ -1571,6 +1571,16 @@ def whole_place(place: str) -> str:
     return os.path.dirname(place) if os.path.exists(place + "/partition") else place
 
 
+def is_going(place: str) -> bool:
+    """Whether the kernel is taking away a disk of size 0, given its directory in sysfs.
+
+    Since Linux 6.16, del_gendisk() waits for all I/O of the disk, for as long as that takes, before it
+    removes that directory and sends a uevent: elevator_set_none() freezes the queue. Before that, on older
+    kernels too, it sets the size to 0 and removes the disk's backing device, with a uevent of that.
+    """
+    return not os.path.lexists(place + "/bdi")
+
+
 def sysname_of(devnum: int) -> str:
     """The kernel's name of a block device number; empty if there is none."""
     try:
@@ -2091,6 +2101,8 @@ def probe_block_device(disk: Disk) -> None:
     disk.set_tag(block_tag(base, number, diskseq))
     size = read_page(base + "/size").strip()
     disk.size = int(size) * 512 if size.isdigit() else 0
+    if not disk.size and is_going(whole_place(base)):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
     disk.read_only = read_page(base + "/ro")[:1] == b"1"
     # Asked only where a medium can be taken out: of SCSI disks and drives, MMC and floppy drives.
     drive = disk.sysname.startswith(("sd", "sr", "mmcblk", "fd"))
@@ -2899,18 +2911,28 @@ def parse_uevent(raw: bytes) -> str:
     """The name of the block device that a uevent is about; empty for all others. Takes any bytes.
 
     Either the kernel's (lib/kobject_uevent.c) or udev's, which has a header in front (systemd's
-    device-monitor.c) that says at which offset the properties begin, in the machine's byte order.
+    device-monitor.c) that says at which offset the properties begin, in the machine's byte order. Of a
+    disk that is being taken away it is the number, as MAJOR:MINOR; see is_going().
     """
     if raw.startswith(UDEV_MONITOR_MAGIC):
         start = int.from_bytes(raw[16:20], sys.byteorder)
         raw = raw[start:] if 40 <= start < len(raw) else b""
     properties = raw.split(b"\0")
-    if b"SUBSYSTEM=block" not in properties:
+    going = b"SUBSYSTEM=bdi" in properties and b"ACTION=remove" in properties
+    if b"SUBSYSTEM=block" not in properties and not going:
         return ""
     for line in properties:
         if line.startswith(b"DEVPATH="):
-            return os.fsdecode(line[line.rfind(b"/") + 1 :]) if b"/" in line else ""
+            name = os.fsdecode(line[line.rfind(b"/") + 1 :]) if b"/" in line else ""
+            # File systems have backing devices, too: those without a disk under names, or major number 0.
+            return name if not going or is_device_number(name) else ""
     return ""
+
+
+def is_device_number(text: str) -> bool:
+    """Whether this is MAJOR:MINOR, with no more digits than the kernel's numbers have."""
+    major, _, minor = text.partition(":")
+    return text.isascii() and all(part.isdecimal() and len(part) < 8 for part in (major, minor))
 
 
 def parse_sockets(raw: bytes, ports: Container[int]) -> set[str]:
@@ -2981,7 +3003,11 @@ class Uevents:
         for message in drain(self.socket):
             if not message:
                 return None
-            if name := parse_uevent(message):
+            name = parse_uevent(message)
+            if is_device_number(name):
+                major, minor = map(int, name.split(":"))
+                name = sysname_of(os.makedev(major, minor))
+            if name:
                 names.add(name)
         return names
 

@@ -97,7 +97,8 @@ class Capture:
                 self.directories.add(f"{path}/{kind}")
                 for other in os.listdir(f"{path}/{kind}"):
                     self.link(f"{path}/{kind}/{other}")
-        self.link(path + "/device")
+        for other in ("bdi", "device"):
+            self.link(f"{path}/{other}")
         if os.path.exists(path + "/device"):
             self.attributes(os.path.realpath(path + "/device"))
         # An NVMe disk's controllers: above it or, with multipath, beside it.

@@ -344,6 +344,24 @@ def test_size_0(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     assert inventory.disks["vdb"].left_out == "it has size 0"
 
 
+def test_disk_that_is_going(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """The kernel waits for its I/O before it removes its directory; for us it has gone."""
+    machine = unpack("trixie-partitioned")
+    inventory.rescan()
+    going = machine.path("/sys/class/block/vdb/bdi")
+    going.unlink()
+    inventory.update(["vdb"])
+    assert not inventory.disks["vdb"].left_out.startswith("it has size")
+    machine.attribute("vdb", "size", "0")
+    inventory.update(["vdb"])
+    assert "vdb" not in inventory.disks
+    inventory.rescan()
+    assert "vdb" not in inventory.disks
+    # A partition has none, and counts by its disk's.
+    partition = machine.path("/sys/class/block/vdc")
+    assert not storagetm.is_going(str(partition))
+
+
 # Use
 
 

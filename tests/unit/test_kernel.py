@@ -171,6 +171,24 @@ def test_lost_messages() -> None:
         drained(OSError(errno.EIO, "broken"))
 
 
+def test_news_of_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names, also where the kernel tells of the number alone."""
+    (tmp_path / "dev/block").mkdir(parents=True)
+    (tmp_path / "dev/block/254:16").symlink_to("../../devices/virtio4/block/vdb")
+    monkeypatch.setattr(storagetm, "SYS", f"{tmp_path}/")
+    messages = [
+        b"remove@/x\0ACTION=remove\0DEVPATH=/devices/virtual/bdi/%b\0SUBSYSTEM=bdi" % number
+        for number in (b"254:16", b"254:32", b"9999999:9999999", b"0:0", b"btrfs-1")
+    ]
+    # A name may have a colon in it, that of an array for example.
+    messages.append(b"change@/x\0DEVPATH=/devices/virtual/block/md_a:1\0SUBSYSTEM=block")
+    uevents = storagetm.Uevents()
+    uevents.socket.close()
+    uevents.socket = Pending(*((m, 1) for m in messages))  # type: ignore[assignment]
+    assert uevents.changed() == {"vdb", "md_a:1"}
+    assert uevents.changed() == set()
+
+
 # Locks
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import struct
 import sys
@@ -180,6 +181,15 @@ def udev_message(properties: bytes, start: int = 40) -> bytes:
         (b"ACTION=add\0SUBSYSTEM=block\0", ""),
         (b"DEVPATH=sda\0SUBSYSTEM=block\0", ""),
         (b"DEVPATH=/devices/\0SUBSYSTEM=block\0", ""),
+        # The backing device of a disk that is going, and of file systems without one.
+        (b"ACTION=remove\0DEVPATH=/devices/virtual/bdi/254:16\0SUBSYSTEM=bdi\0", "254:16"),
+        (b"ACTION=add\0DEVPATH=/devices/virtual/bdi/254:16\0SUBSYSTEM=bdi\0", ""),
+        (b"ACTION=remove\0DEVPATH=/devices/virtual/bdi/btrfs-1\0SUBSYSTEM=bdi\0", ""),
+        (b"ACTION=remove\0DEVPATH=/devices/virtual/bdi/0:45-fuseblk\0SUBSYSTEM=bdi\0", ""),
+        (b"ACTION=remove\0DEVPATH=/devices/virtual/bdi/1:" + b"9" * 5000 + b"\0SUBSYSTEM=bdi\0", ""),
+        (b"ACTION=remove\0DEVPATH=/devices/virtual/bdi/\xd9\xa1:2\0SUBSYSTEM=bdi\0", ""),
+        (b"ACTION=remove\0DEVPATH=/devices/virtual/bdi/:\0SUBSYSTEM=bdi\0", ""),
+        (b"ACTION=remove\0DEVPATH=/devices/virtual/bdi/1:2:3\0SUBSYSTEM=bdi\0", ""),
     ],
 )
 def test_uevents(properties: bytes, name: str) -> None:
@@ -197,11 +207,14 @@ def test_udev_message_with_a_longer_header() -> None:
 
 @given(st.binary(max_size=100), st.integers(0, 120))
 def test_any_bytes_as_uevent(raw: bytes, start: int) -> None:
+    going = b"SUBSYSTEM=bdi\0ACTION=remove\0DEVPATH=/" + raw
     parts = (raw, udev_message(raw, start), b"libudev\0" + raw, b"SUBSYSTEM=block\0DEVPATH=" + raw)
-    for part in parts:
+    for part in (*parts, going):
         name = storagetm.parse_uevent(part)
         assert "/" not in name
         assert "\0" not in name
+        if part is going and name:
+            assert re.fullmatch("[0-9]{1,7}:[0-9]{1,7}", name)
 
 
 # A block device's uevent file in sysfs
