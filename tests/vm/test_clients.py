@@ -38,6 +38,10 @@ def controllers(client: Machine) -> list[str]:
     return client.run("cat /sys/class/nvme/nvme*/state 2>/dev/null", check=False).stdout.split()
 
 
+def connections(target: Machine) -> str:
+    return target.run(f"ss --no-header -tan '( sport = {PORT} or sport = {PORT6} )'").stdout
+
+
 def time_until_attached(client: Machine, where: str) -> float:
     """Seconds until it is let in again, tried all the time."""
     began = time.monotonic()
@@ -106,6 +110,8 @@ def test_same_client_returns(target: Machine, client: Machine) -> None:
         # The cable: long enough that both sides have noticed.
         client.set_link(False)
         client.wait_until(lambda: controllers(client) != ["live"], 60)
+        # Or else the target may still have the old connection when the client comes again, 10 s later.
+        target.wait_until(lambda: "ESTAB" not in connections(target), 60)
         client.set_link(True)
         began = time.monotonic()
         client.wait_until(lambda: controllers(client) == ["live"], 60)
