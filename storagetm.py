@@ -4491,8 +4491,11 @@ class Tree:
         """Waits until a disk that is gone has answered its clients, or its driver has in its place.
 
         The kernel would wait for that when the namespace is taken away, and nothing could end that wait, nor
-        this process meanwhile. Raises IoPending when it is given up.
+        this process meanwhile. Raises IoPending when it is given up. Clients have lost the links by then;
+        without any of its own, a namespace is out of their reach only once the kernel has begun.
         """
+        if not any(kind.holds for kind in branch.kinds):
+            return
         pause = LOCK_POLL_SEC[0]
         while has_gone(branch.tag) and any(map(is_busy, self.devices(branch))):
             now = time.monotonic()

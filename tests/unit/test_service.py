@@ -446,7 +446,7 @@ def test_pulled_disk_owes_answers(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Nothing is begun that the kernel would not come back from; a stop gives up, and the next one ends it."""
+    """What the kernel would not come back from is not begun. A stop gives up, and the next one ends it."""
     monkeypatch.setattr(storagetm, "LOCK_WAIT_SEC", 0.5)
     run = start()
     before = nvmet.contents()
@@ -485,7 +485,7 @@ def test_pulled_disk_answers_during_the_stop(start: Start, nvmet: Nvmet, machine
     others = [f"rmdir nvmet/subsystems/{PREFIX}.{name}" for name in ALL if name != "vdb"]
     pull(run, machine, "vdb", "       0        2")
 
-    def intercept(number: int) -> None:
+    def intercept(_: int) -> None:
         if set(others) <= set(nvmet.calls):
             machine.attribute("vdb", "inflight", "       0        0")
 
