@@ -15,7 +15,16 @@ import pytest
 from tests.harness.machine import Disk, Machine
 from tests.vm import nvmet
 from tests.vm.conftest import TOOL
-from tests.vm.disks import card_reader, expected_uuid, names_of, remove_disks, throttle, uuids, wait_name
+from tests.vm.disks import (
+    card_reader,
+    expected_uuid,
+    hang,
+    names_of,
+    remove_disks,
+    throttle,
+    uuids,
+    wait_name,
+)
 from tests.vm.initiator import Reader, attached, where, write_content
 from tests.vm.nvmet import Service, exporting, left_over
 
@@ -223,13 +232,7 @@ def test_removed_in_use(target: Machine, client: Machine, held: str) -> None:
         with attached(client, nqn, port) as attachment:
             reader = Reader(client, attachment.node, 1, SIZE)
             with attached(client, doomed_nqn, port) as victim:
-                # In bytes a second. What goes beyond that is paid for by the one after it, which waits for
-                # minutes.
-                throttle(target, "doomed", 1024)
-                read = f"dd if={victim.node} of=/dev/null bs=256k iflag=direct status=none"
-                client.run(f"{read} count=1")
-                busy = client.start_process(f"{read} skip=1")
-                client.wait_run(f"[ $(awk '{{print $9}}' /sys/block/{Path(victim.node).name}/stat) -gt 0 ]")
+                busy = hang(target, client, "doomed", Path(doomed).name, victim.node)
                 target.qmp.call("device_del", id="doomed-device")
                 # Linux 6.16 and later keep it in sysfs for as long as they wait for it.
                 wait_line(service, f"^No longer: Exporting '{doomed}'")
@@ -268,11 +271,7 @@ def test_stopped_while_io_hangs(target: Machine, client: Machine, mode: str) -> 
     before = service.start()
     nqn, port = where(nvmet.tree(target), doomed)
     with attached(client, nqn, port) as victim:
-        throttle(target, "doomed", 1024)
-        read = f"dd if={victim.node} of=/dev/null bs=256k iflag=direct status=none"
-        client.run(f"{read} count=1")
-        busy = client.start_process(f"{read} skip=1")
-        client.wait_run(f"[ $(awk '{{print $9}}' /sys/block/{Path(victim.node).name}/stat) -gt 0 ]")
+        busy = hang(target, client, "doomed", Path(doomed).name, victim.node)
         target.qmp.call("device_del", id="doomed-device")
         wait_line(service, f"^No longer: Exporting '{doomed}'")
     assert busy.wait() == 1  # the disk that it read is gone
