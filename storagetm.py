@@ -4207,7 +4207,7 @@ class Tree:
         self.gone: set[str] = set()  # what would not be there any more after the steps of a dry run
         self.live: dict[str, Branch] = {}
         self.inherited: set[str] = set()  # roots of what an earlier run left
-        self.leaving: set[str] = set()  # roots whose removal hangs in the kernel, in a thread of its own
+        self.leaving: set[str] = set()  # roots whose removal takes longer, in a thread of its own
         self.ended = False  # whether one of these has ended, for which something may have been put off
         self.owed: dict[str, float] = {}  # since when I/O of disks that are gone is waited for, by root
         self.ending = False  # whether that is given up after LOCK_WAIT_SEC

@@ -283,7 +283,7 @@ def test_stopped_while_io_hangs(target: Machine, client: Machine, mode: str) -> 
     assert {n for n in nvmet.names(target) - before if n.startswith("subsystems/")} == {f"subsystems/{nqn}"}
     (error,) = [line for priority, line in service.journal() if priority < 6]
     assert f"{nqn}': the disk is gone, but its driver has not ended all I/O" in error
-    # It neither waits for it nor takes what is left for its own disk.
+    # What is left does not keep the next one from its start.
     again = Service(target, ["/dev/vdb"])
     again.start()
     assert nvmet.exported(target) == {"vdb"}
