@@ -191,6 +191,7 @@ CHUNK_SECTORS = 8  # of 512 bytes: a snapshot's unit, if nothing on the disk beg
 MEMORY_KEPT = 8, 64 << 20  # changes never take this part of all memory, nor this many bytes
 
 UNKNOWN = "?"
+FILE_TAG = "file "  # what the tag of a regular file begins with
 POLL_NOTE = "events_poll_msecs."  # before a drive's name: the file that keeps what the kernel had there
 
 NO_MEDIUM = "No medium found; insert one and it will be exported"
@@ -379,6 +380,10 @@ class UserError(Exception):
     """Something that can happen, with the sentence for the user. Ends the program with `code`."""
 
     code = 1
+
+
+class IoPending(OSError):
+    """A disk is gone, and its driver still has I/O of clients."""
 
 
 class UsageError(UserError):
@@ -1581,6 +1586,24 @@ def is_going(place: str) -> bool:
     return not os.path.lexists(place + "/bdi")
 
 
+def has_gone(tag: str) -> bool:
+    """Whether a block device, given its block_tag(), is no longer there, or is being taken away."""
+    if not (name := Writable(Writable.path_for(tag)).sysname()):
+        return not tag.startswith(FILE_TAG)
+    try:
+        return is_going(whole_place(sys_device(name)))
+    except OSError:
+        return True
+
+
+def is_busy(sysname: str) -> bool:
+    """Whether a block device has I/O under way, as far as the kernel counts it."""
+    try:
+        return any(count != b"0" for count in read_page(f"{SYS}block/{sysname}/inflight").split())
+    except OSError:
+        return False
+
+
 def sysname_of(devnum: int) -> str:
     """The kernel's name of a block device number; empty if there is none."""
     try:
@@ -2179,7 +2202,7 @@ def image_sectors(path: str) -> int:
 def probe_file(disk: Disk) -> None:
     """The same for a regular file. Raises OSError."""
     st = os.stat(disk.node)
-    disk.set_tag(f"file {st.st_dev}:{st.st_ino} {birth_time(disk.node) or UNKNOWN}")
+    disk.set_tag(f"{FILE_TAG}{st.st_dev}:{st.st_ino} {birth_time(disk.node) or UNKNOWN}")
     if disk.fd < 0:  # what clients have attached keeps the size of its sectors
         disk.block = image_sectors(disk.node)
     disk.size = st.st_size // disk.block * disk.block
@@ -4185,8 +4208,10 @@ class Tree:
         self.gone: set[str] = set()  # what would not be there any more after the steps of a dry run
         self.live: dict[str, Branch] = {}
         self.inherited: set[str] = set()  # roots of what an earlier run left
-        self.leaving: set[str] = set()  # roots whose removal hangs in the kernel, in a thread of its own
+        self.leaving: set[str] = set()  # roots whose removal takes longer, in a thread of its own
         self.ended = False  # whether one of these has ended, for which something may have been put off
+        self.owed: dict[str, float] = {}  # since when I/O of disks that are gone is waited for, by root
+        self.ending = False  # whether that is given up after LOCK_WAIT_SEC
         self.finished: list[tuple[Branch, OSError | None]] = []
         self.wake: Callable[[], None] = lambda: None
 
@@ -4447,7 +4472,12 @@ class Tree:
         def unmake(what: tuple[Branch, list[Entry]]) -> None:
             branch, directories = what
             problems: dict[str, OSError] = {}
-            self.unmake_all(directories, branch.root, problems)
+            try:
+                if self.report is None:
+                    self.await_io(branch)
+                self.unmake_all(directories, branch.root, problems)
+            except OSError as e:
+                problems[branch.root] = e
             self.finished.append((branch, problems.get(branch.root)))
 
         if self.report is not None or (patience is None and len(ready) <= 4):
@@ -4457,6 +4487,36 @@ class Tree:
             self.in_threads(ready, unmake, patience)
             done = {branch.root for branch, _ in list(self.finished)}
             self.leaving.update(b.root for b, _ in ready if b.root not in done)
+
+    def await_io(self, branch: Branch) -> None:
+        """Waits until a disk that is gone has answered its clients, or its driver has in its place.
+
+        The kernel would wait for that when the namespace is taken away, and nothing could end that wait, nor
+        this process meanwhile. Raises IoPending when it is given up. Clients have lost the links by then;
+        without any of its own, a namespace is out of their reach only once the kernel has begun.
+        """
+        if not any(kind.holds for kind in branch.kinds):
+            return
+        pause = LOCK_POLL_SEC[0]
+        while has_gone(branch.tag) and any(map(is_busy, self.devices(branch))):
+            now = time.monotonic()
+            if now - self.owed.setdefault(branch.root, now) > LOCK_WAIT_SEC and self.ending:
+                raise IoPending(errno.EBUSY, os.strerror(errno.EBUSY))
+            time.sleep(pause)
+            pause = min(pause * 1.5, LOCK_POLL_SEC[1])
+        self.owed.pop(branch.root, None)
+
+    @staticmethod
+    def devices(branch: Branch) -> list[str]:
+        """The kernel's names of the block devices on which it counts I/O of the clients of a branch."""
+        found = []
+        for entry in branch.entries:
+            if isinstance(entry, (Mapping, Writable)):
+                try:
+                    found.append(entry.sysname())
+                except OSError as e:
+                    debug(f"Failed to look at '{entry.path}', ignoring: {reason_of(e)}")
+        return [name for name in found if name]
 
     def in_threads(self, items: Sequence[Any], work: Callable[[Any], None], patience: float | None) -> None:
         """Does `work` for each item, for many at a time. What takes over `patience` seconds goes on."""
@@ -5054,6 +5114,11 @@ class NvmeTcp:
                 )
             )
         return branches
+
+    @staticmethod
+    def ports_in(live: dict[str, Branch]) -> list[Branch]:
+        """Those branches that are ports."""
+        return [branch for root, branch in live.items() if root.startswith("nvmet/ports/")]
 
     def limit(self, access: str) -> int:
         """How many clients may attach a disk at a time; 0 for any.
@@ -6483,16 +6548,23 @@ class Service:
         self.stopping = True
         if self.running or not self.reboots:
             notify("STOPPING=1")
-        while self.tree.leaving:  # a second signal ends this, too
-            time.sleep(LOCK_POLL_SEC[0])
-            self.tree.collect()
+        owed = self.end_removals()
         self.media.watch(())
         if self.opened:
             # All others are new ones when they return.
             stays = self.inventory.stays
             stays.leave(d for d in self.inventory.disks.values() if d.branch and d.lasts())
-        for root, problem in self.take_away([], None).items():
-            error(f"Failed to remove '{CONFIGFS}{root}': {reason_of(problem)}; remove what is below it")
+        failures = self.take_away(self.transport.ports_in(self.tree.live) if owed else [], None)
+        if owed and not failures:
+            failures = self.take_away([], None)
+        for root, problem in failures.items():
+            why = f"{reason_of(problem)}; remove what is below it"
+            if isinstance(problem, IoPending):
+                why = (
+                    "the disk is gone, but its driver has not ended all I/O of clients; when it has, start "
+                    "storagetm and stop it again, or boot this machine"
+                )
+            error(f"Failed to remove '{CONFIGFS}{root}': {why}")
         for disk in self.inventory.disks.values():
             disk.close()
         if not self.tree.live:
@@ -6504,6 +6576,23 @@ class Service:
         if self.splash:
             plymouth("")
         return not self.tree.live and not any(map(dm_status, Mapping.abandoned))
+
+    def end_removals(self) -> bool:
+        """Waits for disks that are leaving, but not for ever; returns whether I/O of one was given up.
+
+        All others go at once, but not the ports: the kernel would wait for the same I/O when it removes them
+        (flush_workqueue() in nvmet_port_release()).
+        """
+        self.tree.ending = True
+        if not self.tree.leaving:
+            return False
+        self.tree.reconcile(self.transport.ports_in(self.tree.live), REMOVAL_WAIT_SEC)
+        owed = False
+        while self.tree.leaving:  # a second signal ends this, too
+            time.sleep(LOCK_POLL_SEC[0])
+            problems = self.tree.collect().values()
+            owed = owed or any(isinstance(problem, IoPending) for problem in problems)
+        return owed
 
 
 def wake(fd: int) -> None:

@@ -357,9 +357,22 @@ def test_disk_that_is_going(unpack: Unpack, inventory: storagetm.Inventory) -> N
     assert "vdb" not in inventory.disks
     inventory.rescan()
     assert "vdb" not in inventory.disks
-    # A partition has none, and counts by its disk's.
-    partition = machine.path("/sys/class/block/vdc")
-    assert not storagetm.is_going(str(partition))
+
+
+def test_what_has_gone(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+    """A disk, a partition by its disk, and never a file."""
+    machine = unpack("trixie-partitioned")
+    inventory.rescan()
+    disk = inventory.disks["vdb"]
+    partition = storagetm.Disk("vdb1", "/dev/vdb1", "vdb1")
+    inventory.probe(partition)
+    tags = disk.tag, partition.tag
+    assert not any(map(storagetm.has_gone, tags))
+    assert storagetm.has_gone(tags[0] + "1")  # another one has its number
+    machine.path("/sys/class/block/vdb/bdi").unlink()
+    assert all(map(storagetm.has_gone, tags))
+    assert storagetm.has_gone("254:4711 9")
+    assert not storagetm.has_gone(f"{storagetm.FILE_TAG}8:1 17")
 
 
 # Use

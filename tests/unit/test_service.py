@@ -430,6 +430,75 @@ def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: C
     assert run.disk("vdb").status() == ""
 
 
+def pull(run: Run, machine: CapturedMachine, name: str, inflight: str) -> None:
+    """What sysfs has of a disk that is being taken away for as long as I/O is under way."""
+    machine.attribute(name, "inflight", inflight)
+    machine.attribute(name, "size", "0")
+    (machine.path(f"/sys/class/block/{name}") / "bdi").unlink()
+    run.service.inventory.update([name])
+    run.service.synchronise()
+
+
+def test_pulled_disk_owes_answers(
+    start: Start,
+    nvmet: Nvmet,
+    machine: CapturedMachine,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """What the kernel would not come back from is not begun. A stop gives up, and the next one ends it."""
+    monkeypatch.setattr(storagetm, "LOCK_WAIT_SEC", 0.5)
+    run = start()
+    before = nvmet.contents()
+    run.service.synchronise(strict=True)
+    root = run.service.transport.root(run.disk("vdb"))
+    pull(run, machine, "vdb", "       1        0")
+    assert "vdb" not in run.service.inventory.disks
+    assert run.service.tree.leaving == {root}
+    assert [c for c in nvmet.calls if "vdb" in c and c.startswith("unlink")] != []
+    assert subsystems(nvmet) == ALL
+    assert not run.service.stop()
+    assert subsystems(nvmet) == ["vdb"]
+    assert len(list(nvmet.path("nvmet/ports").iterdir())) == 2
+    assert not [c for c in nvmet.calls if c.startswith("rmdir") and ("vdb" in c or "/ports/" in c)]
+    err = capfd.readouterr().err
+    assert re.search(
+        r"^Failed to remove '\S+vdb': the disk is gone, but .*; when it has, start .*$", err, re.M
+    )
+    assert err.count("\n") == 1
+    assert os.path.exists(run.service.ledger.path)
+
+    run = start()
+    machine.attribute("vdb", "inflight", "       0        0")
+    run.service.synchronise(strict=True)
+    assert subsystems(nvmet) == run.exported == [name for name in ALL if name != "vdb"]
+    assert run.service.stop()
+    assert nvmet.contents() == before
+    assert not os.path.exists(run.service.ledger.path)
+
+
+def test_pulled_disk_answers_during_the_stop(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
+    """All others are gone by then; the ports go after it."""
+    run = start()
+    before = nvmet.contents()
+    run.service.synchronise(strict=True)
+    others = [f"rmdir nvmet/subsystems/{PREFIX}.{name}" for name in ALL if name != "vdb"]
+    pull(run, machine, "vdb", "       0        2")
+
+    def intercept(_: int) -> None:
+        if set(others) <= set(nvmet.calls):
+            machine.attribute("vdb", "inflight", "       0        0")
+
+    nvmet.intercept = intercept
+    assert run.service.stop()
+    assert nvmet.contents() == before
+    last = [c for c in nvmet.calls if c.startswith("rmdir")]
+    assert set(last[-3:]) == {f"rmdir nvmet/ports/{port}" for port in (36681, 59936)} | {
+        f"rmdir nvmet/subsystems/{PREFIX}.vdb"
+    }
+    assert last.index(f"rmdir nvmet/subsystems/{PREFIX}.vdb") > max(map(last.index, others))
+
+
 def test_disk_grows(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
     run = start()
     run.service.synchronise(strict=True)

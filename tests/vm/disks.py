@@ -9,7 +9,7 @@ import json
 import uuid
 from collections.abc import Iterator, Sequence
 
-from tests.harness.machine import Machine
+from tests.harness.machine import Machine, Process
 from tests.vm import nvmet
 
 # Prints the kernel's names of the disks with these serial numbers as JSON, udev or not.
@@ -74,6 +74,20 @@ def throttle(machine: Machine, disk: str, rate: int) -> None:
     """Lets a virtio disk do no more than so many bytes a second; 0 for all that it can."""
     backend = f"/machine/peripheral/{disk}-device/virtio-backend"
     assert machine.qmp.monitor(f"block_set_io_throttle {backend} 0 {rate} 0 0 0 0") == ""
+
+
+def hang(target: Machine, client: Machine, disk: str, name: str, node: str) -> Process:
+    """Has a client read `node`, which is a virtio disk of the target, until its I/O hangs there.
+
+    It does so until `throttle()` lets it pass. Returns the reading process.
+    """
+    # At a byte a second. Only the first read passes, maybe one of the client's udev: it is the next one that
+    # pays for that, with more seconds than a test takes.
+    throttle(target, disk, 1)
+    busy = client.start_process(f"dd if={node} of=/dev/null bs=256k iflag=direct status=none")
+    look = f"$(awk '$9 > 0 {{ print $1 }}' /sys/block/{name}/stat)"  # reads so far, if one is under way
+    target.wait_run(f'before="{look}"; sleep 1; [ -n "$before" ] && [ "$before" = "{look}" ]')
+    return busy
 
 
 READER_DIRECTORY = "/sys/kernel/config/usb_gadget/reader"

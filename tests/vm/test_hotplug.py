@@ -15,7 +15,16 @@ import pytest
 from tests.harness.machine import Disk, Machine
 from tests.vm import nvmet
 from tests.vm.conftest import TOOL
-from tests.vm.disks import card_reader, expected_uuid, names_of, remove_disks, throttle, uuids, wait_name
+from tests.vm.disks import (
+    card_reader,
+    expected_uuid,
+    hang,
+    names_of,
+    remove_disks,
+    throttle,
+    uuids,
+    wait_name,
+)
 from tests.vm.initiator import Reader, attached, where, write_content
 from tests.vm.nvmet import Service, exporting, left_over
 
@@ -223,13 +232,7 @@ def test_removed_in_use(target: Machine, client: Machine, held: str) -> None:
         with attached(client, nqn, port) as attachment:
             reader = Reader(client, attachment.node, 1, SIZE)
             with attached(client, doomed_nqn, port) as victim:
-                # In bytes a second. What goes beyond that is paid for by the one after it, which waits for
-                # minutes.
-                throttle(target, "doomed", 1024)
-                read = f"dd if={victim.node} of=/dev/null bs=256k iflag=direct status=none"
-                client.run(f"{read} count=1")
-                busy = client.start_process(f"{read} skip=1")
-                client.wait_run(f"[ $(awk '{{print $9}}' /sys/block/{Path(victim.node).name}/stat) -gt 0 ]")
+                busy = hang(target, client, "doomed", Path(doomed).name, victim.node)
                 target.qmp.call("device_del", id="doomed-device")
                 # Linux 6.16 and later keep it in sysfs for as long as they wait for it.
                 wait_line(service, f"^No longer: Exporting '{doomed}'")
@@ -256,6 +259,42 @@ def test_removed_in_use(target: Machine, client: Machine, held: str) -> None:
         assert resources(service) == (descriptors[0] - 2, descriptors[1])
         assert [line for priority, line in service.journal() if priority < 6] == []
     assert left_over(target) == []
+
+
+@pytest.mark.parametrize("mode", ["read-only", pytest.param("snapshot", marks=pytest.mark.reach)])
+def test_stopped_while_io_hangs(target: Machine, client: Machine, mode: str) -> None:
+    """The stop does not wait for a disk that is gone, and the next start sees to what is left of it."""
+    target.add_disk(Disk("doomed", serial="DISK-DOOMED"))
+    doomed = f"/dev/{wait_name(target, 'DISK-DOOMED')}"
+    target.run("udevadm settle --timeout=120")
+    service = Service(target, [f"--{mode}", doomed, "/dev/vdb"])
+    before = service.start()
+    nqn, port = where(nvmet.tree(target), doomed)
+    with attached(client, nqn, port) as victim:
+        busy = hang(target, client, "doomed", Path(doomed).name, victim.node)
+        target.qmp.call("device_del", id="doomed-device")
+        wait_line(service, f"^No longer: Exporting '{doomed}'")
+    assert busy.wait() == 1  # the disk that it read is gone
+    began = time.monotonic()
+    stop = f"systemctl stop {service.unit}; systemctl is-failed {service.unit}"
+    assert target.run(stop, timeout=60).stdout == "failed\n"
+    took = time.monotonic() - began
+    target.run(f"systemctl reset-failed {service.unit}")
+    assert {n for n in nvmet.names(target) - before if n.startswith("subsystems/")} == {f"subsystems/{nqn}"}
+    (error,) = [line for priority, line in service.journal() if priority < 6]
+    assert f"{nqn}': the disk is gone, but its driver has not ended all I/O" in error
+    # What is left does not keep the next one from its start.
+    again = Service(target, ["/dev/vdb"])
+    again.start()
+    assert nvmet.exported(target) == {"vdb"}
+    assert f"subsystems/{nqn}" in nvmet.names(target)
+    throttle(target, "doomed", 0)
+    target.qmp.wait_event("DEVICE_DELETED", 120, device="doomed-device")
+    target.qmp.call("blockdev-del", node_name="doomed")
+    target.wait_run(f"! [ -e {nvmet.NVMET}/subsystems/{nqn} ]")
+    assert again.stop() == before
+    assert left_over(target) == []
+    print(f"The stop took {took:.1f} s.")
 
 
 def test_locked_disk(target: Machine, held: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.harness.machine import MIB, Disk, Machine, Nic, Wire
 from tests.vm import nvmet
 from tests.vm.conftest import ON_OLDER, TOOL, BootMachine, prepare
-from tests.vm.disks import throttle, wait_name
+from tests.vm.disks import hang, throttle, wait_name
 from tests.vm.initiator import TARGET_ADDRESS, Reader, attached, namespaces, write_content
 from tests.vm.nvmet import NVMET, Service, exporting
 
@@ -141,11 +141,7 @@ def test_removed_in_use(target: Machine, client: Machine) -> None:
         before = numbers(target)
         with attached(client, NQN, PORT):
             theirs = namespaces(client, NQN)[before[doomed]][4]
-            throttle(target, "doomed", 1024)
-            read = f"dd if={theirs} of=/dev/null bs=256k iflag=direct status=none"
-            client.run(f"{read} count=1")
-            busy = client.start_process(f"{read} skip=1")
-            client.wait_run(f"[ $(awk '{{print $9}}' /sys/block/{Path(theirs).name}/stat) -gt 0 ]")
+            busy = hang(target, client, "doomed", Path(doomed).name, theirs)
             target.qmp.call("device_del", id="doomed-device")
             service.wait_output(f"^No longer: Exporting '{doomed}'")
             # From here on, nothing may look into that part of configfs, where the kernel would have it wait.
