@@ -305,7 +305,8 @@ def test_twelve_disks_over_restart_and_reboot(
     for number in range(12):
         path = tmp_path / f"disk-{number}"
         path.write_bytes(random.Random(number).randbytes(MIB))
-        disks.append(Disk(f"disk-{number}", path=path, serial=f"DISK-{number}", bus="scsi"))
+        # Not SCSI, whose disks the kernel names at each boot in the order in which they answer.
+        disks.append(Disk(f"disk-{number}", path=path, serial=f"DISK-{number}"))
 
     def boot_target(disks: list[Disk]) -> Machine:
         machine = boot(
@@ -314,8 +315,6 @@ def test_twelve_disks_over_restart_and_reboot(
             disks=disks,
             nics=[Nic(wire, 0)],
             machine_id="2" * 32,
-            # Or else the kernel names them anew at each boot, in the order in which they answer.
-            kernel_options=("sd_mod.probe=sync",),
         )
         machine.wait_boot()
         prepare(machine, tool, 1)
@@ -342,7 +341,7 @@ def test_twelve_disks_over_restart_and_reboot(
             + "; do dd if=$d bs=1M iflag=direct status=none | sha256sum; done"
         )
         found = client.run(script, timeout=400).stdout.split()[::2]
-        wanted = sorted(target.run("for d in /dev/sd?; do sha256sum <$d; done").stdout.split()[::2])
+        wanted = sorted(target.run("for d in /dev/vd[b-m]; do sha256sum <$d; done").stdout.split()[::2])
         assert len(set(found) & set(wanted)) == 12 - lost
 
     read_all()
@@ -352,7 +351,7 @@ def test_twelve_disks_over_restart_and_reboot(
     client.wait_run("grep -qv live /sys/class/nvme/nvme*/state")
     service = Service(target, arguments)
     starting = target.start_process(service.command)
-    service.wait_output(r"^Exporting nothing yet, waiting for '/dev/sd.' \(exported until the last stop\)")
+    service.wait_output(r"^Exporting nothing yet, waiting for '/dev/vd.' \(exported until the last stop\)")
     target.run(f"sleep {LATE}")
     target.add_disk(disks[5])
     assert starting.wait(180) == 0
