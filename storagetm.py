@@ -382,14 +382,14 @@ class UserError(Exception):
     code = 1
 
 
-class IoPending(OSError):
-    """A disk is gone, and its driver still has I/O of clients."""
-
-
 class UsageError(UserError):
     """The command line makes no sense."""
 
     code = 2
+
+
+class IoPending(OSError):
+    """A disk is gone, and its driver still has I/O of clients."""
 
 
 def read_bytes(path: str) -> bytes:
@@ -689,7 +689,7 @@ class SleepLock:
         if not (program and reader and any(map(os.path.isdir, LOGIND))):
             return
         arguments = ("--who=storagetm", "--why=Other machines may be using its disks", "--mode=block")
-        # Nothing is heard of it: where it fails, it ends, and the pipe says so.
+        # What it prints is not needed: if it fails, it ends, and the pipe shows that.
         null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (1, 2)]
         reading, self.fd = os.pipe()
         try:
@@ -1323,7 +1323,7 @@ class Disk:
         if self.sysname.startswith("dm-"):
             dm = self.place + "/dm"
             return read_attribute(dm + "/uuid") or read_attribute(dm + "/name") or self.node
-        # Kept, as is the slot: both are asked for six times at the start, with 256 disks.
+        # Kept, as is the slot: with 256 disks a start takes 0.80 instead of 0.86 s, a stop 0.27 instead of 0.32
         if "stable" not in self.cached:
             self.cached["stable"] = (
                 read_attribute(self.place + "/wwid")
@@ -1584,16 +1584,6 @@ def is_going(place: str) -> bool:
     kernels too, it sets the size to 0 and removes the disk's backing device, with a uevent of that.
     """
     return not os.path.lexists(place + "/bdi")
-
-
-def has_gone(tag: str) -> bool:
-    """Whether a block device, given its block_tag(), is no longer there, or is being taken away."""
-    if not (name := Writable(Writable.path_for(tag)).sysname()):
-        return not tag.startswith(FILE_TAG)
-    try:
-        return is_going(whole_place(sys_device(name)))
-    except OSError:
-        return True
 
 
 def is_busy(sysname: str) -> bool:
@@ -2114,6 +2104,30 @@ def block_tag(place: str, number: str, diskseq: str) -> str:
     if whole != place:
         diskseq = parse_block_uevent(read_page(whole + "/uevent"))[1]
     return f"{number} {diskseq or f'inode {os.stat(whole).st_ino}'}"
+
+
+def sysname_tagged(tag: str) -> str:
+    """The kernel's name of a block device, given its block_tag(); empty if it is gone.
+
+    Another one may have its number by then.
+    """
+    try:
+        found = os.path.basename(os.readlink(f"{SYS}dev/block/{tag.partition(' ')[0]}"))
+        place = sys_device(found)
+        here = block_tag(place, *parse_block_uevent(read_page(place + "/uevent")))
+        return found if here == tag else ""
+    except OSError:
+        return ""
+
+
+def has_gone(tag: str) -> bool:
+    """Whether a block device, given its block_tag(), is no longer there, or is being taken away."""
+    if not (name := sysname_tagged(tag)):
+        return not tag.startswith(FILE_TAG)
+    try:
+        return is_going(whole_place(sys_device(name)))
+    except OSError:
+        return True
 
 
 def probe_block_device(disk: Disk) -> None:
@@ -3448,15 +3462,8 @@ class Writable(Entry):
         return cls.PREFIX + tag.replace(" ", "-")
 
     def sysname(self) -> str:
-        """The kernel's name of the device; empty if it is gone, even if another one has its number."""
-        number = self.path[len(self.PREFIX) :].partition("-")[0]
-        try:
-            found = os.path.basename(os.readlink(f"{SYS}dev/block/{number}"))
-            place = sys_device(found)
-            tag = block_tag(place, *parse_block_uevent(read_page(place + "/uevent")))
-            return found if self.path_for(tag) == self.path else ""
-        except OSError:
-            return ""
+        """The kernel's name of the device; empty if it is gone."""
+        return sysname_tagged(self.path[len(self.PREFIX) :].replace("-", " "))
 
     def guard(self, *, adopted: bool) -> None:
         if (name := self.sysname() if adopted else self.value) and not self.mapped:
@@ -4982,7 +4989,7 @@ class NvmeTcp:
                 return "several clients have attached it already; detach it from all, or see --clients=any"
             return (
                 f"this kernel keeps other clients away only while storagetm is one, and that fails: "
-                f"{os.strerror(e.errno or errno.EIO)}; let this machine's firewall accept all packets on "
+                f"{reason_of(e)}; let this machine's firewall accept all packets on "
                 "'lo', or see --clients=any"
             )
         # nvmet_ns_enable(): not files of ours.
@@ -5152,24 +5159,31 @@ class NvmeTcp:
         return [*links[:1], Seat(subsystem, self), *links[1:]] if limit == 1 else links
 
     def take_seat(self, subsystem: str) -> NvmeHost:
-        """Attaches ourselves to a subsystem that is linked to the first port. Raises OSError."""
-        family, port = next(iter(self.ports.items()))
-        address = "::1" if family == AF_INET6 else "127.0.0.1", port
-        nqn = subsystem.rpartition("/")[2]
+        """Attaches ourselves to a subsystem that is linked to the first port.
+
+        Raises OSError, with EBUSY if clients have all places.
+        """
         if time.monotonic() < self.unreachable_until:
             raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        try:
-            return NvmeHost(address, nqn, self.host_id)
-        except OSError as e:
-            if e.errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL):
-                raise_loopback()
-                return NvmeHost(address, nqn, self.host_id)
-            if isinstance(e, TimeoutError):
-                self.unreachable_until = time.monotonic() + COURTESY_SEC[0]
-                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from e
-            if e.errno == errno.EIO:
-                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY)) from e
-            raise
+        family, port = next(iter(self.ports.items()))
+        address = "::1" if family == AF_INET6 else "127.0.0.1", port
+        raised = False
+        while True:
+            try:
+                return NvmeHost(address, os.path.basename(subsystem), self.host_id)
+            except OSError as e:
+                if e.errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL) and not raised:
+                    raise_loopback()
+                    raised = True
+                    continue
+                # Before Python 3.10, what came too late has no number.
+                number = e.errno or errno.ETIMEDOUT
+                if number == errno.EIO:
+                    number = errno.EBUSY
+                if number == errno.ETIMEDOUT:
+                    # It would be the same for the other disks, and take the time once more.
+                    self.unreachable_until = time.monotonic() + COURTESY_SEC[0]
+                raise OSError(number, os.strerror(number)) from e
 
     def disk_branch(self, disk: Disk) -> Branch:
         """What has to be in configfs to export `disk`; the same object as long as nothing changes."""
@@ -5925,9 +5939,7 @@ class Service:
         self.sleep_lock = SleepLock()
         self.addresses: list[Address] = []
         self.view = Views(JournalView())
-        self.paths: list[
-            str
-        ] = []  # of the terminals that it is shown on; empty for the one it was started on
+        self.paths: list[str] = []  # of the consoles that it is shown on
         self.dirty = True  # something to show has changed
         self.outdated = False  # what is wanted has changed, although no disk has
         self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
@@ -6395,6 +6407,8 @@ class Service:
             log.errors = 2 if own else 1
             for message in log.early:
                 self.view.add_message(message)
+        else:
+            log.screen, log.errors = None, 2
 
     def set_dirty(self) -> None:
         self.dirty = True
@@ -6457,37 +6471,41 @@ class Service:
             if self.outdated:
                 deadlines.append(now)
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
-            if (lock := self.sleep_lock.fd) >= 0:
-                poll.register(lock, 0)
-            keys = {screen.keys: screen for screen in self.view.screens if screen.keys >= 0}
-            for fd in keys:
-                poll.register(fd, select.POLLIN)
-            unsent = [screen for screen in self.view.screens if screen.unsent]
-            for screen in unsent:
-                poll.register(screen.terminal, select.POLLOUT)
             events = -1 if news else self.snapshot_news
+            ready = self.wait(poll, timeout, events)
             if events >= 0:
-                poll.register(events, select.POLLIN)
-            ready = {fd for fd, _ in poll.poll(timeout)}
-            if events >= 0:
-                poll.unregister(events)
                 news = events in ready
-            for screen in unsent:
-                poll.unregister(screen.terminal)
-                if screen.terminal in ready:
-                    screen.send()
-            for fd, screen in keys.items():
-                poll.unregister(fd)
-                if fd in ready:
-                    screen.read_keys()
-            if lock in ready and not self.stop_asked:  # a service manager ends all processes of a unit
-                poll.unregister(lock)
-                self.sleep_lock.lost()
             if self.signals in ready:
                 os.read(self.signals, 4096)
                 self.dirty = True
             if not self.refused:
                 self.take_news(ready)
+
+    def wait(self, poll: select.poll, timeout: float | None, events: int) -> set[int]:
+        """Waits that many milliseconds for one of the descriptors that `poll` has, and for `events`.
+
+        Returns those that have news. Terminals and the lock against sleep are served here, since their
+        descriptors change.
+        """
+        keys = {screen.keys: screen for screen in self.view.screens if screen.keys >= 0}
+        unsent = {screen.terminal: screen for screen in self.view.screens if screen.unsent}
+        lock = self.sleep_lock.fd
+        # For the lock just the error that the kernel always reports.
+        masks = {**dict.fromkeys(keys, select.POLLIN), **dict.fromkeys(unsent, select.POLLOUT)}
+        masks.update({lock: 0, events: select.POLLIN})
+        masks.pop(-1, None)
+        for fd, mask in masks.items():
+            poll.register(fd, mask)
+        ready = {fd for fd, _ in poll.poll(timeout)}
+        for fd in masks:
+            poll.unregister(fd)
+        for fd in ready & unsent.keys():
+            unsent[fd].send()
+        for fd in ready & keys.keys():
+            keys[fd].read_keys()
+        if lock in ready and not self.stop_asked:  # a service manager ends all processes of a unit
+            self.sleep_lock.lost()
+        return ready
 
     def take_news(self, ready: set[int]) -> None:
         """Brings disks and addresses up to date with what the sockets say."""

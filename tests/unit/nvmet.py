@@ -41,6 +41,7 @@ class Nvmet:
         self.root = root
         self.calls: list[str] = []
         self.intercept: Callable[[int], object] = bool
+        self.room_for_two = False  # whether a range of controllers' IDs has two at least, as with Linux 6.1
         self._lock = threading.Lock()
         (root / "nvmet/subsystems").mkdir(parents=True)
         (root / "nvmet/ports").mkdir()
@@ -145,6 +146,10 @@ class Nvmet:
         if name == "enable" and data == b"1":
             with open(f"{parent}/device_path") as file:
                 if file.read() == "0\n":
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if name == "attr_cntlid_max" and self.room_for_two:
+            with open(f"{parent}/attr_cntlid_min") as file:
+                if int(data) <= int(file.read()):
                     raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if name != "revalidate_size":  # which cannot be read
             os.ftruncate(fd, 0)

@@ -845,6 +845,116 @@ def test_restart_without_a_disk_that_is_gone(start: Start, nvmet: Nvmet, machine
     assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
 
 
+# Kernels that let in one client more than they should
+
+
+@pytest.fixture
+def seats(nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch) -> Seats:
+    nvmet.room_for_two = True
+    made = Seats(nvmet)
+    monkeypatch.setattr(storagetm, "NvmeHost", made.attach)
+    return made
+
+
+class Seats:
+    """Connections to the target, which refuses one if there is a `problem`."""
+
+    def __init__(self, nvmet: Nvmet) -> None:
+        self.nvmet = nvmet
+        self.problem: OSError | None = None
+        self.taken: list[str] = []
+
+    def attach(self, address: tuple[str, int], nqn: str, _: str) -> Seat:
+        self.nvmet.calls.append(f"attach {nqn}")
+        if self.problem:
+            raise self.problem
+        assert os.path.lexists(self.nvmet.path(f"nvmet/ports/{address[1]}/subsystems/{nqn}"))
+        self.taken.append(nqn)
+        return Seat(self, nqn)
+
+
+class Seat:
+    def __init__(self, seats: Seats, nqn: str) -> None:
+        self.seats, self.nqn = seats, nqn
+
+    def close(self) -> None:
+        self.seats.taken.remove(self.nqn)
+
+    def is_attached(self) -> bool:
+        return self.nqn in self.seats.taken
+
+
+def test_seats(start: Start, nvmet: Nvmet, seats: Seats, machine: CapturedMachine) -> None:
+    """One in each subsystem, taken before clients can come in by both ports, and again after a crash."""
+    run = start()
+    before = nvmet.contents()
+    run.service.synchronise(strict=True)
+    nqns = [f"{PREFIX}.{name}" for name in ALL]
+    assert sorted(seats.taken) == nqns
+    for nqn in nqns:
+        steps = [c.partition(" ")[0] for c in nvmet.calls if c.endswith((f"subsystems/{nqn}", f" {nqn}"))]
+        assert steps == ["mkdir", "symlink", "attach", "symlink"]
+        first, last = (
+            int(nvmet.path(f"nvmet/subsystems/{nqn}/attr_cntlid_{end}").read_text())
+            for end in ("min", "max")
+        )
+        assert last == first + 1
+    # What changes of a disk later leaves them alone.
+    machine.attribute("vdb", "size", "999999")
+    run.service.inventory.update(["vdb"])
+    calls = len(nvmet.calls)
+    run.service.synchronise()
+    assert nvmet.calls[calls:] == [f"write {run.namespace('vdb')}/revalidate_size 1"]
+    run.kill()
+    seats.taken.clear()
+    calls = len(nvmet.calls)
+    run = start()
+    run.service.synchronise(strict=True)
+    assert sorted(seats.taken) == nqns
+    assert {c.split()[0] for c in nvmet.calls[calls:]} == {"write", "attach"}
+    assert run.service.stop()
+    assert seats.taken == []
+    assert nvmet.contents() == before
+
+
+def test_seat_that_a_client_has_taken(start: Start, nvmet: Nvmet, seats: Seats) -> None:
+    """While the program was dead. The disk is for one client, so neither keeps it."""
+    run = start()
+    run.service.synchronise(strict=True)
+    run.kill()
+    seats.taken.clear()
+    seats.problem = OSError(errno.EIO, "refused")
+    run = start()
+    run.service.synchronise()
+    assert run.exported == subsystems(nvmet) == []
+    assert run.disk("vdb").failed.startswith("several clients have attached it already; detach it from all")
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (
+            OSError(errno.EIO, "refused"),
+            "several clients have attached it already; detach it from all, or .*",
+        ),
+        (OSError("timed out"), ".*: Connection timed out; let this machine's firewall accept .*"),
+        (OSError(errno.ECONNREFUSED, "x"), ".*: Connection refused; let this machine's firewall accept .*"),
+    ],
+)
+def test_seat_that_is_refused(
+    start: Start, nvmet: Nvmet, seats: Seats, problem: OSError, reason: str
+) -> None:
+    """Then one client too many could come in, so the disk is not exported, and nothing is left of it."""
+    seats.problem = problem
+    run = start()
+    run.service.synchronise()
+    assert run.exported == subsystems(nvmet) == []
+    assert all(re.fullmatch(reason, run.disk(name).failed) for name in ALL)
+    # What takes seconds to fail is not tried for each disk.
+    tries = len([c for c in nvmet.calls if c.startswith("attach")])
+    assert tries == (len(ALL) if problem.errno else 1)
+
+
 # What it tells
 
 

@@ -119,11 +119,8 @@ def test_nothing_is_started_where_there_is_no_logind(missing: str, monkeypatch: 
     lock.release()
 
 
-def test_program_that_ends(
-    inhibit: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """As it does when logind refuses. The loop notices that once, and goes on."""
-    inhibit.write_text("#!/bin/sh\nexit 1\n")
+def refusing() -> tuple[storagetm.Service, int]:
+    """A service that exports nothing and has the lock, and the descriptor that wakes up its loop."""
     made = storagetm.Machine()
     service = storagetm.Service(
         made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False), refused="for this test"
@@ -131,6 +128,15 @@ def test_program_that_ends(
     service.view.beside_plymouth = False
     service.signals, wakeup = os.pipe()
     service.sleep_lock.take()
+    return service, wakeup
+
+
+def test_program_that_ends(
+    inhibit: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As it does when logind refuses. The loop notices that once, and goes on."""
+    inhibit.write_text("#!/bin/sh\nexit 1\n")
+    service, wakeup = refusing()
     lost = service.sleep_lock.lost
 
     def stop() -> None:
@@ -156,13 +162,7 @@ def test_program_that_a_stop_ends(
 ) -> None:
     """A service manager ends all processes of a unit at once. That is no failure."""
     inhibit.write_text("#!/bin/sh\nexit 1\n")
-    made = storagetm.Machine()
-    service = storagetm.Service(
-        made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False), refused="for this test"
-    )
-    service.view.beside_plymouth = False
-    service.signals, wakeup = os.pipe()
-    service.sleep_lock.take()
+    service, wakeup = refusing()
     pid = service.sleep_lock.pid
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     # As a signal does between two looks at whether to stop.

@@ -309,13 +309,7 @@ def test_twelve_disks_over_restart_and_reboot(
         disks.append(Disk(f"disk-{number}", path=path, serial=f"DISK-{number}"))
 
     def boot_target(disks: list[Disk]) -> Machine:
-        machine = boot(
-            f"twelve-{kind}",
-            wait=False,
-            disks=disks,
-            nics=[Nic(wire, 0)],
-            machine_id="2" * 32,
-        )
+        machine = boot(f"twelve-{kind}", wait=False, disks=disks, nics=[Nic(wire, 0)], machine_id="2" * 32)
         machine.wait_boot()
         prepare(machine, tool, 1)
         return machine
