@@ -1323,7 +1323,7 @@ class Disk:
         if self.sysname.startswith("dm-"):
             dm = self.place + "/dm"
             return read_attribute(dm + "/uuid") or read_attribute(dm + "/name") or self.node
-        # Kept, as is the slot: with 256 disks a start takes 0.80 instead of 0.86 s, a stop 0.27 instead of 0.32
+        # Kept, as is the slot: with 256 disks that saves 7 % of the time to start and 15 % of that to stop.
         if "stable" not in self.cached:
             self.cached["stable"] = (
                 read_attribute(self.place + "/wwid")
