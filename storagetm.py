@@ -164,7 +164,7 @@ UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as
 MEDIUM_POLL_MSEC = 2000  # between two looks into a drive
 PLYMOUTH_MAX = 253  # bytes of a message, without the NUL that ends it
 PLYMOUTH_WAIT_SEC = 3  # for Plymouth to let go of the console
-CONSOLE_WAIT_SEC = 1  # until a console that was hung up is opened again; each time twice as long
+CONSOLE_WAIT_SEC = 1  # until consoles that are out of order are tried again; each time twice as long
 REDRAW_SEC = 0.75  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
 THREADS = 16  # for what is mostly waiting for the kernel
@@ -5553,6 +5553,8 @@ class JournalView:
     """For all that is no terminal: lines, each fact once."""
 
     beside_plymouth = True
+    path = ""  # of the terminal, if it is a console
+    gone = False  # whether the terminal was hung up
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
@@ -5577,7 +5579,7 @@ class PlainView(JournalView):
 
     def __init__(self, path: str = "") -> None:
         super().__init__()
-        self.terminal = 1
+        self.path, self.terminal = path, 1
         if path:
             self.terminal = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
 
@@ -5585,7 +5587,10 @@ class PlainView(JournalView):
         lines = ["", report.title, ""] + [text for block in report.blocks(80) for _, text in block]
         try:
             os.write(self.terminal, "\n".join([*map(one_line, lines), ""]).encode("ascii", "replace"))
+        except BlockingIOError:
+            pass
         except OSError as e:
+            self.gone = True
             debug(f"Failed to write to the terminal, ignoring: {reason_of(e)}")
 
 
@@ -5809,20 +5814,25 @@ class Views:
             view.close()
 
 
+def named_consoles() -> list[str]:
+    """The nodes of the consoles that the kernel names, the main one first, whether they work or not."""
+    found: list[str] = []
+    for name in reversed(read_attribute(SYS + "class/tty/console/active").split()):
+        if name == "tty0":  # which stands for the one in the foreground
+            name = read_attribute(SYS + "class/tty/tty0/active") or name
+        # The null console takes whatever is written.
+        if DEV + name not in found and not name.startswith("ttynull"):
+            found.append(DEV + name)
+    return found
+
+
 def consoles() -> list[str]:
     """The nodes of the machine's consoles that work, the main one first; else that of a virtual terminal.
 
     Where there is no hardware behind a serial line, the kernel has the console all the same, and each write
     to its terminal fails.
     """
-    found: list[str] = []
-    for name in reversed(read_attribute(SYS + "class/tty/console/active").split()):
-        if name == "tty0":  # which stands for the one in the foreground
-            name = read_attribute(SYS + "class/tty/tty0/active") or name
-        # The null console takes whatever is written.
-        known = DEV + name in found or name.startswith("ttynull")
-        if not known and is_working_terminal(DEV + name):
-            found.append(DEV + name)
+    found = list(filter(is_working_terminal, named_consoles()))
     return found or [path for path in [DEV + "tty1"] if is_working_terminal(path)]
 
 
@@ -5940,6 +5950,7 @@ class Service:
         self.addresses: list[Address] = []
         self.view = Views(JournalView())
         self.paths: list[str] = []  # of the consoles that it is shown on
+        self.named: list[str] = []  # the consoles that the kernel had then, whether they work or not
         self.dirty = True  # something to show has changed
         self.outdated = False  # what is wanted has changed, although no disk has
         self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
@@ -6391,6 +6402,7 @@ class Service:
         own = os.isatty(1)
         term = os.environ.get("TERM", "dumb" if own else "")
         self.paths = [""] if own else consoles() if self.on_consoles else []
+        self.named = named_consoles() if self.on_consoles and not own else []
         journal = [v for v in self.view.views if type(v) is JournalView]
         views: list[JournalView | Screen] = [] if own else list(journal) or [JournalView()]
         for path in self.paths:
@@ -6413,15 +6425,19 @@ class Service:
     def set_dirty(self) -> None:
         self.dirty = True
 
-    def follow_consoles(self) -> None:
-        """Opens the consoles anew if others work now, or if one was hung up.
+    def lost_consoles(self) -> set[str]:
+        """Consoles that nothing is shown on: hung up, or out of order when they were opened.
 
-        A serial line may not work for a moment while the service manager, which has just written to it,
-        closes it.
+        A serial line does not work for a moment while the service manager, or whoever has hung it up, closes
+        it; one without hardware never does.
         """
+        return {*self.named, *self.paths} - {view.path for view in self.view.views if not view.gone}
+
+    def follow_consoles(self) -> None:
+        """Opens the consoles anew if others work now, or if one was hung up."""
         if not self.on_consoles or os.isatty(1):
             return
-        if consoles() == self.paths and not any(screen.gone for screen in self.view.screens):
+        if consoles() == self.paths and not self.lost_consoles().intersection(self.paths):
             return
         messages = self.view.messages
         self.view.close()
@@ -6439,7 +6455,8 @@ class Service:
         # What the service manager prints on the console about this very start is drawn over a little later.
         shown = self.view.screens or self.on_consoles
         redraws = [time.monotonic() + 1, time.monotonic() + 4] if shown else []
-        pause = CONSOLE_WAIT_SEC
+        pause = 0.0  # until consoles that are out of order are tried again
+        lost: set[str] = set()
         news = False  # whether device-mapper has news that were not looked at yet
         while not self.stop_asked:
             now = time.monotonic()
@@ -6450,7 +6467,10 @@ class Service:
             if self.dirty and now - self.shown >= REDRAW_SEC:
                 self.show()
                 now = self.shown
-            if not redraws and self.on_consoles and any(screen.gone for screen in self.view.screens):
+            if lost != self.lost_consoles():
+                lost = self.lost_consoles()
+                pause, redraws = CONSOLE_WAIT_SEC, []
+            if lost and self.on_consoles and not redraws:
                 redraws.append(now + pause)
                 pause *= 2
             deadlines = redraws[:1]

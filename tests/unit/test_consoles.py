@@ -15,6 +15,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -235,6 +236,49 @@ def test_two_consoles(
         "<6>Attach all disks with: nvme connect-all -t tcp -a 192.0.2.1 -s 59936",
     ]
     assert len(out.splitlines()) == 4
+
+
+@pytest.mark.parametrize("term", ["linux", "dumb"])
+def test_console_that_works_later(
+    service: storagetm.Service,
+    places: Path,
+    terminal: Terminal,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    term: str,
+) -> None:
+    """The screen is not left where it was shown meanwhile; a console that is hung up is opened anew."""
+    monkeypatch.setenv("TERM", term)
+    (places / "sys/class/tty/console/active").write_text("ttyS0\n")
+    (serial, path), (monitor, other) = terminal(), terminal()
+    (places / "dev/tty1").symlink_to(other)
+    shown = report([disk("vda")], addresses(1))
+    service.open_view()
+    service.view.show(shown)
+    assert b"connect-all -t tcp -a 192.0.2.1" in output(monitor, b".vda")
+    assert service.lost_consoles() == {f"{places}/dev/ttyS0"}
+    before = service.view
+    service.follow_consoles()
+    assert service.view is before  # that would draw it again for nothing
+
+    (places / "dev/ttyS0").symlink_to(path)
+    service.follow_consoles()
+    assert service.lost_consoles() == set()
+    service.view.show(shown)
+    assert b"connect-all -t tcp -a 192.0.2.1" in output(serial, b".vda")
+    before = service.view
+    service.follow_consoles()
+    assert service.view is before
+
+    with monkeypatch.context() as hung_up:
+        hung_up.setattr(storagetm.os, "write", Mock(side_effect=OSError(errno.EIO, "hung up")))
+        service.view.show(shown)
+    assert service.lost_consoles() == {f"{places}/dev/ttyS0"}
+    service.follow_consoles()
+    assert service.lost_consoles() == set()
+    service.view.show(shown)
+    assert b"connect-all -t tcp -a 192.0.2.1" in output(serial, b".vda")
+    assert capfd.readouterr().out.count("Attach all disks with:") <= 1
 
 
 @pytest.mark.parametrize("on_consoles", [True, False])
