@@ -271,7 +271,7 @@ def test_console_that_works_later(
     assert service.view is before
 
     with monkeypatch.context() as hung_up:
-        hung_up.setattr(storagetm.os, "write", Mock(side_effect=OSError(errno.EIO, "hung up")))
+        hung_up.setattr(os, "write", Mock(side_effect=OSError(errno.EIO, "hung up")))
         service.view.show(shown)
     assert service.lost_consoles() == {f"{places}/dev/ttyS0"}
     service.follow_consoles()
