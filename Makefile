@@ -29,6 +29,8 @@ SHELL_FILES = $(shell git ls-files -z | xargs -0 awk 'FNR == 1 && /^\#!.*[ \/](b
 PYTHON_FILES = $(shell git ls-files '*.py') dracut-module/python-initrd
 
 PYTEST := $(VENV)/python -m pytest -ra --durations=10
+# A test with its two machines keeps less than one processor busy. Each process has machines of its own, of 1 GB in all.
+IN_MACHINES := --verbose --dist=worksteal --maxprocesses=4 --numprocesses=$(if $(T),0,auto)
 
 .PHONY: all install install-program uninstall lint help deps test test-unit test-vm test-reach bench soak fuzz shell demo clean
 
@@ -98,11 +100,11 @@ test: deps  ## Everything that must pass: lint, test-unit, test-vm
 test-unit: deps  ## Tests that need no kernel but the one they run on; T=NAME for those whose name has NAME in it
 	$(PYTEST) --ignore=tests/vm $(if $(T),-k '$(T)') tests
 
-test-vm: deps  ## Tests in emulated machines; T=NAME for those whose name has NAME in it
-	$(PYTEST) --verbose -m 'not reach' $(if $(T),-k '$(T)') tests/vm
+test-vm: deps storagetm.pyz  ## Tests in emulated machines; T=NAME for those whose name has NAME in it
+	$(PYTEST) $(IN_MACHINES) -m 'not reach' $(if $(T),-k '$(T)') tests/vm
 
-test-reach: deps  ## Further tests in emulated machines, most of them on Debian unstable; takes an hour; T=NAME
-	$(PYTEST) --verbose -m reach --release=sid $(if $(T),-k '$(T)') tests/vm
+test-reach: deps storagetm.pyz  ## Further tests in emulated machines, most of them on Debian unstable; takes an hour; T=NAME
+	$(PYTEST) $(IN_MACHINES) -m reach --release=sid $(if $(T),-k '$(T)') tests/vm
 
 bench: storagetm.pyz  ## All comparisons with systemd-storagetm; writes docs/benchmarks.md; takes an hour or two
 	@tests/install-deps bench

@@ -16,6 +16,7 @@ fails.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ from tests.harness import images as harness_images
 from tests.harness.images import PROJECT, RELEASES, SID, Image
 from tests.harness.machine import Disk, Machine, Nic, Wire, boot_all, live_machines
 
-LOGS = PROJECT / "build" / "vm-logs"
+# Processes that run tests side by side have machines of the same names.
+LOGS = PROJECT / "build" / "vm-logs" / os.environ.get("PYTEST_XDIST_WORKER", "")
 TOOL = "/usr/local/bin/storagetm.pyz"
 
 # One of every kind, with and without a serial number.
