@@ -5555,6 +5555,7 @@ class JournalView:
     beside_plymouth = True
     path = ""  # of the terminal, if it is a console
     gone = False  # whether the terminal was hung up
+    keyless = False  # whether there should be keys, and are none
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
@@ -5650,8 +5651,16 @@ class Screen:
         self.take_keys()
         self.write("\x1b[?1049h\x1b[?25l\x1b[2J")
 
+    @property
+    def keyless(self) -> bool:
+        """Whether a console's keys could not be opened."""
+        return bool(self.path) and self.keys < 0
+
     def take_keys(self) -> None:
-        """Reads keys unbuffered and without echo, which would tear the screen, if this terminal is ours."""
+        """Reads keys unbuffered and without echo, which would tear the screen, if this terminal is ours.
+
+        Called again for a console, which the service manager and others set as they need it.
+        """
         try:
             if not self.path and (not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp()):
                 return
@@ -5659,16 +5668,20 @@ class Screen:
 
             # Opened anew, so that only this reading never blocks: another program may take the key first.
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            keys = os.open(self.path or os.ttyname(0), flags)
-            self.saved = termios.tcgetattr(keys)
-            mode = termios.tcgetattr(keys)
-            mode[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG)
-            # Ctrl-C is a signal, which also ends a stop that hangs, on the one terminal that controls this
-            # process. On others it is a key.
-            if not self.path or take_terminal(keys):
-                mode[3] |= termios.ISIG
-            termios.tcsetattr(keys, termios.TCSANOW, mode)
-            self.keys = self.settings = keys
+            keys = self.keys if self.keys >= 0 else os.open(self.path or os.ttyname(0), flags)
+            try:
+                mode = termios.tcgetattr(keys)
+                if self.saved is not None and not mode[3] & (termios.ICANON | termios.ECHO):
+                    return
+                self.saved = self.saved or termios.tcgetattr(keys)
+                mode[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG)
+                # Ctrl-C is a signal, which also ends a stop that hangs, on the one terminal that controls
+                # this process. On others it is a key.
+                if not self.path or take_terminal(keys):
+                    mode[3] |= termios.ISIG
+                termios.tcsetattr(keys, termios.TCSANOW, mode)
+            finally:
+                self.keys = self.settings = keys
         except (OSError, ImportError) as e:
             debug(f"Failed to set up the terminal's keys, ignoring: {e}")
         except Exception as e:  # termios.error is no OSError
@@ -5703,6 +5716,8 @@ class Screen:
         self.outdated = bool(self.unsent)
         if self.gone or self.unsent:
             return
+        if self.path:
+            self.take_keys()
         width, height = self.size()
         self.write(self.drawn(report, width, height))
 
@@ -6426,12 +6441,13 @@ class Service:
         self.dirty = True
 
     def lost_consoles(self) -> set[str]:
-        """Consoles that nothing is shown on: hung up, or out of order when they were opened.
+        """Consoles that nothing is shown on or that have no keys: hung up, or out of order when opened.
 
         A serial line does not work for a moment while the service manager, or whoever has hung it up, closes
         it; one without hardware never does.
         """
-        return {*self.named, *self.paths} - {view.path for view in self.view.views if not view.gone}
+        whole = {view.path for view in self.view.views if not view.gone and not view.keyless}
+        return {*self.named, *self.paths} - whole
 
     def follow_consoles(self) -> None:
         """Opens the consoles anew if others work now, or if one was hung up."""

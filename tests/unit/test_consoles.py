@@ -281,6 +281,59 @@ def test_console_that_works_later(
     assert capfd.readouterr().out.count("Attach all disks with:") <= 1
 
 
+def echoes(path: str) -> bool:
+    fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    try:
+        return bool(termios.tcgetattr(fd)[3] & termios.ECHO)
+    finally:
+        os.close(fd)
+
+
+def test_console_that_others_set_up(terminal: Terminal) -> None:
+    """With the next drawing it is as it has to be, and in the end as it was."""
+    master, path = terminal()
+    screen = storagetm.Screen(path)
+    shown = report([disk("vda")], addresses(1))
+    for _ in range(2):
+        screen.show(shown)
+        assert output(master, b"connect-all")
+        assert not echoes(path)
+        fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+        mode = termios.tcgetattr(fd)
+        mode[3] |= termios.ECHO | termios.ICANON
+        termios.tcsetattr(fd, termios.TCSANOW, mode)
+        os.close(fd)
+        assert echoes(path)
+    screen.show(shown)
+    assert not echoes(path)
+    os.write(master, b"n")
+    assert select.select([screen.keys], [], [], 60)[0]
+    screen.close()
+    assert echoes(path)
+
+
+def test_console_whose_keys_come_later(
+    service: storagetm.Service, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not left without any, since Ctrl-C is the way out."""
+    _, path = terminal()
+    monkeypatch.setattr(storagetm, "consoles", lambda: [path])
+    open_file = os.open
+
+    def opened(name: str, flags: int, *mode: int) -> int:
+        if name == path and flags & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open_file(name, flags, *mode)
+
+    with monkeypatch.context() as closing:
+        closing.setattr(os, "open", opened)
+        service.open_view()
+    assert service.lost_consoles() == {path}
+    service.view.show(report([disk("vda")], addresses(1)))
+    assert service.lost_consoles() == set()
+    assert not echoes(path)
+
+
 @pytest.mark.parametrize("on_consoles", [True, False])
 def test_no_console(
     service: storagetm.Service,
