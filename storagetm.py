@@ -3095,6 +3095,10 @@ class Entry:
         """What make() does: `step`, its operands, and the shell command for it; None if it does nothing."""
         return None
 
+    def described_again(self, root: str) -> dict[str, str] | None:
+        """The same for make() while what it is part of is in use: it may be there already."""
+        return self.described(root)
+
     def undescribed(self, root: str) -> dict[str, str] | None:
         """The same for unmake()."""
         return None
@@ -3432,8 +3436,19 @@ class Mapping(Entry):
         source, sectors = self.source()
         operands = source, "MEMORY", chunk_sectors(source)
         table = f"0 {sectors} {self.target} " + self.PARAMETERS[self.target].format(*operands)
-        command = f"dmsetup create {self.name} --table {quoted(table)}"
+        command = f"dmsetup create {self.name} --uuid {self.name} --table {quoted(table)}"
         return {"step": "map", "path": DEV + "mapper/" + self.name, "value": table, "command": command}
+
+    def described_again(self, root: str) -> dict[str, str]:
+        description = self.described(root)
+        try:
+            if self.state() is not None:
+                table = quoted(description["value"])
+                reload = f"dmsetup reload {self.name} --table {table}"
+                description["command"] = f"{reload} && dmsetup resume {self.name}"
+        except OSError as e:
+            debug(f"Failed to look at '{self.name}', ignoring: {reason_of(e)}")
+        return description
 
     def undescribed(self, root: str) -> dict[str, str]:
         path = DEV + "mapper/" + self.name
@@ -4352,10 +4367,10 @@ class Tree:
             ], missing
         return None
 
-    def make(self, entry: Entry) -> None:
+    def make(self, entry: Entry, *, again: bool = False) -> None:
         if self.report is None:
             entry.make(self.root)
-        elif description := entry.described(self.root):
+        elif description := (entry.described_again if again else entry.described)(self.root):
             self.report(description)
 
     def unmake(self, entry: Entry) -> None:
@@ -4432,7 +4447,7 @@ class Tree:
             if not dry and any(isinstance(e, Link) for e in missing):
                 self.ledger.add(branch, os.stat(self.root + branch.root).st_ino)
             for entry in missing:
-                self.make(entry)
+                self.make(entry, again=True)
         except OSError as e:
             failures[branch.root] = located(e, branch.entries, branch.entries.index(entry))
             return

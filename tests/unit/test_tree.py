@@ -849,7 +849,7 @@ STARTS: list[Callable[[str], Sequence[storagetm.Branch]]] = [
 CALLS = {"map": "create", "unmap": "remove", "write-protect": "protect"}
 
 
-@pytest.mark.parametrize("access", [READ_WRITE])
+@in_each_access
 @pytest.mark.parametrize("start", range(len(STARTS)))
 @pytest.mark.parametrize("end", range(len(STARTS)))
 def test_dry_run(
@@ -1018,6 +1018,21 @@ def test_dry_run_of_the_program(
     assert steps[0] == {"step": "mkdir", "path": commands[0].partition(" ")[2]}
     passage = {"write-protect", "unlink", "rmdir"} if access == READ_ONLY else set()
     assert {s["step"] for s in steps} == {"mkdir", "map", "write", "symlink"} | passage
+
+
+@pytest.mark.parametrize("access", [READ_ONLY, SNAPSHOT])
+def test_dry_run_with_a_new_size(nvmet: Nvmet, run: Run, tmp_path: Path, access: str) -> None:
+    """The device is there already, and gets another table."""
+    a, bigger = disk("a", access=access), disk("a", size=1024, access=access)
+    name = mapping_of(a)
+    (map_new,) = [s for s in planned(nvmet, tmp_path / "x.entries", wanted([a])) if s["step"] == "map"]
+    assert map_new["command"].startswith(f"dmsetup create {name} --uuid {name} --table '0 1 ")
+    run(wanted([a]))
+    (map_again,) = [
+        s for s in planned(nvmet, tmp_path / "x.entries", wanted([bigger])) if s["step"] == "map"
+    ]
+    assert map_again["command"].startswith(f"dmsetup reload {name} --table '0 2 ")
+    assert map_again["command"].endswith(f"' && dmsetup resume {name}")
 
 
 # Anything in any order
