@@ -7042,10 +7042,16 @@ def dry_run(options: Options, transport: NvmeTcp, inventory: Inventory) -> int:
     disks = [d for d in disks if not transport.why_name(d)]
     inventory.begin_stays(disks)
     branches += map(transport.disk_branch, disks)
+    passage: list[Branch] = []
     if tree.lacks(branches, WriteProtection):
         transport.choose_passage(tree.live)
-        branches.insert(0, transport.passage_branch(opened=True))
-    for root, problem in tree.reconcile(branches).items():
+        passage = [transport.passage_branch(opened=True)]
+    failures = tree.reconcile(passage + branches)
+    if passage:
+        # It is there only meanwhile.
+        live = [tree.live.get(b.root) for b in branches if b.root not in failures]
+        failures.update(tree.reconcile([b for b in live if b]))
+    for root, problem in failures.items():
         error(f"Would fail at '{CONFIGFS}{root}': {reason_of(problem)}")
         code = 1
     if options.json:

@@ -980,7 +980,7 @@ def test_steps_of_a_dry_run(nvmet: Nvmet, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("access", [READ_WRITE])
+@in_each_access
 def test_dry_run_of_the_program(
     nvmet: Nvmet,
     tmp_path: Path,
