@@ -34,6 +34,9 @@ NODES = {
     for number, name in enumerate([*"abcdx", "it's", *(f"d{i}" for i in range(40))])
 }
 
+# A kernel has thousands of files here, which are made and removed many times.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
 in_each_access = pytest.mark.parametrize("access", storagetm.ACCESS)
 
 
@@ -133,6 +136,13 @@ def kernel(base: Path, monkeypatch: pytest.MonkeyPatch) -> Nvmet:
     DeviceMapper(made, base, monkeypatch).nodes.update(NODES)
     monkeypatch.setattr(storagetm, "CONFIGFS", f"{made.root}/")
     return made
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory if there is a place for that."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as made:
+        yield Path(made)
 
 
 @pytest.fixture
@@ -1043,7 +1053,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = tempfile.TemporaryDirectory()
+        self.directory = tempfile.TemporaryDirectory(dir=MEMORY)
         self.patch = pytest.MonkeyPatch()
         self.base = Path(self.directory.name)
         self.nvmet = kernel(self.base, self.patch)
@@ -1099,7 +1109,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def check(self, branches: list[storagetm.Branch]) -> None:
         """All that is wanted is there just so, and nothing else of ours."""
-        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=MEMORY) as directory:
             fresh = kernel(Path(directory), patch)
             session = Session(fresh, Path(directory) / "x.entries")
             assert session.reconcile(branches) == {}
