@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Unit tests: they run as any user, change nothing outside pytest's temporary directory, and take seconds.
+"""Unit tests: they run as any user, change nothing outside temporary directories, and take seconds.
 
 `unpack` makes a captured machine (see capture.py) the one that the program sees.
 """
@@ -28,10 +28,10 @@ settings.load_profile("unit")
 
 
 @pytest.fixture(autouse=True)
-def read_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands between disk and export otherwise is the kernel's, and tested in emulated machines."""
-    monkeypatch.setattr(storagetm, "DEFAULT_ACCESS", storagetm.READ_WRITE)
-    # A made-up disk may have the number of one of this computer's.
+def this_computer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left alone: no module is loaded, and a made-up disk may have the number of one that it has."""
+    run_program = storagetm.run_program
+    monkeypatch.setattr(storagetm, "run_program", lambda *a: 127 if a[0] == "modprobe" else run_program(*a))
     monkeypatch.setattr(storagetm, "claim", lambda *_: 0)
     monkeypatch.setattr(storagetm, "reread_partitions", lambda _: None)
 

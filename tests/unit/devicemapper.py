@@ -23,6 +23,7 @@ import pytest
 
 import storagetm
 from storagetm import dm_ioctl, dm_target_spec, loop_config, loop_info64
+from tests.unit.conftest import CapturedMachine
 from tests.unit.nvmet import Nvmet
 
 MAJOR = 252
@@ -42,6 +43,15 @@ MEMINFO = "MemTotal: 8388608 kB\nMemAvailable: 6291456 kB\n"
 
 def failure(code: int) -> OSError:
     return OSError(code, os.strerror(code))
+
+
+def captured_kernel(machine: CapturedMachine, monkeypatch: pytest.MonkeyPatch) -> Nvmet:
+    """The kernel of a captured machine, which exports nothing yet."""
+    made = Nvmet(machine.path("/sys/kernel/config"), monkeypatch)
+    DeviceMapper(made, machine.root, monkeypatch)
+    # Nobody looks into drives any more once a test has ended.
+    monkeypatch.setattr(storagetm.MediumWatch, "run", lambda _: None)
+    return made
 
 
 class DeviceMapper:
@@ -361,7 +371,7 @@ class DeviceMapper:
             info, source = config.info, os.readlink(f"/proc/self/fd/{config.fd}")
             if source == str(self.state / "node"):
                 source = "/dev/?"
-            self.nvmet.called(f"attach loop/{number} {source}")
+            self.nvmet.called(f"bind loop/{number} {source}")
         else:
             assert request == storagetm.LOOP_SET_STATUS64, request
             info = loop_info64.from_buffer_copy(argument)

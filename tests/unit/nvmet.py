@@ -291,6 +291,11 @@ class Host:
             (enable.parent / PROTECTED).write_text("1\n")
 
 
+def is_courtesy(call: str, passage: str) -> bool:
+    """Whether a call is on the way on which hosts are told of write protection, over this port."""
+    return f"{call.split()[1]}/".startswith(f"{passage}/") or call.startswith(("connect", "protect"))
+
+
 # What makes and removes objects in a plain directory when a shell runs the commands of a dry run.
 SHELL = rf"""
 mkdir() {{

@@ -181,10 +181,12 @@ def changes(nvmet: Nvmet, function: Callable[[], object]) -> list[str]:
     return nvmet.calls[before:]
 
 
+PASSAGE = f"nvmet/ports/{transport({}).port_number(0)}"
+
+
 def is_courtesy(call: str) -> bool:
     """Whether a call belongs to the way on which hosts are told of write protection."""
-    passage = f"nvmet/ports/{transport({}).port_number(0)}"
-    return f"{call.split()[1]}/".startswith(f"{passage}/") or call.startswith(("connect", "protect"))
+    return stand_in.is_courtesy(call, PASSAGE)
 
 
 # From nothing to all and back
@@ -246,8 +248,7 @@ def test_visible_last(nvmet: Nvmet, run: Run, access: str) -> None:
     """Clients see a disk once all of it is there, and not any more before any of it goes."""
     made = changes(nvmet, lambda: run(want("a", access)))
     if access == READ_ONLY:
-        passage = f"nvmet/ports/{transport({}).port_number(0)}"
-        assert made[-2:] == [f"unlink {passage}/subsystems/nqn.test.a", f"rmdir {passage}"]
+        assert made[-2:] == [f"unlink {PASSAGE}/subsystems/nqn.test.a", f"rmdir {PASSAGE}"]
         assert made[-5] == "protect nvmet/subsystems/nqn.test.a/namespaces/1"
         made = [call for call in made if not is_courtesy(call)]
     assert [c.split()[0] for c in made[-2:]] == ["symlink", "symlink"]
@@ -584,7 +585,7 @@ def test_failure_while_creating(nvmet: Nvmet, run: Run, access: str) -> None:
         nvmet.succeed()
         failing = nvmet.calls[first + number]
         if is_courtesy(failing):
-            assert set(failures) <= {f"nvmet/ports/{transport({}).port_number(0)}"}
+            assert set(failures) <= {PASSAGE}
             missing = complete.keys() - nvmet.contents().keys()
             assert all(path.endswith("/write_protected") for path in missing)
             assert nvmet.contents().items() <= complete.items()
@@ -884,10 +885,10 @@ def test_dry_run(
     calls = changes(nvmet, lambda: run(STARTS[end](access)))
     expected = nvmet.contents()
     # The links in the passage are not shown, nor what a device and its table consist of.
-    passage = f"nvmet/ports/{transport({}).port_number(0)}/subsystems/"
+    passage = f"{PASSAGE}/subsystems/"
     kinds = Counter(CALLS.get(s["step"], s["step"]) for s in steps if passage not in s["path"])
     made = Counter(call.split()[0] for call in calls if f" {passage}" not in call)
-    for part in ("attach", "load", "resume", "cache", "connect"):
+    for part in ("bind", "load", "resume", "cache", "connect"):
         del made[part]
     assert made == kinds
 
