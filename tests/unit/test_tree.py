@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import storagetm
 from storagetm import READ_ONLY, READ_WRITE, SNAPSHOT
 from tests.unit import nvmet as stand_in
+from tests.unit.conftest import MEMORY
 from tests.unit.devicemapper import DeviceMapper
 from tests.unit.nvmet import Nvmet
 
@@ -33,9 +34,6 @@ NODES = {
     f"/dev/{name}": os.makedev(254, number)
     for number, name in enumerate([*"abcdx", "it's", *(f"d{i}" for i in range(40))])
 }
-
-# A kernel has thousands of files here, which are made and removed many times.
-MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 in_each_access = pytest.mark.parametrize("access", storagetm.ACCESS)
 
@@ -136,13 +134,6 @@ def kernel(base: Path, monkeypatch: pytest.MonkeyPatch) -> Nvmet:
     DeviceMapper(made, base, monkeypatch).nodes.update(NODES)
     monkeypatch.setattr(storagetm, "CONFIGFS", f"{made.root}/")
     return made
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """In memory if there is a place for that."""
-    with tempfile.TemporaryDirectory(dir=MEMORY) as made:
-        yield Path(made)
 
 
 @pytest.fixture
