@@ -529,6 +529,40 @@ def test_crash_while_access_changes(nvmet: Nvmet, run: Run, access: str) -> None
 
 
 @in_each_access
+def test_crash_with_a_shared_subsystem(nvmet: Nvmet, run: Run, access: str) -> None:
+    """There, what is in between comes before the root of the disk's branch."""
+    before = nvmet.contents()
+
+    def one() -> list[storagetm.Branch]:
+        return wanted([disk("a", access=access)], shared=True)
+
+    run(one())
+    complete = nvmet.contents()
+    run([])
+    number = 0
+    while nvmet.run_and_kill_at(number, lambda: run(one())):
+        if number % 2:
+            assert run(one()) == {}
+            assert nvmet.contents() == complete
+        assert run([]) == {}
+        assert nvmet.contents() == before
+        number += 1
+    assert number > 20
+
+
+@pytest.mark.parametrize("access", [READ_ONLY, SNAPSHOT])
+def test_crash_while_io_is_held_back(nvmet: Nvmet, run: Run, access: str) -> None:
+    """As it is while a snapshot's memory is made smaller, and while a drive is looked into."""
+    run(want("a", access))
+    complete = nvmet.contents()
+    name = mapping_of(disk("a", access=access))
+    storagetm.dm_call(storagetm.DM_DEV_SUSPEND, name, flags=storagetm.DM_SUSPEND_FLAG)
+    assert nvmet.contents() != complete
+    assert run(want("a", access)) == {}
+    assert nvmet.contents() == complete
+
+
+@in_each_access
 def test_crash_while_ports_change(nvmet: Nvmet, run: Run, access: str) -> None:
     before = nvmet.contents()
 
@@ -808,6 +842,7 @@ def test_others_with_our_names_in_device_mapper(nvmet: Nvmet, run: Run, access: 
 @in_each_access
 def test_taken_away_by_others(nvmet: Nvmet, run: Run, access: str) -> None:
     """What is missing is made again by the next run, and no failure at the end."""
+    before = nvmet.contents()
     run(want("abc", access))
     complete = nvmet.contents()
     for link in nvmet.path("nvmet/ports").glob("*/subsystems/nqn.test.b"):
@@ -818,6 +853,15 @@ def test_taken_away_by_others(nvmet: Nvmet, run: Run, access: str) -> None:
     assert nvmet.contents() == complete
     os.unlink(nvmet.path("nvmet/ports/4420/subsystems/nqn.test.b"))
     assert run([]) == {}
+    assert nvmet.contents() == before
+    # All of it, but what only device-mapper has.
+    run(want("b", access))
+    for link in nvmet.path("nvmet/ports").glob("*/subsystems/nqn.test.b"):
+        os.unlink(link)
+    os.rmdir(nvmet.path("nvmet/subsystems/nqn.test.b/namespaces/1"))
+    os.rmdir(nvmet.path("nvmet/subsystems/nqn.test.b"))
+    assert run([]) == {}
+    assert nvmet.contents() == before
 
 
 # Dry run
