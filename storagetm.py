@@ -3387,6 +3387,8 @@ class Mapping(Entry):
     def unmake(self, root: str) -> None:
         release(self.path)
         deadline = time.monotonic() + BUSY_SEC
+        if self.state() is not None:
+            self.let_go_of_store()
         while self.state() is not None:
             try:
                 dm_call(DM_DEV_REMOVE, self.name)
@@ -3399,6 +3401,28 @@ class Mapping(Entry):
                     return
                 release(self.path)
                 time.sleep(LOCK_POLL_SEC[0])
+
+    def let_go_of_store(self) -> None:
+        """Has the kernel detach a snapshot's store with it.
+
+        A run that was killed while it revived the snapshot has left the store so that it would stay.
+        """
+        try:
+            answer = bytes(dm_call(DM_TABLE_STATUS, self.name, flags=DM_STATUS_TABLE_FLAG))
+            spec = dm_target_spec.from_buffer_copy(answer, dm_ioctl.from_buffer_copy(answer).data_start)
+            number = snapshot_store(self.name).partition(":")[2]
+            if spec.target_type == b"error":
+                number = kept_store(self.name)
+            if not number:
+                return
+            fd = os.open(f"{DEV}loop{number}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if not loop_status(fd).lo_flags & LO_FLAGS_AUTOCLEAR:
+                    set_autoclear(fd, on=True)
+            finally:
+                os.close(fd)
+        except OSError as e:
+            debug(f"Failed to let go of what '{self.name}' has kept, ignoring: {reason_of(e)}")
 
     def abandon(self) -> None:
         """Has the kernel remove it as soon as nobody holds it any longer, and says who does."""

@@ -562,6 +562,32 @@ def test_crash_while_io_is_held_back(nvmet: Nvmet, run: Run, access: str) -> Non
     assert nvmet.contents() == complete
 
 
+@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("trouble", [storagetm.INVALID, storagetm.OVERFLOW])
+def test_crash_while_a_snapshot_is_revived(nvmet: Nvmet, run: Run, trouble: str, stays: bool) -> None:
+    """What clients have changed is kept, or else its memory is free in the end."""
+    before = nvmet.contents()
+    name = mapping_of(disk("a", access=SNAPSHOT))
+    number = 0
+    while True:
+        run(want("a", SNAPSHOT))
+        complete = nvmet.contents()
+        store = storagetm.snapshot_store(name)
+        mapper(nvmet).fill(name, trouble)
+        if not nvmet.run_and_kill_at(number, lambda: storagetm.revive_snapshot(name)):
+            break
+        if stays:
+            assert run(want("a", SNAPSHOT)) == {}
+            assert storagetm.snapshot_store(name) == store
+            if state := storagetm.snapshot_state(name):
+                assert state[2] in ("", trouble)
+        assert run([]) == {}
+        assert nvmet.contents() == before
+        number += 1
+    assert number == 6  # autoclear, two tables, autoclear
+    assert nvmet.contents() == complete
+
+
 @in_each_access
 def test_crash_while_ports_change(nvmet: Nvmet, run: Run, access: str) -> None:
     before = nvmet.contents()
