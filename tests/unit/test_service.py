@@ -691,6 +691,54 @@ def test_name_is_taken(start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[
     assert path.stat().st_ino == inode
 
 
+protected = pytest.mark.parametrize("access", [READ_ONLY, SNAPSHOT])
+
+
+@protected
+def test_name_of_device_is_taken(
+    start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str], disks: list[str]
+) -> None:
+    run = start()
+    (mapping,) = run.service.transport.disk_branch(run.disk("vdb")).kept(storagetm.Mapping)
+    name = mapping.path.rpartition("/")[2]
+    assert nvmet.mapper
+    unchanged = nvmet.mapper.make(name)
+    run.service.synchronise(strict=True)
+    assert subsystems(nvmet) == [disk for disk in disks if disk != "vdb"]
+    assert capfd.readouterr().err == (
+        f"Failed to export '/dev/vdb': another program made the device-mapper device '{name}'; remove it "
+        "with 'dmsetup remove'\n"
+    )
+    assert run.service.stop()
+    assert unchanged()
+
+
+@protected
+def test_device_that_others_hold(
+    start: Start, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The export ends all the same, and the device goes as soon as it can."""
+    monkeypatch.setattr(storagetm, "BUSY_SEC", 0.1)
+    monkeypatch.setattr(storagetm.Mapping, "abandoned", [])
+    run = start("/dev/vdb", "/dev/vdc")
+    before = nvmet.contents()
+    run.service.synchronise(strict=True)
+    assert nvmet.mapper
+    name = nvmet.mapper.name_of("/dev/dm-0")
+    nvmet.mapper.held.add(name)
+    capfd.readouterr()
+    assert not run.service.stop()
+    assert subsystems(nvmet) == []
+    assert f"dm/{name}" in nvmet.contents()
+    assert re.fullmatch(
+        r"'/dev/vd[bc]' is no longer exported, but still in use: something has '/dev/dm-0' open; "
+        r"end that, and it is free\n",
+        capfd.readouterr().err,
+    )
+    nvmet.mapper.held.clear()
+    assert nvmet.contents() == before
+
+
 def test_port_is_taken_by_a_program(
     start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str], disks: list[str]
 ) -> None:

@@ -921,9 +921,17 @@ STARTS: list[Callable[[str], Sequence[storagetm.Branch]]] = [
 CALLS = {"map": "create", "unmap": "remove", "write-protect": "protect"}
 
 
-@in_each_access
-@pytest.mark.parametrize("start", range(len(STARTS)))
-@pytest.mark.parametrize("end", range(len(STARTS)))
+@pytest.mark.parametrize(
+    ("start", "end", "access"),
+    [
+        (start, end, access)
+        for access in storagetm.ACCESS
+        for start in range(len(STARTS))
+        for end in range(len(STARTS))
+        # With a snapshot it is the same as read-only, but for the table.
+        if access != SNAPSHOT or 1 in (start, end)
+    ],
+)
 def test_dry_run(
     nvmet: Nvmet,
     run: Run,
