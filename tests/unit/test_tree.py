@@ -728,19 +728,21 @@ def test_hopeless_failure(nvmet: Nvmet, run: Run, tmp_path: Path, access: str) -
 @in_each_access
 def test_removal_that_hangs(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     """The others go meanwhile, its name is not used again before it has gone, and then it is."""
-    release, woken = threading.Event(), threading.Event()
+    begun, release, woken = threading.Event(), threading.Event(), threading.Event()
     session = Session(nvmet, tmp_path / "x.entries")
     session.tree.wake = woken.set
     session.reconcile(want("abc", access))
 
     def intercept(number: int) -> None:
         if nvmet.calls[number] == "rmdir nvmet/subsystems/nqn.test.b/namespaces/1":
+            begun.set()
             assert release.wait(60)
 
     nvmet.intercept = intercept
     ports = wanted([])
     # Those that do not hang are done in time on any machine that is not.
     assert session.reconcile(ports, 0.5) == {}
+    assert begun.wait(60)
     assert session.tree.leaving == {"nvmet/subsystems/nqn.test.b"}
     assert list(nvmet.path("nvmet/subsystems").iterdir()) == [nvmet.path("nvmet/subsystems/nqn.test.b")]
     new = wanted([disk("b", tag="new", access=access)])
@@ -757,7 +759,7 @@ def test_removal_that_hangs(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
 @in_each_access
 def test_removal_beside_others_that_hangs(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     """In a shared subsystem, nothing goes where the kernel would have us wait, and it is done in the end."""
-    release, woken = threading.Event(), threading.Event()
+    begun, release, woken = threading.Event(), threading.Event(), threading.Event()
     session = Session(nvmet, tmp_path / "x.entries")
     session.tree.wake = woken.set
     made = transport({V4: 2}, shared=True)
@@ -772,10 +774,12 @@ def test_removal_beside_others_that_hangs(nvmet: Nvmet, tmp_path: Path, access: 
 
     def intercept(number: int) -> None:
         if nvmet.calls[number] == f"rmdir {gone}":
+            begun.set()
             assert release.wait(60)
 
     nvmet.intercept = intercept
     assert session.reconcile(wanted_of(stays), 0.2) == {}
+    assert begun.wait(60)
     assert session.tree.leaving == {gone}
     calls = changes(nvmet, lambda: session.reconcile(wanted_of(stays, comes), 0.2))
     assert [c for c in calls if not is_courtesy(c)] == []
