@@ -31,10 +31,11 @@ settings.load_profile("unit")
 
 
 @pytest.fixture
-def tmp_path() -> Iterator[Path]:
+def tmp_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """In memory if there is a place for that."""
-    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="pytest-") as made:
+    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="storagetm-") as made:
         yield Path(made)
+        monkeypatch.undo()  # a made-up machine would be asked for what is removed
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +106,7 @@ class CapturedMachine:
         return text in self.status or (
             text.startswith("/dev/")
             and text not in ("/dev/null", "/dev/urandom")
-            and not text.startswith(f"{self.root.parent}/")
+            and not f"{text}/".startswith(f"{self.root.parent}/")  # which may be below /dev/shm
         )
 
     def stat(self, path: Any, **options: Any) -> os.stat_result:
