@@ -3095,6 +3095,10 @@ class Entry:
         """What make() does: `step`, its operands, and the shell command for it; None if it does nothing."""
         return None
 
+    def described_again(self, root: str) -> dict[str, str] | None:
+        """The same for make() while what it is part of is in use: it may be there already."""
+        return self.described(root)
+
     def undescribed(self, root: str) -> dict[str, str] | None:
         """The same for unmake()."""
         return None
@@ -3383,6 +3387,8 @@ class Mapping(Entry):
     def unmake(self, root: str) -> None:
         release(self.path)
         deadline = time.monotonic() + BUSY_SEC
+        if self.state() is not None:
+            self.let_go_of_store()
         while self.state() is not None:
             try:
                 dm_call(DM_DEV_REMOVE, self.name)
@@ -3395,6 +3401,28 @@ class Mapping(Entry):
                     return
                 release(self.path)
                 time.sleep(LOCK_POLL_SEC[0])
+
+    def let_go_of_store(self) -> None:
+        """Has the kernel detach a snapshot's store with it.
+
+        A run that was killed while it revived the snapshot has left the store so that it would stay.
+        """
+        try:
+            answer = bytes(dm_call(DM_TABLE_STATUS, self.name, flags=DM_STATUS_TABLE_FLAG))
+            spec = dm_target_spec.from_buffer_copy(answer, dm_ioctl.from_buffer_copy(answer).data_start)
+            number = snapshot_store(self.name).partition(":")[2]
+            if spec.target_type == b"error":
+                number = kept_store(self.name)
+            if not number:
+                return
+            fd = os.open(f"{DEV}loop{number}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if not loop_status(fd).lo_flags & LO_FLAGS_AUTOCLEAR:
+                    set_autoclear(fd, on=True)
+            finally:
+                os.close(fd)
+        except OSError as e:
+            debug(f"Failed to let go of what '{self.name}' has kept, ignoring: {reason_of(e)}")
 
     def abandon(self) -> None:
         """Has the kernel remove it as soon as nobody holds it any longer, and says who does."""
@@ -3432,8 +3460,19 @@ class Mapping(Entry):
         source, sectors = self.source()
         operands = source, "MEMORY", chunk_sectors(source)
         table = f"0 {sectors} {self.target} " + self.PARAMETERS[self.target].format(*operands)
-        command = f"dmsetup create {self.name} --table {quoted(table)}"
+        command = f"dmsetup create {self.name} --uuid {self.name} --table {quoted(table)}"
         return {"step": "map", "path": DEV + "mapper/" + self.name, "value": table, "command": command}
+
+    def described_again(self, root: str) -> dict[str, str]:
+        description = self.described(root)
+        try:
+            if self.state() is not None:
+                table = quoted(description["value"])
+                reload = f"dmsetup reload {self.name} --table {table}"
+                description["command"] = f"{reload} && dmsetup resume {self.name}"
+        except OSError as e:
+            debug(f"Failed to look at '{self.name}', ignoring: {reason_of(e)}")
+        return description
 
     def undescribed(self, root: str) -> dict[str, str]:
         path = DEV + "mapper/" + self.name
@@ -4352,10 +4391,10 @@ class Tree:
             ], missing
         return None
 
-    def make(self, entry: Entry) -> None:
+    def make(self, entry: Entry, *, again: bool = False) -> None:
         if self.report is None:
             entry.make(self.root)
-        elif description := entry.described(self.root):
+        elif description := (entry.described_again if again else entry.described)(self.root):
             self.report(description)
 
     def unmake(self, entry: Entry) -> None:
@@ -4432,7 +4471,7 @@ class Tree:
             if not dry and any(isinstance(e, Link) for e in missing):
                 self.ledger.add(branch, os.stat(self.root + branch.root).st_ino)
             for entry in missing:
-                self.make(entry)
+                self.make(entry, again=True)
         except OSError as e:
             failures[branch.root] = located(e, branch.entries, branch.entries.index(entry))
             return
@@ -7043,10 +7082,16 @@ def dry_run(options: Options, transport: NvmeTcp, inventory: Inventory) -> int:
     disks = [d for d in disks if not transport.why_name(d)]
     inventory.begin_stays(disks)
     branches += map(transport.disk_branch, disks)
+    passage: list[Branch] = []
     if tree.lacks(branches, WriteProtection):
         transport.choose_passage(tree.live)
-        branches.insert(0, transport.passage_branch(opened=True))
-    for root, problem in tree.reconcile(branches).items():
+        passage = [transport.passage_branch(opened=True)]
+    failures = tree.reconcile(passage + branches)
+    if passage:
+        # It is there only meanwhile.
+        live = [tree.live.get(b.root) for b in branches if b.root not in failures]
+        failures.update(tree.reconcile([b for b in live if b]))
+    for root, problem in failures.items():
         error(f"Would fail at '{CONFIGFS}{root}': {reason_of(problem)}")
         code = 1
     if options.json:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Unit tests: they run as any user, change nothing outside pytest's temporary directory, and take seconds.
+"""Unit tests: they run as any user, change nothing outside temporary directories, and take seconds.
 
 `unpack` makes a captured machine (see capture.py) the one that the program sees.
 """
@@ -11,7 +11,8 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,27 @@ from hypothesis import settings
 import storagetm
 
 CAPTURES = Path(__file__).parent / "captures"
+# Machines and kernels have thousands of files, which are made and removed many times.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 # No file is left behind, and how busy this computer is decides nothing.
 settings.register_profile("unit", database=None, deadline=None, max_examples=30)
 settings.load_profile("unit")
 
 
+@pytest.fixture
+def tmp_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """In memory if there is a place for that."""
+    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="storagetm-") as made:
+        yield Path(made)
+        monkeypatch.undo()  # a made-up machine would be asked for what is removed
+
+
 @pytest.fixture(autouse=True)
-def read_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands between disk and export otherwise is the kernel's, and tested in emulated machines."""
-    monkeypatch.setattr(storagetm, "DEFAULT_ACCESS", storagetm.READ_WRITE)
-    # A made-up disk may have the number of one of this computer's.
+def this_computer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left alone: no module is loaded, and a made-up disk may have the number of one that it has."""
+    run_program = storagetm.run_program
+    monkeypatch.setattr(storagetm, "run_program", lambda *a: 127 if a[0] == "modprobe" else run_program(*a))
     monkeypatch.setattr(storagetm, "claim", lambda *_: 0)
     monkeypatch.setattr(storagetm, "reread_partitions", lambda _: None)
 
@@ -93,7 +104,9 @@ class CapturedMachine:
             return False
         text = os.fsdecode(path)
         return text in self.status or (
-            text.startswith("/dev/") and text not in ("/dev/null", "/dev/urandom")
+            text.startswith("/dev/")
+            and text not in ("/dev/null", "/dev/urandom")
+            and not f"{text}/".startswith(f"{self.root.parent}/")  # which may be below /dev/shm
         )
 
     def stat(self, path: Any, **options: Any) -> os.stat_result:

@@ -13,9 +13,14 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+import storagetm
+
+if TYPE_CHECKING:
+    from tests.unit.devicemapper import DeviceMapper
 
 SUBSYSTEM = (
     "attr_allow_any_host",
@@ -27,6 +32,8 @@ SUBSYSTEM = (
 )
 NAMESPACE = ("buffered_io", "device_nguid", "device_path", "device_uuid", "enable", "revalidate_size")
 PORT = ("addr_adrfam", "addr_traddr", "addr_trsvcid", "addr_trtype")
+PROTECTED = "write_protected"  # a file that a namespace has once a host has asked for that
+LISTENING = {"127.0.0.1": ("127.0.0.1", "0.0.0.0"), "::1": ("::1", "::")}  # what lets a host in, by where to
 
 
 class Nvmet:
@@ -34,7 +41,8 @@ class Nvmet:
 
     A new object has its attributes and groups at once; removing one removes them too, but not if there are
     objects or links in it, nor if a link points to it. `calls` are the system calls that would change
-    something, and `intercept` is called before each with its number in that list.
+    something, and `intercept` is called before each with its number in that list. In place of a host that
+    comes in over the network there is a Host. `mapper` is the device-mapper beside it, if there is one.
     """
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,13 +50,16 @@ class Nvmet:
         self.calls: list[str] = []
         self.intercept: Callable[[int], object] = bool
         self.room_for_two = False  # whether a range of controllers' IDs has two at least, as with Linux 6.1
-        self._lock = threading.Lock()
+        self.mapper: DeviceMapper | None = None
+        # Held by what the real kernel does in one go.
+        self.lock = threading.RLock()
         (root / "nvmet/subsystems").mkdir(parents=True)
         (root / "nvmet/ports").mkdir()
         self._mkdir, self._rmdir, self._write = os.mkdir, os.rmdir, os.write
         self._symlink, self._unlink = os.symlink, os.unlink
         for name in ("mkdir", "rmdir", "symlink", "unlink", "write"):
             monkeypatch.setattr(os, name, getattr(self, name))
+        monkeypatch.setattr(storagetm, "NvmeHost", lambda *whom: Host(self, *whom))
 
     def path(self, path: str) -> Path:
         return self.root / path
@@ -58,8 +69,8 @@ class Nvmet:
         text = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
         return text[len(str(self.root)) + 1 :] if text.startswith(f"{self.root}/") else ""
 
-    def _called(self, call: str) -> None:
-        with self._lock:
+    def called(self, call: str) -> None:
+        with self.lock:
             self.calls.append(call)
             number = len(self.calls) - 1
         self.intercept(number)
@@ -81,22 +92,23 @@ class Nvmet:
             self._mkdir(path, mode, **options)
             return
         attributes, groups = self._layout(relative)
-        self._called(f"mkdir {relative}")
-        self._mkdir(path)
-        for name in attributes:
-            fd = os.open(f"{path}/{name}", os.O_WRONLY | os.O_CREAT, 0o600)
-            self._write(fd, b"\n" if name.startswith("attr_") or "addr_" in name else b"0\n")
-            os.close(fd)
-        for name in groups:
-            self._mkdir(f"{path}/{name}")
+        self.called(f"mkdir {relative}")
+        with self.lock:
+            self._mkdir(path)
+            for name in attributes:
+                fd = os.open(f"{path}/{name}", os.O_WRONLY | os.O_CREAT, 0o600)
+                self._write(fd, b"\n" if name.startswith("attr_") or "addr_" in name else b"0\n")
+                os.close(fd)
+            for name in groups:
+                self._mkdir(f"{path}/{name}")
 
     def rmdir(self, path: Any, **options: Any) -> None:
         relative = self._relative(path)
         if not relative:
             self._rmdir(path, **options)
             return
-        self._called(f"rmdir {relative}")
-        with self._lock:
+        self.called(f"rmdir {relative}")
+        with self.lock:
             self._remove_object(path, relative)
 
     def _remove_object(self, path: Any, relative: str) -> None:
@@ -107,7 +119,7 @@ class Nvmet:
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
         if path in self._targets():
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
-        for name in attributes:
+        for name in (*attributes, PROTECTED):
             if os.path.exists(f"{path}/{name}"):
                 self._unlink(f"{path}/{name}")
         for name in groups:
@@ -120,22 +132,26 @@ class Nvmet:
 
     def symlink(self, target: Any, path: Any, *is_directory: bool, **options: Any) -> None:
         if relative := self._relative(path):
-            self._called(f"symlink {relative}")
+            self.called(f"symlink {relative}")
             if not os.path.isdir(target):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), target)
             target = os.path.relpath(target, os.path.dirname(path))  # as configfs does
         self._symlink(target, path, *is_directory, **options)
 
     def unlink(self, path: Any, **options: Any) -> None:
-        if relative := self._relative(path):
-            self._called(f"unlink {relative}")
+        if (relative := self._relative(path)) and os.path.lexists(path):
+            self.called(f"unlink {relative}")
         self._unlink(path, **options)
 
     def write(self, fd: int, data: bytes) -> int:
         relative = self._relative(os.readlink(f"/proc/self/fd/{fd}"))
         if not relative:
             return self._write(fd, data)
-        self._called(f"write {relative} {data.decode()}")
+        self.called(f"write {relative} {data.decode()}")
+        with self.lock:
+            return self._write_attribute(fd, relative, data)
+
+    def _write_attribute(self, fd: int, relative: str, data: bytes) -> int:
         parent = os.path.dirname(self.path(relative))
         name = relative.rpartition("/")[2]
         enable = f"{parent}/enable"
@@ -145,8 +161,13 @@ class Nvmet:
                     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         if name == "enable" and data == b"1":
             with open(f"{parent}/device_path") as file:
-                if file.read() == "0\n":
-                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                device = file.read().strip()
+            if device == "0":
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            if self.mapper:
+                self.mapper.check_open(device)
+        if name in PORT and os.listdir(f"{parent}/subsystems"):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         if name == "attr_cntlid_max" and self.room_for_two:
             with open(f"{parent}/attr_cntlid_min") as file:
                 if int(data) <= int(file.read()):
@@ -159,8 +180,11 @@ class Nvmet:
     # What tests do with it.
 
     def contents(self) -> dict[str, str]:
-        """All there is: attributes with their text, directories, links with what they point to."""
-        found = {}
+        """All there is: attributes with their text, directories, links with what they point to.
+
+        Devices of device-mapper are called by their names, which are the same each time.
+        """
+        found = self.mapper.contents() if self.mapper else {}
         for directory, names, files in os.walk(self.root):
             for name in (*names, *files):
                 path = f"{directory}/{name}"
@@ -173,7 +197,21 @@ class Nvmet:
                 else:
                     with open(path) as file:
                         found[relative] = file.read().strip()
+                    if (
+                        name == "device_path"
+                        and self.mapper
+                        and (device := self.mapper.name_of(found[relative]))
+                    ):
+                        found[relative] = f"/dev/mapper/{device}"
         return found
+
+    def exports(self, node: str) -> int:
+        """How many namespaces there are of a block device, which nvmet has open for them."""
+        return sum(
+            (path.parent / "enable").read_text() == "1\n"
+            for path in self.root.glob("nvmet/subsystems/*/namespaces/*/device_path")
+            if path.read_text() == f"{node}\n"
+        )
 
     def fail_at(self, number: int, code: int = errno.EIO) -> None:
         """Has the call of that number from now on, counted from 0, fail."""
@@ -197,7 +235,8 @@ class Nvmet:
 
             def intercept(current: int) -> None:
                 if current == wanted:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    with self.lock:  # no other thread is in the middle of something
+                        os.kill(os.getpid(), signal.SIGKILL)
 
             self.intercept = intercept
             status = 2
@@ -211,6 +250,50 @@ class Nvmet:
             return True
         assert os.waitstatus_to_exitcode(result) == 0
         return False
+
+
+class Host:
+    """Stands for storagetm.NvmeHost, which has tests of its own: a host that attaches itself to a subsystem.
+
+    It is let in by a port that listens at this address and that the subsystem is linked to.
+    """
+
+    def __init__(self, nvmet: Nvmet, address: tuple[str, int], nqn: str, _: str) -> None:
+        self.nvmet, self.address, self.nqn = nvmet, address, nqn
+        nvmet.called(f"connect {nqn}")
+        if not (listening := self.listening()):
+            raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        if nqn not in listening:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def listening(self) -> list[str]:
+        """The subsystems that one is let in to at the address."""
+        found: list[str] = []
+        for port in self.nvmet.root.glob("nvmet/ports/*"):
+            where = (port / "addr_traddr").read_text().strip(), (port / "addr_trsvcid").read_text().strip()
+            if where in [(traddr, str(self.address[1])) for traddr in LISTENING[self.address[0]]]:
+                found += os.listdir(port / "subsystems")
+        return found
+
+    def close(self) -> None:
+        """Nothing in the kernel is left of it."""
+
+    def is_attached(self) -> bool:
+        return self.nqn in self.listening()
+
+    def set_write_protect(self, number: int) -> None:
+        namespace = f"nvmet/subsystems/{self.nqn}/namespaces/{number}"
+        self.nvmet.called(f"protect {namespace}")
+        enable = self.nvmet.path(namespace) / "enable"
+        with self.nvmet.lock:
+            if not enable.exists() or enable.read_text() != "1\n":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            (enable.parent / PROTECTED).write_text("1\n")
+
+
+def is_courtesy(call: str, passage: str) -> bool:
+    """Whether a call is on the way on which hosts are told of write protection, over this port."""
+    return f"{call.split()[1]}/".startswith(f"{passage}/") or call.startswith(("connect", "protect"))
 
 
 # What makes and removes objects in a plain directory when a shell runs the commands of a dry run.
@@ -227,7 +310,7 @@ mkdir() {{
     group=
 }}
 rmdir() {{
-    rm -f "$1"/[abder]*
+    rm -f "$1"/[abderw]*
     for group in namespaces subsystems; do
         test ! -d "$1/$group" || command rmdir "$1/$group" || exit
     done

@@ -581,7 +581,7 @@ def test_reachable(busy: storagetm.NvmeTcp) -> None:
 
 def test_wanted_tree(busy: storagetm.NvmeTcp) -> None:
     made = disk(ID_SERIAL="DISK-A", ID_SERIAL_SHORT="A", ID_MODEL="Model")
-    made.tag, made.size = "254:0 1", 1 << 20
+    made.tag, made.size, made.access = "254:0 1", 1 << 20, storagetm.READ_WRITE
     nqn = f"nvmet/subsystems/{PREFIX}.vda"
     branch = busy.disk_branch(made)
     assert (branch.root, branch.tag, branch.adopted) == (nqn, "254:0 1", False)

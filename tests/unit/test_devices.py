@@ -80,10 +80,15 @@ REASONS = {
 }
 
 
+def to_be_written() -> storagetm.Access:
+    """What leaves out most: also those that are write-protected."""
+    return storagetm.Access((), storagetm.READ_WRITE)
+
+
 @pytest.fixture
 def inventory() -> Iterator[storagetm.Inventory]:
-    """All disks, as --all sees them."""
-    found = storagetm.Inventory((), True, False)
+    """All disks, as --all --read-write sees them."""
+    found = storagetm.Inventory((), True, False, to_be_written())
     yield found
     for disk in found.disks.values():
         disk.close()
@@ -94,8 +99,8 @@ def reasons(inventory: storagetm.Inventory) -> dict[str, str]:
 
 
 def named(*paths: str, force: bool = False) -> storagetm.Inventory:
-    """Disks as they are named on the command line."""
-    found = storagetm.Inventory(paths, False, force)
+    """Disks as they are named on the command line, with --read-write."""
+    found = storagetm.Inventory(paths, False, force, to_be_written())
     found.check_named()
     return found
 
@@ -157,6 +162,15 @@ def test_reasons(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> N
         assert inventory.disks[sysname].left_out == "it is a loop device"
 
 
+@pytest.mark.parametrize("access", [storagetm.READ_ONLY, storagetm.SNAPSHOT])
+def test_reasons_where_nothing_is_written(unpack: Unpack, access: str) -> None:
+    """Then disks that are write-protected are exported as well."""
+    unpack("trixie-fresh")
+    inventory = storagetm.Inventory((), True, False, storagetm.Access((), access))
+    inventory.rescan()
+    assert reasons(inventory) == {**FRESH, "sr0": "", "vdf": ""}
+
+
 @pytest.mark.parametrize("name", REASONS)
 def test_reasons_without_udev(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> None:
     shutil.rmtree(unpack(name).path("/run/udev"))
@@ -169,7 +183,7 @@ def test_reasons_without_udev(unpack: Unpack, inventory: storagetm.Inventory, na
 def test_even_what_is_in_use(unpack: Unpack, name: str) -> None:
     """Given twice, --all minds no use, but nothing becomes a disk of its own or local by that."""
     unpack(name)
-    inventory = storagetm.Inventory((), True, True)
+    inventory = storagetm.Inventory((), True, True, to_be_written())
     inventory.rescan()
     expected = {n: "" if why.startswith("it is in use") else why for n, why in REASONS[name].items()}
     if name == "trixie-used":
@@ -180,7 +194,7 @@ def test_even_what_is_in_use(unpack: Unpack, name: str) -> None:
 def test_stacked(unpack: Unpack) -> None:
     """What is made of disks is exported instead of these, and never both."""
     unpack("trixie-assembled")
-    inventory = storagetm.Inventory((), True, False, stacked=True)
+    inventory = storagetm.Inventory((), True, False, to_be_written(), stacked=True)
     inventory.rescan()
     found = reasons(inventory)
     assert found["dm-1"] == found["md1"] == ""
@@ -196,7 +210,7 @@ def test_stacked(unpack: Unpack) -> None:
 def test_exported_first_stays_exported(unpack: Unpack, first: str) -> None:
     """Whatever comes later, and whatever is preferred otherwise."""
     unpack("trixie-assembled")
-    inventory = storagetm.Inventory((), True, False, stacked=first == "vdc")
+    inventory = storagetm.Inventory((), True, False, to_be_written(), stacked=first == "vdc")
     inventory.rescan()
     disk, other = inventory.disks[first], inventory.disks["dm-1" if first == "vdc" else "vdc"]
     disk.fd = os.open("/dev/null", os.O_RDONLY)
@@ -278,11 +292,15 @@ def test_multipath_in_use(unpack: Unpack, inventory: storagetm.Inventory) -> Non
     assert found["sda"] == "it is a path to '/dev/dm-8' (mpatha)"
 
 
-def test_candidates(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+@pytest.mark.parametrize("access", storagetm.ACCESS)
+def test_candidates(unpack: Unpack, access: str) -> None:
     unpack("trixie-fresh")
+    inventory = storagetm.Inventory((), True, False, storagetm.Access((), access))
     inventory.rescan()
+    protected = [] if access == storagetm.READ_WRITE else ["vdf"]
+    drives = [] if access == storagetm.READ_WRITE else ["sr0"]
     assert [d.name for d in inventory.candidates()] == [
-        *("sda", "sdb", "sdc", "vdb", "vdc", "vdd", "vde", "nvme0n1")
+        *("sda", "sdb", "sdc", *drives, "vdb", "vdc", "vdd", "vde", *protected, "nvme0n1")
     ]
     assert [d.node for d in inventory.candidates()][:2] == ["/dev/sda", "/dev/sdb"]
 
@@ -976,20 +994,22 @@ def test_lock_of_what_is_gone(file_disk: storagetm.Disk) -> None:
 # What the user is shown
 
 
-def test_list_devices(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("access", storagetm.ACCESS)
+def test_list_devices(unpack: Unpack, capfd: pytest.CaptureFixture[str], access: str) -> None:
     unpack("trixie-used")
-    assert storagetm.main(["--list-devices"]) == 0
+    assert storagetm.main(["--list-devices", f"--{access}"]) == 0
     lines = capfd.readouterr().out.split("\n")
     assert lines[0].split() == ["NODE", "SIZE", "MODEL", "SERIAL", "EXPORT"]
     column = lines[0].index("EXPORT")
     shown = {line.split()[0]: line[column:] for line in lines[1:] if line}
     for name, why in USED.items():
-        assert shown[f"/dev/{name}"] == (f"no: {why}" if why else "read-write")
+        exported = not why or (why == READ_ONLY and access != storagetm.READ_WRITE)
+        assert shown[f"/dev/{name}"] == (access if exported else f"no: {why}")
 
 
 def test_list_devices_as_json(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
     unpack("trixie-used")
-    assert storagetm.main(["--list-devices", "--json"]) == 0
+    assert storagetm.main(["--list-devices", "--json", "--read-write"]) == 0
     listed = {d["node"]: d for d in json.loads(capfd.readouterr().out)}
     assert listed["/dev/sda"] == {
         "node": "/dev/sda",

@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 
 import storagetm
+from storagetm import READ_ONLY, READ_WRITE, SNAPSHOT
 from tests.unit.conftest import CapturedMachine
-from tests.unit.nvmet import Nvmet
+from tests.unit.devicemapper import captured_kernel
+from tests.unit.nvmet import Nvmet, is_courtesy
 
 PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
-ALL = ["nvme0n1", "sda", "sdb", "sdc", "vdb", "vdc", "vdd", "vde"]
+WRITABLE = ["nvme0n1", "sda", "sdb", "sdc", "vdb", "vdc", "vdd", "vde"]
+PASSAGE = "nvmet/ports/46946"
 
 
 class Manager:
@@ -52,18 +55,36 @@ def machine(unpack: Callable[[str], CapturedMachine]) -> CapturedMachine:
 
 
 @pytest.fixture
-def nvmet(machine: CapturedMachine, monkeypatch: pytest.MonkeyPatch) -> Nvmet:
-    return Nvmet(machine.path("/sys/kernel/config"), monkeypatch)
+def nvmet(machine: CapturedMachine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nvmet]:
+    made = captured_kernel(machine, monkeypatch)
+    yield made
+    assert made.mapper
+    made.mapper.close()
+
+
+@pytest.fixture(params=storagetm.ACCESS)
+def access(request: pytest.FixtureRequest) -> str:
+    """What clients may do to all disks."""
+    chosen: str = request.param
+    return chosen
+
+
+@pytest.fixture
+def disks(access: str) -> list[str]:
+    """The disks that are exported: write-protected ones only where clients do not write to them."""
+    return WRITABLE if access == READ_WRITE else sorted([*WRITABLE, "sr0", "vdf"])
 
 
 class Run:
     """One start of the service, without its loop."""
 
-    def __init__(self, *paths: str) -> None:
+    def __init__(self, *paths: str, access: str) -> None:
         made = storagetm.Machine()
         stays = storagetm.Stays(storagetm.RUN + "disks", made.id)
         stays.kept = True
-        inventory = storagetm.Inventory(paths, not paths, False, stays=stays)
+        inventory = storagetm.Inventory(
+            paths, not paths, False, access=storagetm.Access((), access), stays=stays
+        )
         self.service = storagetm.Service(made, storagetm.NvmeTcp(made), inventory)
         self.service.view.beside_plymouth = False  # that of this computer
         if paths:
@@ -95,13 +116,13 @@ class Run:
 
 
 @pytest.fixture
-def start(machine: CapturedMachine, nvmet: Nvmet) -> Iterator[Callable[..., Run]]:
+def start(machine: CapturedMachine, nvmet: Nvmet, access: str) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
     assert machine.path("/sys/block").is_dir()
     assert nvmet.path("nvmet").is_dir()
 
     def begin(*paths: str) -> Run:
-        runs.append(Run(*paths))
+        runs.append(Run(*paths, access=access))
         return runs[-1]
 
     yield begin
@@ -112,6 +133,25 @@ def start(machine: CapturedMachine, nvmet: Nvmet) -> Iterator[Callable[..., Run]
 Start = Callable[..., Run]
 
 
+def without_courtesy(calls: list[str]) -> list[str]:
+    return [call for call in calls if not is_courtesy(call, PASSAGE)]
+
+
+def seen(contents: dict[str, str]) -> dict[str, str]:
+    """What clients can tell of it: not which device stands between a disk and its namespace."""
+    return {
+        path: text
+        for path, text in contents.items()
+        if not path.startswith("dm/") and not (path.endswith("/device_path") and "/mapper/" in text)
+    }
+
+
+def mapped(nvmet: Nvmet) -> list[str]:
+    """The disks over which there is a device of ours."""
+    found = [re.fullmatch(r"dm/storagetm-(\w+)-\w+", path) for path in nvmet.contents()]
+    return sorted(match[1] for match in found if match)
+
+
 def subsystems(nvmet: Nvmet) -> list[str]:
     return sorted(p.name[len(PREFIX) + 1 :] for p in nvmet.path("nvmet/subsystems").iterdir())
 
@@ -119,12 +159,15 @@ def subsystems(nvmet: Nvmet) -> list[str]:
 # From start to stop
 
 
-def test_all_disks(start: Start, nvmet: Nvmet, manager: Manager) -> None:
+def test_all_disks(start: Start, nvmet: Nvmet, manager: Manager, disks: list[str], access: str) -> None:
     run = start()
     before = nvmet.contents()
     run.service.synchronise(strict=True)
-    assert run.exported == subsystems(nvmet) == ALL
+    assert run.exported == subsystems(nvmet) == disks
     assert sorted(p.name for p in nvmet.path("nvmet/ports").iterdir()) == ["36681", "59936"]
+    assert mapped(nvmet) == [name for name in disks if access != READ_WRITE]
+    protected = [path for path in nvmet.contents() if path.endswith("/write_protected")]
+    assert len(protected) == (len(disks) if access == READ_ONLY else 0)
     assert manager.told() == ["READY=1"]
     for disk in run.service.inventory.candidates():
         assert disk.fd >= 0
@@ -190,7 +233,12 @@ def later(run: Run, seconds: float) -> None:
 
 
 def test_start_waits_for_a_lock_for_a_while(
-    start: Start, nvmet: Nvmet, machine: CapturedMachine, manager: Manager, capfd: pytest.CaptureFixture[str]
+    start: Start,
+    nvmet: Nvmet,
+    machine: CapturedMachine,
+    manager: Manager,
+    capfd: pytest.CaptureFixture[str],
+    disks: list[str],
 ) -> None:
     """Whoever connects before a disk is there loses it, so that nothing is made until then."""
     run = start()
@@ -207,7 +255,7 @@ def test_start_waits_for_a_lock_for_a_while(
         later(run, storagetm.LOCK_WAIT_SEC + 1)
         capfd.readouterr()
         run.service.synchronise()
-        assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
+        assert subsystems(nvmet) == [n for n in disks if n != "vdb"]
         run.service.synchronise()
         assert manager.told() == [
             "STATUS=Exporting 0 disks at no address (the network is down), 1 waiting.",
@@ -218,12 +266,14 @@ def test_start_waits_for_a_lock_for_a_while(
             "released\n"
         )
     run.service.synchronise()
-    assert subsystems(nvmet) == ALL
+    assert subsystems(nvmet) == disks
     assert run.service.pending() == []
     assert manager.told() == []
 
 
-def test_lock_of_a_later_disk_delays_no_other(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
+def test_lock_of_a_later_disk_delays_no_other(
+    start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]
+) -> None:
     run = start()
     run.service.synchronise(strict=True)
     uevent = machine.path("/sys/class/block/vdb/uevent")
@@ -235,12 +285,14 @@ def test_lock_of_a_later_disk_delays_no_other(start: Start, nvmet: Nvmet, machin
         fcntl.flock(holder, fcntl.LOCK_SH)
         run.service.inventory.update(["vdb"])
         run.service.synchronise()
-        assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
+        assert subsystems(nvmet) == [n for n in disks if n != "vdb"]
     run.service.synchronise()
-    assert subsystems(nvmet) == ALL
+    assert subsystems(nvmet) == disks
 
 
-def test_udev_is_waited_for(start: Start, nvmet: Nvmet, machine: CapturedMachine, manager: Manager) -> None:
+def test_udev_is_waited_for(
+    start: Start, nvmet: Nvmet, machine: CapturedMachine, manager: Manager, disks: list[str]
+) -> None:
     entry = machine.path("/run/udev/data/b254:16")
     content = entry.read_bytes()
     entry.unlink()
@@ -252,21 +304,23 @@ def test_udev_is_waited_for(start: Start, nvmet: Nvmet, machine: CapturedMachine
     entry.write_bytes(content)
     run.service.inventory.update(["vdb"])
     run.service.synchronise()
-    assert subsystems(nvmet) == ALL
+    assert subsystems(nvmet) == disks
     assert manager.told() == ["READY=1"]
 
 
-def test_udev_is_not_waited_for_for_ever(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
+def test_udev_is_not_waited_for_for_ever(
+    start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]
+) -> None:
     machine.path("/run/udev/data/b254:16").unlink()
     run = start()
     run.service.synchronise(strict=True)
     assert nvmet.calls == []
     later(run, storagetm.START_WAIT_SEC + 1)
     run.service.synchronise()
-    assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
+    assert subsystems(nvmet) == [n for n in disks if n != "vdb"]
     later(run, storagetm.UDEV_WAIT_SEC - storagetm.START_WAIT_SEC)
     run.service.synchronise()
-    assert subsystems(nvmet) == ALL
+    assert subsystems(nvmet) == disks
 
 
 def unplug(machine: CapturedMachine, name: str) -> Callable[[str], None]:
@@ -296,7 +350,7 @@ def test_start_waits_for_disks_of_the_run_before(
     """One that returns to its slot with its serial number is the same to clients that wait for it."""
     first = start()
     first.service.synchronise(strict=True)
-    before = nvmet.contents()
+    before, over = nvmet.contents(), mapped(nvmet)
     assert first.service.stop()
     plug = unplug(machine, "sda")
     second = start()
@@ -307,7 +361,8 @@ def test_start_waits_for_disks_of_the_run_before(
     plug("4711")
     second.service.inventory.update(["sda"])
     second.service.synchronise()
-    assert nvmet.contents() == before
+    assert seen(nvmet.contents()) == seen(before)
+    assert mapped(nvmet) == over
     # It is awaited once.
     assert second.service.stop()
     unplug(machine, "sda")
@@ -323,7 +378,7 @@ def test_start_waits_for_disks_of_the_run_before(
 
 
 def test_another_disk_in_the_slot_is_not_the_awaited_one(
-    start: Start, nvmet: Nvmet, machine: CapturedMachine
+    start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]
 ) -> None:
     """It was there before the program, or says who it is: what waits for the old one never reaches it."""
     run = start()
@@ -342,34 +397,37 @@ def test_another_disk_in_the_slot_is_not_the_awaited_one(
     run.service.inventory.update(["sdb"])
     later(run, storagetm.RETURN_WAIT_SEC + 1)
     run.service.synchronise()
-    assert subsystems(nvmet) == ALL
+    assert subsystems(nvmet) == disks
     after = nvmet.contents()
-    gone = {path.split("/")[2].rpartition(".")[2] for path in before.keys() - after.keys()}
+    changed = seen(before).keys() - seen(after).keys()
+    gone = {path.split("/")[2].rpartition(".")[2] for path in changed}
     assert gone == {"sda", "sdb"}
 
 
-def test_nothing_listens_before_all_can_be_linked(start: Start, nvmet: Nvmet) -> None:
+def test_nothing_listens_before_all_can_be_linked(start: Start, nvmet: Nvmet, disks: list[str]) -> None:
     run = start()
     run.service.synchronise(strict=True)
-    kinds = [call.split()[0] for call in nvmet.calls]
-    assert kinds[-2 * len(ALL) :] == ["symlink"] * 2 * len(ALL)
-    assert "symlink" not in kinds[: -2 * len(ALL)]
+    kinds = [call.split()[0] for call in without_courtesy(nvmet.calls)]
+    assert kinds[-2 * len(disks) :] == ["symlink"] * 2 * len(disks)
+    assert "symlink" not in kinds[: -2 * len(disks)]
 
 
 # Hot-plug
 
 
-def test_disk_goes(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
+def test_disk_goes(start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]) -> None:
     run = start()
     run.service.synchronise(strict=True)
     for path in ("/sys/class/block/vdb", "/sys/block/vdb"):
         machine.path(path).unlink()
     run.service.inventory.update(["vdb"])
     run.service.synchronise()
-    assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
+    assert subsystems(nvmet) == [n for n in disks if n != "vdb"]
 
 
-def test_another_disk_takes_its_place(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
+def test_another_disk_takes_its_place(
+    start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]
+) -> None:
     """It is exported as itself, not as what udev's database says of the one before it for a while."""
     run = start()
     run.service.synchronise(strict=True)
@@ -379,7 +437,7 @@ def test_another_disk_takes_its_place(start: Start, nvmet: Nvmet, machine: Captu
     run.service.inventory.update(["vdb"])
     run.service.synchronise()
     assert f"rmdir nvmet/subsystems/{PREFIX}.vdb" in nvmet.calls[before:]
-    assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
+    assert subsystems(nvmet) == [n for n in disks if n != "vdb"]
     assert run.disk("vdb").waiting == "udev is not done with it"
 
     entry = machine.path("/run/udev/data/b254:16")
@@ -387,7 +445,7 @@ def test_another_disk_takes_its_place(start: Start, nvmet: Nvmet, machine: Captu
     run.service.inventory.update(["vdb"])
     run.service.synchronise()
     assert f"mkdir nvmet/subsystems/{PREFIX}.vdb" in nvmet.calls[before:]
-    assert subsystems(nvmet) == ALL
+    assert subsystems(nvmet) == disks
     assert run.disk("vdb").fd >= 0
     assert run.disk("vdb").model == "Other"
 
@@ -430,9 +488,15 @@ def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: C
     assert run.disk("vdb").status() == ""
 
 
+def owe(machine: CapturedMachine, name: str, inflight: str) -> None:
+    """Sets what I/O of a disk is under way, and of what is made of it."""
+    for device in (name, *os.listdir(machine.path(f"/sys/class/block/{name}") / "holders")):
+        machine.attribute(device, "inflight", inflight)
+
+
 def pull(run: Run, machine: CapturedMachine, name: str, inflight: str) -> None:
     """What sysfs has of a disk that is being taken away for as long as I/O is under way."""
-    machine.attribute(name, "inflight", inflight)
+    owe(machine, name, inflight)
     machine.attribute(name, "size", "0")
     (machine.path(f"/sys/class/block/{name}") / "bdi").unlink()
     run.service.inventory.update([name])
@@ -445,6 +509,8 @@ def test_pulled_disk_owes_answers(
     machine: CapturedMachine,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    disks: list[str],
+    access: str,
 ) -> None:
     """What the kernel would not come back from is not begun. A stop gives up, and the next one ends it."""
     monkeypatch.setattr(storagetm, "LOCK_WAIT_SEC", 0.5)
@@ -456,11 +522,13 @@ def test_pulled_disk_owes_answers(
     assert "vdb" not in run.service.inventory.disks
     assert run.service.tree.leaving == {root}
     assert [c for c in nvmet.calls if "vdb" in c and c.startswith("unlink")] != []
-    assert subsystems(nvmet) == ALL
+    assert subsystems(nvmet) == disks
     assert not run.service.stop()
     assert subsystems(nvmet) == ["vdb"]
     assert len(list(nvmet.path("nvmet/ports").iterdir())) == 2
-    assert not [c for c in nvmet.calls if c.startswith("rmdir") and ("vdb" in c or "/ports/" in c)]
+    calls = without_courtesy(nvmet.calls)
+    assert not [c for c in calls if c.startswith("rmdir") and ("vdb" in c or "/ports/" in c)]
+    assert "vdb" in mapped(nvmet) or access == READ_WRITE
     err = capfd.readouterr().err
     assert re.search(
         r"^Failed to remove '\S+vdb': the disk is gone, but .*; when it has, start .*$", err, re.M
@@ -469,25 +537,27 @@ def test_pulled_disk_owes_answers(
     assert os.path.exists(run.service.ledger.path)
 
     run = start()
-    machine.attribute("vdb", "inflight", "       0        0")
+    owe(machine, "vdb", "       0        0")
     run.service.synchronise(strict=True)
-    assert subsystems(nvmet) == run.exported == [name for name in ALL if name != "vdb"]
+    assert subsystems(nvmet) == run.exported == [name for name in disks if name != "vdb"]
     assert run.service.stop()
     assert nvmet.contents() == before
     assert not os.path.exists(run.service.ledger.path)
 
 
-def test_pulled_disk_answers_during_the_stop(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
+def test_pulled_disk_answers_during_the_stop(
+    start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]
+) -> None:
     """All others are gone by then; the ports go after it."""
     run = start()
     before = nvmet.contents()
     run.service.synchronise(strict=True)
-    others = [f"rmdir nvmet/subsystems/{PREFIX}.{name}" for name in ALL if name != "vdb"]
+    others = [f"rmdir nvmet/subsystems/{PREFIX}.{name}" for name in disks if name != "vdb"]
     pull(run, machine, "vdb", "       0        2")
 
     def intercept(_: int) -> None:
         if set(others) <= set(nvmet.calls):
-            machine.attribute("vdb", "inflight", "       0        0")
+            owe(machine, "vdb", "       0        0")
 
     nvmet.intercept = intercept
     assert run.service.stop()
@@ -499,6 +569,15 @@ def test_pulled_disk_answers_during_the_stop(start: Start, nvmet: Nvmet, machine
     assert last.index(f"rmdir nvmet/subsystems/{PREFIX}.vdb") > max(map(last.index, others))
 
 
+def resized(disk: storagetm.Disk) -> list[str]:
+    """The calls that give the device over a disk its new size."""
+    assert disk.branch
+    names = [entry.path for entry in disk.branch.kept(storagetm.Mapping)]
+    steps = ["create", "load", "resume", *(["cache"] if disk.access == READ_ONLY else [])]
+    written = {"cache": " write through"}
+    return [f"{step} {name}{written.get(step, '')}" for name in names for step in steps]
+
+
 def test_disk_grows(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
     run = start()
     run.service.synchronise(strict=True)
@@ -506,7 +585,8 @@ def test_disk_grows(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> Non
     before = len(nvmet.calls)
     run.service.inventory.update(["vdb"])
     run.service.synchronise()
-    assert nvmet.calls[before:] == [
+    assert without_courtesy(nvmet.calls[before:]) == [
+        *resized(run.disk("vdb")),
         f"write {run.namespace('vdb')}/revalidate_size 1",
     ]
 
@@ -536,14 +616,14 @@ def failing(nvmet: Nvmet, part: str, code: int) -> None:
 
 
 def test_disk_that_fails(
-    start: Start, nvmet: Nvmet, machine: CapturedMachine, capfd: pytest.CaptureFixture[str]
+    start: Start, nvmet: Nvmet, machine: CapturedMachine, capfd: pytest.CaptureFixture[str], disks: list[str]
 ) -> None:
     """It is reported once, leaves nothing behind, and is tried again when something about it changes."""
     run = start()
     failing(nvmet, f"{run.namespace('vdb')}/enable", errno.EIO)
     capfd.readouterr()
     run.service.synchronise(strict=True)
-    assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
+    assert subsystems(nvmet) == [n for n in disks if n != "vdb"]
     reason = f"Input/output error ('{run.namespace('vdb')}/enable')"
     assert capfd.readouterr().err == f"Failed to export '/dev/vdb': {reason}\n"
     assert run.disk("vdb").fd < 0
@@ -564,7 +644,7 @@ def test_disk_that_fails(
     machine.attribute("vdb", "size", "8192")
     run.service.inventory.update(["vdb"])
     run.service.synchronise()
-    assert subsystems(nvmet) == ALL
+    assert subsystems(nvmet) == disks
     assert run.disk("vdb").status() == ""
 
 
@@ -611,7 +691,57 @@ def test_name_is_taken(start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[
     assert path.stat().st_ino == inode
 
 
-def test_port_is_taken_by_a_program(start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str]) -> None:
+protected = pytest.mark.parametrize("access", [READ_ONLY, SNAPSHOT])
+
+
+@protected
+def test_name_of_device_is_taken(
+    start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str], disks: list[str]
+) -> None:
+    run = start()
+    (mapping,) = run.service.transport.disk_branch(run.disk("vdb")).kept(storagetm.Mapping)
+    name = mapping.path.rpartition("/")[2]
+    assert nvmet.mapper
+    unchanged = nvmet.mapper.make(name)
+    run.service.synchronise(strict=True)
+    assert subsystems(nvmet) == [disk for disk in disks if disk != "vdb"]
+    assert capfd.readouterr().err == (
+        f"Failed to export '/dev/vdb': another program made the device-mapper device '{name}'; remove it "
+        "with 'dmsetup remove'\n"
+    )
+    assert run.service.stop()
+    assert unchanged()
+
+
+@protected
+def test_device_that_others_hold(
+    start: Start, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The export ends all the same, and the device goes as soon as it can."""
+    monkeypatch.setattr(storagetm, "BUSY_SEC", 0.1)
+    monkeypatch.setattr(storagetm.Mapping, "abandoned", [])
+    run = start("/dev/vdb", "/dev/vdc")
+    before = nvmet.contents()
+    run.service.synchronise(strict=True)
+    assert nvmet.mapper
+    name = nvmet.mapper.name_of("/dev/dm-0")
+    nvmet.mapper.held.add(name)
+    capfd.readouterr()
+    assert not run.service.stop()
+    assert subsystems(nvmet) == []
+    assert f"dm/{name}" in nvmet.contents()
+    assert re.fullmatch(
+        r"'/dev/vd[bc]' is no longer exported, but still in use: something has '/dev/dm-0' open; "
+        r"end that, and it is free\n",
+        capfd.readouterr().err,
+    )
+    nvmet.mapper.held.clear()
+    assert nvmet.contents() == before
+
+
+def test_port_is_taken_by_a_program(
+    start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str], disks: list[str]
+) -> None:
     run = start()
     failing(nvmet, "symlink nvmet/ports/59936/", errno.EADDRINUSE)
     run.service.synchronise(strict=True)
@@ -619,27 +749,29 @@ def test_port_is_taken_by_a_program(start: Start, nvmet: Nvmet, capfd: pytest.Ca
     assert len(numbers) == 2
     assert 36681 in numbers
     assert 59936 not in numbers
-    assert run.exported == ALL
+    assert run.exported == disks
     assert "Port 59936 is taken, using" in capfd.readouterr().err
     for number in numbers:
-        assert len(list(nvmet.path(f"nvmet/ports/{number}/subsystems").iterdir())) == len(ALL)
+        assert len(list(nvmet.path(f"nvmet/ports/{number}/subsystems").iterdir())) == len(disks)
 
 
-def test_port_is_taken_by_an_entry(start: Start, nvmet: Nvmet) -> None:
+def test_port_is_taken_by_an_entry(start: Start, nvmet: Nvmet, disks: list[str]) -> None:
     os.mkdir(nvmet.path("nvmet/ports/36681"))
     run = start()
     run.service.synchronise(strict=True)
-    assert run.exported == ALL
+    assert run.exported == disks
     assert len(list(nvmet.path("nvmet/ports").iterdir())) == 3
     assert run.service.stop()
     assert [p.name for p in nvmet.path("nvmet/ports").iterdir()] == ["36681"]
 
 
-def test_ipv6_turns_out_to_be_off(start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ipv6_turns_out_to_be_off(
+    start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str], disks: list[str]
+) -> None:
     run = start()
     failing(nvmet, "symlink nvmet/ports/36681/", errno.EADDRNOTAVAIL)
     run.service.synchronise(strict=True)
-    assert run.exported == ALL
+    assert run.exported == disks
     assert [p.name for p in nvmet.path("nvmet/ports").iterdir()] == ["59936"]
     assert "IPv6 is off, exporting without it" in capfd.readouterr().out
 
@@ -707,7 +839,7 @@ def run(request: pytest.FixtureRequest, nvmet: Nvmet, monkeypatch: pytest.Monkey
     return Failing(getattr(request, "param", ""), monkeypatch)
 
 
-@pytest.fixture(params=["no nvmet", "another instance", "no uevents", "no network", "no port"])
+@pytest.fixture(params=["no nvmet", "another instance", "no uevents", "no network", "no port", "no passage"])
 def failure(request: pytest.FixtureRequest, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Why the start fails. The disks have been exported already when the network is looked at."""
 
@@ -733,8 +865,9 @@ def failure(request: pytest.FixtureRequest, nvmet: Nvmet, monkeypatch: pytest.Mo
         fail("Network", OSError(errno.EIO, "Input/output error", "/dev/x"))
         reason = "Failed at '/dev/x': Input/output error"
     else:
-        failing(nvmet, "mkdir nvmet/ports/", errno.ENOMEM)
-        reason = f"Failed to make '{storagetm.CONFIGFS}nvmet/ports/59936': Cannot allocate memory"
+        port = PASSAGE if request.param == "no passage" else "nvmet/ports/59936"
+        failing(nvmet, f"mkdir {port}", errno.ENOMEM)
+        reason = f"Failed to make '{storagetm.CONFIGFS}{port}': Cannot allocate memory"
     yield reason
     if fd >= 0:
         os.close(fd)
@@ -775,7 +908,7 @@ def test_nqn_that_is_too_long_for_a_disk(run: Failing, nvmet: Nvmet) -> None:
 
 
 def test_what_an_earlier_start_exported(
-    start: Start, run: Failing, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch
+    start: Start, run: Failing, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch, disks: list[str]
 ) -> None:
     """It stays where nothing was tried, and that is said."""
     first = start()
@@ -786,7 +919,7 @@ def test_what_an_earlier_start_exported(
     monkeypatch.setattr(run.service.transport, "choose_ports", lambda _: raising(problem))
     assert run.service.run() == 0
     assert run.service.refused == "Failed to find a free port; but what an earlier start exported still is"
-    assert subsystems(nvmet) == ALL
+    assert subsystems(nvmet) == disks
 
 
 def test_failure_while_it_runs(
@@ -818,8 +951,9 @@ def test_restart_while_udev_looks_at_the_disks(start: Start, nvmet: Nvmet, machi
         assert [d.name for d in second.service.pending()] == ["vdb"]
     second.service.synchronise()
     assert second.disk("vdb").fd >= 0
-    assert {c.split()[0] for c in nvmet.calls[before:]} == {"write"}
-    assert all("revalidate_size" in c for c in nvmet.calls[before:])
+    calls = without_courtesy(nvmet.calls[before:])
+    assert {c.split()[0] for c in calls} == {"write"}
+    assert all("revalidate_size" in c for c in calls)
 
 
 def test_restart_with_other_ports(start: Start, nvmet: Nvmet) -> None:
@@ -834,7 +968,9 @@ def test_restart_with_other_ports(start: Start, nvmet: Nvmet) -> None:
     assert second.service.transport.ports == ports
 
 
-def test_restart_without_a_disk_that_is_gone(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
+def test_restart_without_a_disk_that_is_gone(
+    start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]
+) -> None:
     first = start()
     first.service.synchronise(strict=True)
     first.kill()
@@ -842,10 +978,14 @@ def test_restart_without_a_disk_that_is_gone(start: Start, nvmet: Nvmet, machine
         machine.path(path).unlink()
     second = start()
     second.service.synchronise(strict=True)
-    assert subsystems(nvmet) == [n for n in ALL if n != "vdb"]
+    assert subsystems(nvmet) == [n for n in disks if n != "vdb"]
 
 
 # Kernels that let in one client more than they should
+
+
+# Only those clients are counted.
+may_write = pytest.mark.parametrize("access", [SNAPSHOT, READ_WRITE])
 
 
 @pytest.fixture
@@ -884,12 +1024,13 @@ class Seat:
         return self.nqn in self.seats.taken
 
 
-def test_seats(start: Start, nvmet: Nvmet, seats: Seats, machine: CapturedMachine) -> None:
+@may_write
+def test_seats(start: Start, nvmet: Nvmet, seats: Seats, machine: CapturedMachine, disks: list[str]) -> None:
     """One in each subsystem, taken before clients can come in by both ports, and again after a crash."""
     run = start()
     before = nvmet.contents()
     run.service.synchronise(strict=True)
-    nqns = [f"{PREFIX}.{name}" for name in ALL]
+    nqns = [f"{PREFIX}.{name}" for name in disks]
     assert sorted(seats.taken) == nqns
     for nqn in nqns:
         steps = [c.partition(" ")[0] for c in nvmet.calls if c.endswith((f"subsystems/{nqn}", f" {nqn}"))]
@@ -904,7 +1045,8 @@ def test_seats(start: Start, nvmet: Nvmet, seats: Seats, machine: CapturedMachin
     run.service.inventory.update(["vdb"])
     calls = len(nvmet.calls)
     run.service.synchronise()
-    assert nvmet.calls[calls:] == [f"write {run.namespace('vdb')}/revalidate_size 1"]
+    expected = [*resized(run.disk("vdb")), f"write {run.namespace('vdb')}/revalidate_size 1"]
+    assert nvmet.calls[calls:] == expected
     run.kill()
     seats.taken.clear()
     calls = len(nvmet.calls)
@@ -917,6 +1059,7 @@ def test_seats(start: Start, nvmet: Nvmet, seats: Seats, machine: CapturedMachin
     assert nvmet.contents() == before
 
 
+@may_write
 def test_seat_that_a_client_has_taken(start: Start, nvmet: Nvmet, seats: Seats) -> None:
     """While the program was dead. The disk is for one client, so neither keeps it."""
     run = start()
@@ -930,6 +1073,7 @@ def test_seat_that_a_client_has_taken(start: Start, nvmet: Nvmet, seats: Seats) 
     assert run.disk("vdb").failed.startswith("several clients have attached it already; detach it from all")
 
 
+@may_write
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
@@ -942,34 +1086,38 @@ def test_seat_that_a_client_has_taken(start: Start, nvmet: Nvmet, seats: Seats) 
     ],
 )
 def test_seat_that_is_refused(
-    start: Start, nvmet: Nvmet, seats: Seats, problem: OSError, reason: str
+    start: Start, nvmet: Nvmet, seats: Seats, problem: OSError, reason: str, disks: list[str]
 ) -> None:
     """Then one client too many could come in, so the disk is not exported, and nothing is left of it."""
     seats.problem = problem
     run = start()
     run.service.synchronise()
     assert run.exported == subsystems(nvmet) == []
-    assert all(re.fullmatch(reason, run.disk(name).failed) for name in ALL)
+    assert all(re.fullmatch(reason, run.disk(name).failed) for name in disks)
     # What takes seconds to fail is not tried for each disk.
     tries = len([c for c in nvmet.calls if c.startswith("attach")])
-    assert tries == (len(ALL) if problem.errno else 1)
+    assert tries == (len(disks) if problem.errno else 1)
 
 
 # What it tells
 
 
-def test_status_is_told_when_it_changes(start: Start, manager: Manager) -> None:
+def test_status_is_told_when_it_changes(
+    start: Start, manager: Manager, disks: list[str], access: str
+) -> None:
+    count = f"{len(disks)} disks" + (f" ({len(disks)} read-write)" if access == READ_WRITE else "")
+    memory = "; snapshots use 0 B of 3.2 GB of memory (0 %)" if access == SNAPSHOT else ""
     run = start()
     run.service.synchronise(strict=True)
     run.service.show()
     run.service.show()
     assert manager.told() == [
         "READY=1",
-        "STATUS=Exporting 8 disks (8 read-write) at no address (the network is down).",
+        f"STATUS=Exporting {count} at no address (the network is down){memory}.",
     ]
     run.service.addresses = [storagetm.Address(storagetm.AF_INET, "192.0.2.1", "eth0", False)]
     run.service.show()
-    assert manager.told() == ["STATUS=Exporting 8 disks (8 read-write) at 1 address."]
+    assert manager.told() == [f"STATUS=Exporting {count} at 1 address{memory}."]
 
 
 def test_first_signal_stops_and_the_second_ends(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,7 @@ class Console(pyte.Screen):
 
 def disk(name: str, number: int = 1) -> storagetm.Disk:
     made = storagetm.Disk(name, f"/dev/{name}", name)
+    made.access = storagetm.READ_WRITE  # of which there is most to say
     made.size, made.model, made.serial, made.tag = (
         number * 1_000_000_000,
         "QEMU_HARDDISK",

@@ -15,7 +15,7 @@ import pytest
 
 import storagetm
 from tests.unit.conftest import CapturedMachine
-from tests.unit.nvmet import Nvmet
+from tests.unit.devicemapper import captured_kernel
 
 # Like the real one, it ends when the program that it was given ends.
 INHIBIT = """#!/bin/sh
@@ -53,7 +53,7 @@ def test_awake_while_it_exports(
     inhibit: Path, unpack: Callable[[str], CapturedMachine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = unpack("trixie-fresh")
-    Nvmet(machine.path("/sys/kernel/config"), monkeypatch)
+    captured_kernel(machine, monkeypatch)
     made = storagetm.Machine()
     stays = storagetm.Stays(storagetm.RUN + "disks", made.id)  # a stop leaves a file beside it
     inventory = storagetm.Inventory((), True, False, stays=stays)
@@ -81,7 +81,7 @@ def test_not_before_clients_are_let_in(
     inhibit: Path, unpack: Callable[[str], CapturedMachine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = unpack("trixie-fresh")
-    Nvmet(machine.path("/sys/kernel/config"), monkeypatch)
+    captured_kernel(machine, monkeypatch)
     made = storagetm.Machine()
     service = storagetm.Service(made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False))
     service.inventory.rescan()

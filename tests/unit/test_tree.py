@@ -6,11 +6,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import storagetm
+from storagetm import READ_ONLY, READ_WRITE, SNAPSHOT
 from tests.unit import nvmet as stand_in
+from tests.unit.conftest import MEMORY
+from tests.unit.devicemapper import DeviceMapper
 from tests.unit.nvmet import Nvmet
 
 V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
 PORTS = {V4: 4420, V6: 4421}
+# The disks of this kernel; they are no more than nodes.
+NODES = {
+    f"/dev/{name}": os.makedev(254, number)
+    for number, name in enumerate([*"abcdx", "it's", *(f"d{i}" for i in range(40))])
+}
+
+in_each_access = pytest.mark.parametrize("access", storagetm.ACCESS)
 
 
 def transport(ports: dict[int, int], *, shared: bool = False) -> storagetm.NvmeTcp:
@@ -35,10 +47,16 @@ def transport(ports: dict[int, int], *, shared: bool = False) -> storagetm.NvmeT
     return made
 
 
-def disk(name: str, tag: str = "254:0 1", model: str = "Model", size: int = 512) -> storagetm.Disk:
+def disk(
+    name: str,
+    tag: str = "254:0 1",
+    model: str = "Model",
+    size: int = 512,
+    access: str = storagetm.DEFAULT_ACCESS,
+) -> storagetm.Disk:
     made = storagetm.Disk(name, f"/dev/{name}", name)
     made.tag, made.model, made.size, made.serial = tag, model, size, f"serial {name}"
-    made.access = storagetm.READ_WRITE
+    made.access = access
     made.stay = storagetm.Stay(1, "")
     return made
 
@@ -53,8 +71,15 @@ def wanted(
     return [*made.common_branches(), *map(made.disk_branch, disks)]
 
 
-ABC = wanted(disk(name) for name in "abc")
-AB = wanted(disk(name) for name in "ab")
+def want(names: str, access: str = storagetm.DEFAULT_ACCESS) -> list[storagetm.Branch]:
+    """Disks with a letter each, all with the same access. Each run of the program computes that anew."""
+    return wanted(disk(name, access=access) for name in names)
+
+
+def mapping_of(made: storagetm.Disk) -> str:
+    """The name of the device-mapper device over a disk; empty if it has none."""
+    mapping = transport(PORTS).mapping(made, made.access)
+    return mapping.name if mapping else ""
 
 
 class Session:
@@ -66,13 +91,61 @@ class Session:
         self.tree = storagetm.Tree(f"{nvmet.root}/", self.ledger)
         self.tree.adopt()
 
+    def reconcile(
+        self,
+        branches: Sequence[storagetm.Branch],
+        patience: float | None = None,
+        hopeless: Callable[[OSError], bool] | None = None,
+    ) -> dict[str, OSError]:
+        return reconcile(self.tree, branches, patience, hopeless)
+
     def close(self) -> None:
         self.ledger.close()
 
 
+def reconcile(
+    tree: storagetm.Tree,
+    branches: Sequence[storagetm.Branch],
+    patience: float | None = None,
+    hopeless: Callable[[OSError], bool] | None = None,
+) -> dict[str, OSError]:
+    """As the service does it: with a passage for as long as there are disks to write-protect."""
+    passage: list[storagetm.Branch] = []
+    if tree.lacks(branches, storagetm.WriteProtection):
+        entries = [e for b in branches for e in b.entries]
+        made = next(e.transport for e in entries if isinstance(e, storagetm.WriteProtection))
+        made.choose_passage(tree.live)
+        passage = [made.passage_branch(opened=True)]
+    failures = tree.reconcile([*passage, *branches], patience, hopeless)
+    if passage:
+        live = [tree.live.get(b.root) for b in branches if b.root not in failures]
+        rest: dict[str, OSError] = {}
+        for _ in range(3):
+            rest = tree.reconcile([b for b in live if b], patience)
+            if not rest:
+                break
+        failures.update(rest)
+    return failures
+
+
+def kernel(base: Path, monkeypatch: pytest.MonkeyPatch) -> Nvmet:
+    """One with the disks, but nothing exported."""
+    made = Nvmet(base / "config", monkeypatch)
+    DeviceMapper(made, base, monkeypatch).nodes.update(NODES)
+    monkeypatch.setattr(storagetm, "CONFIGFS", f"{made.root}/")
+    return made
+
+
 @pytest.fixture
-def nvmet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nvmet:
-    return Nvmet(tmp_path / "config", monkeypatch)
+def nvmet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nvmet]:
+    made = kernel(tmp_path, monkeypatch)
+    yield made
+    mapper(made).close()
+
+
+def mapper(nvmet: Nvmet) -> DeviceMapper:
+    assert nvmet.mapper
+    return nvmet.mapper
 
 
 @pytest.fixture
@@ -82,7 +155,7 @@ def run(nvmet: Nvmet, tmp_path: Path) -> Callable[..., dict[str, OSError]]:
     def run_once(branches: Sequence[storagetm.Branch]) -> dict[str, OSError]:
         session = Session(nvmet, tmp_path / "x.entries")
         try:
-            return session.tree.reconcile(branches)
+            return session.reconcile(branches)
         finally:
             session.close()
 
@@ -99,13 +172,33 @@ def changes(nvmet: Nvmet, function: Callable[[], object]) -> list[str]:
     return nvmet.calls[before:]
 
 
+PASSAGE = f"nvmet/ports/{transport({}).port_number(0)}"
+
+
+def is_courtesy(call: str) -> bool:
+    """Whether a call belongs to the way on which hosts are told of write protection."""
+    return stand_in.is_courtesy(call, PASSAGE)
+
+
 # From nothing to all and back
 
 
-def test_create(nvmet: Nvmet, run: Run) -> None:
-    assert run(wanted([disk("a")])) == {}
+@in_each_access
+def test_create(nvmet: Nvmet, run: Run, access: str) -> None:
+    a = disk("a", access=access)
+    assert run(wanted([a])) == {}
     subsystem = "nvmet/subsystems/nqn.test.a"
+    # Reads are for as many clients as like to, and no protection is needed where they may write.
+    limit = "" if access == READ_ONLY else "1024"
+    between = {
+        READ_ONLY: {"": "0 1 flakey /dev/a 0 0 1 1 error_writes", "/write_cache": "write through"},
+        SNAPSHOT: {"": "0 1 snapshot /dev/a MEMORY PO 8", "/write_cache": "write back"},
+        READ_WRITE: {},
+    }[access]
     assert nvmet.contents() == {
+        **({f"dm/{mapping_of(a)}/uuid": mapping_of(a)} if between else {}),
+        **{f"dm/{mapping_of(a)}{attribute}": text for attribute, text in between.items()},
+        **({f"{subsystem}/namespaces/1/write_protected": "1"} if access == READ_ONLY else {}),
         "nvmet": "directory",
         "nvmet/ports": "directory",
         "nvmet/ports/4420": "directory",
@@ -125,8 +218,8 @@ def test_create(nvmet: Nvmet, run: Run) -> None:
         "nvmet/subsystems": "directory",
         subsystem: "directory",
         f"{subsystem}/attr_allow_any_host": "1",
-        f"{subsystem}/attr_cntlid_max": "1024",
-        f"{subsystem}/attr_cntlid_min": "1024",
+        f"{subsystem}/attr_cntlid_max": limit,
+        f"{subsystem}/attr_cntlid_min": limit,
         f"{subsystem}/attr_firmware": "13",
         f"{subsystem}/attr_model": "Model (debian)",
         f"{subsystem}/attr_serial": "serial a",
@@ -134,39 +227,50 @@ def test_create(nvmet: Nvmet, run: Run) -> None:
         f"{subsystem}/namespaces/1": "directory",
         f"{subsystem}/namespaces/1/buffered_io": "0",
         f"{subsystem}/namespaces/1/device_nguid": "0",
-        f"{subsystem}/namespaces/1/device_path": "/dev/a",
-        f"{subsystem}/namespaces/1/device_uuid": transport(PORTS).uuid(disk("a")),
+        f"{subsystem}/namespaces/1/device_path": f"/dev/mapper/{mapping_of(a)}" if between else "/dev/a",
+        f"{subsystem}/namespaces/1/device_uuid": transport(PORTS).uuid(a),
         f"{subsystem}/namespaces/1/enable": "1",
         f"{subsystem}/namespaces/1/revalidate_size": "0",
     }
 
 
-def test_visible_last(nvmet: Nvmet, run: Run) -> None:
+@in_each_access
+def test_visible_last(nvmet: Nvmet, run: Run, access: str) -> None:
     """Clients see a disk once all of it is there, and not any more before any of it goes."""
-    made = changes(nvmet, lambda: run(wanted([disk("a")])))
+    made = changes(nvmet, lambda: run(want("a", access)))
+    if access == READ_ONLY:
+        assert made[-2:] == [f"unlink {PASSAGE}/subsystems/nqn.test.a", f"rmdir {PASSAGE}"]
+        assert made[-5] == "protect nvmet/subsystems/nqn.test.a/namespaces/1"
+        made = [call for call in made if not is_courtesy(call)]
     assert [c.split()[0] for c in made[-2:]] == ["symlink", "symlink"]
     assert made[-3].endswith("/enable 1")
-    gone = changes(nvmet, lambda: run([]))
-    assert [c.split()[0] for c in gone] == ["unlink", "unlink", "rmdir", "rmdir", "rmdir", "rmdir"]
+    gone = [c.split()[0] for c in changes(nvmet, lambda: run([]))]
+    between = [] if access == READ_WRITE else ["remove"]
+    # Both links, both ports, and then the namespace before what it is made of.
+    assert gone == ["unlink", "unlink", "rmdir", "rmdir", "rmdir", *between, "rmdir"]
 
 
+@in_each_access
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 40])
-def test_all_goes_again(nvmet: Nvmet, run: Run, count: int) -> None:
+def test_all_goes_again(nvmet: Nvmet, run: Run, count: int, access: str) -> None:
     before = nvmet.contents()
-    assert run(wanted(disk(f"d{i}") for i in range(count))) == {}
+    assert run(wanted(disk(f"d{i}", access=access) for i in range(count))) == {}
     assert len([p for p in nvmet.contents() if p.endswith("/enable")]) == count
+    mapped = [p for p in nvmet.contents() if p.startswith("dm/") and p.endswith("/uuid")]
+    assert len(mapped) == (0 if access == READ_WRITE else count)
     assert run([]) == {}
     assert nvmet.contents() == before
 
 
-def test_nothing_to_do(nvmet: Nvmet, tmp_path: Path) -> None:
+@in_each_access
+def test_nothing_to_do(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     session = Session(nvmet, tmp_path / "x.entries")
-    assert session.tree.reconcile(ABC) == {}
+    branches = want("abc", access)
+    assert session.reconcile(branches) == {}
     size = os.stat(tmp_path / "x.entries").st_size
     # The same, and also when it is computed anew.
-    again = wanted(disk(name) for name in "abc")
-    assert changes(nvmet, lambda: session.tree.reconcile(ABC)) == []
-    assert changes(nvmet, lambda: session.tree.reconcile(again)) == []
+    assert changes(nvmet, lambda: session.reconcile(branches)) == []
+    assert changes(nvmet, lambda: session.reconcile(want("abc", access))) == []
     assert os.stat(tmp_path / "x.entries").st_size == size
     session.close()
 
@@ -176,60 +280,102 @@ def test_attributes_that_the_kernel_lacks(nvmet: Nvmet, run: Run, monkeypatch: p
     kept = ("attr_allow_any_host", "attr_cntlid_max", "attr_cntlid_min", "attr_serial")
     monkeypatch.setattr(stand_in, "SUBSYSTEM", kept)
     monkeypatch.setattr(stand_in, "NAMESPACE", ("device_path", "enable"))
-    assert run(ABC) == {}
+    assert run(want("abc")) == {}
     assert "nvmet/ports/4421/subsystems/nqn.test.c" in nvmet.contents()
-    assert changes(nvmet, lambda: run(ABC)) == []
+    # Hosts are told anew.
+    assert [c for c in changes(nvmet, lambda: run(want("abc"))) if not is_courtesy(c)] == []
     assert run([]) == {}
     assert nvmet.contents() == before
 
 
+@pytest.mark.parametrize("access", [SNAPSHOT, READ_WRITE])
 def test_kernel_that_cannot_keep_other_clients_away(
-    nvmet: Nvmet, run: Run, monkeypatch: pytest.MonkeyPatch
+    nvmet: Nvmet, run: Run, monkeypatch: pytest.MonkeyPatch, access: str
 ) -> None:
     """Nothing is exported with less protection than asked for, unless that is asked for."""
     before = nvmet.contents()
     monkeypatch.setattr(stand_in, "SUBSYSTEM", ("attr_allow_any_host",))
-    failures = run(wanted([disk("a")]))
+    failures = run(want("a", access))
     (problem,) = failures.values()
     assert "see --clients=any" in transport(PORTS).why_refused(problem)
     assert run([]) == {}
     assert nvmet.contents() == before
     made = transport(PORTS)
     made.clients = 0
-    assert run([*made.common_branches(), made.disk_branch(disk("a"))]) == {}
+    assert run([*made.common_branches(), made.disk_branch(disk("a", access=access))]) == {}
 
 
 # Changes
 
 
-def test_one_disk_comes_and_goes(nvmet: Nvmet, run: Run) -> None:
-    run(wanted([disk("a")]))
-    assert not [c for c in changes(nvmet, lambda: run(wanted([disk("a"), disk("b")]))) if c.endswith(".a")]
-    removed = changes(nvmet, lambda: run(wanted([disk("b")])))
-    assert {c.split()[1] for c in removed if "nqn.test.a" not in c} == {
-        "nvmet/subsystems/nqn.test.b/namespaces/1/revalidate_size"
-    }
+def name_of(path: str) -> str:
+    """Which disk's, by its letter, a path of configfs or device-mapper is."""
+    found = re.search(r"nqn\.test\.(\w)\b|storagetm-(\w)-", path)
+    return found[1] or found[2] if found else ""
 
 
-def test_new_size(nvmet: Nvmet, tmp_path: Path) -> None:
+@in_each_access
+def test_one_disk_comes_and_goes(nvmet: Nvmet, run: Run, access: str) -> None:
+    run(want("a", access))
+    added = [c for c in changes(nvmet, lambda: run(want("ab", access))) if not is_courtesy(c)]
+    resized = "write nvmet/subsystems/nqn.test.{}/namespaces/1/revalidate_size 1"
+    assert [c for c in added if name_of(c) == "a"] == [resized.format("a")]
+    removed = [c for c in changes(nvmet, lambda: run(want("b", access))) if not is_courtesy(c)]
+    assert [c for c in removed if name_of(c) != "a"] == [resized.format("b")]
+
+
+@in_each_access
+def test_new_size(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     """Attached clients are told; nothing is made anew under their feet."""
     session = Session(nvmet, tmp_path / "x.entries")
-    session.tree.reconcile(wanted([disk("a"), disk("b")]))
-    bigger = wanted([disk("a", size=1024), disk("b")])
-    told = ["write nvmet/subsystems/nqn.test.a/namespaces/1/revalidate_size 1"]
-    assert changes(nvmet, lambda: session.tree.reconcile(bigger)) == told
-    assert changes(nvmet, lambda: session.tree.reconcile(bigger)) == []
+    session.reconcile(want("ab", access))
+    before = nvmet.contents()
+    bigger = wanted([disk("a", size=1024, access=access), disk("b", access=access)])
+    told = [c for c in changes(nvmet, lambda: session.reconcile(bigger)) if not is_courtesy(c)]
+    assert told[-1] == "write nvmet/subsystems/nqn.test.a/namespaces/1/revalidate_size 1"
+    assert {name_of(call) for call in told} == {"a"}
+    # There is another table, and what a snapshot has kept is kept.
+    table = {READ_ONLY: ["load", "resume", "cache"], SNAPSHOT: ["load", "resume"], READ_WRITE: []}[access]
+    assert [c.split()[0] for c in told[:-1]] == ["create"] * bool(table) + table
+    expected = dict(before)
+    if name := mapping_of(disk("a", access=access)):
+        expected[f"dm/{name}"] = "0 2 " + before[f"dm/{name}"].removeprefix("0 1 ")
+    assert nvmet.contents() == expected
+    assert changes(nvmet, lambda: session.reconcile(bigger)) == []
     session.close()
 
 
+@in_each_access
+@pytest.mark.parametrize("other", storagetm.ACCESS)
+def test_another_access(nvmet: Nvmet, run: Run, access: str, other: str) -> None:
+    """What stood in between with the old one goes, and nothing of the other disk is touched."""
+    before = nvmet.contents()
+    run(wanted([disk("a", access=other), disk("b", access=access)]))
+    expected = nvmet.contents()
+    run([])
+    assert nvmet.contents() == before
+    run(want("ab", access))
+    changed = wanted([disk("a", access=other), disk("b", access=access)])
+    calls = changes(nvmet, lambda: run(changed))
+    assert nvmet.contents() == expected
+    kept = [c for c in calls if name_of(c) == "b" and not is_courtesy(c)]
+    assert kept == ["write nvmet/subsystems/nqn.test.b/namespaces/1/revalidate_size 1"]
+    assert ("rmdir nvmet/subsystems/nqn.test.a" in calls) == (access != other)
+
+
+@in_each_access
 @pytest.mark.parametrize(("tag", "model"), [("254:0 2", "Model"), ("254:0 1", "Other")])
-def test_made_anew(nvmet: Nvmet, run: Run, tag: str, model: str) -> None:
+def test_made_anew(nvmet: Nvmet, run: Run, tag: str, model: str, access: str) -> None:
     """Another disk under the same name, or attributes that can't change while it is exported."""
-    run(wanted([disk("a"), disk("b")]))
-    calls = changes(nvmet, lambda: run(wanted([disk("a", tag, model), disk("b")])))
+    run(want("ab", access))
+    old, new = disk("a", access=access), disk("a", tag, model, access=access)
+    calls = changes(nvmet, lambda: run(wanted([new, disk("b", access=access)])))
     assert "rmdir nvmet/subsystems/nqn.test.a" in calls
     assert "mkdir nvmet/subsystems/nqn.test.a" in calls
-    assert not [c for c in calls if "nqn.test.b" in c and "revalidate_size" not in c]
+    if access != READ_WRITE:
+        assert f"remove dm/{mapping_of(old)}" in calls
+        assert f"create dm/{mapping_of(new)}" in calls
+    assert not [c for c in calls if name_of(c) == "b" and "revalidate_size" not in c and not is_courtesy(c)]
     assert nvmet.contents()["nvmet/subsystems/nqn.test.a/attr_model"] == f"{model} (debian)"
 
 
@@ -250,17 +396,24 @@ def test_made_anew(nvmet: Nvmet, run: Run, tag: str, model: str) -> None:
         ),
     ],
 )
+@in_each_access
 def test_ports_change(
-    nvmet: Nvmet, tmp_path: Path, before: dict[int, int], after: dict[int, int], calls: list[str]
+    nvmet: Nvmet,
+    tmp_path: Path,
+    before: dict[int, int],
+    after: dict[int, int],
+    calls: list[str],
+    access: str,
 ) -> None:
     """Only links change, the disk stays."""
     session = Session(nvmet, tmp_path / "x.entries")
-    session.tree.reconcile(wanted([disk("a")], before))
-    made = changes(nvmet, lambda: session.tree.reconcile(wanted([disk("a")], after)))
-    assert [c for c in made if not c.startswith("write")] == calls
+    a = disk("a", access=access)
+    session.reconcile(wanted([a], before))
+    made = changes(nvmet, lambda: session.reconcile(wanted([a], after)))
+    assert [c for c in made if not c.startswith("write") and not is_courtesy(c)] == calls
     session.close()
     session = Session(nvmet, tmp_path / "x.entries")
-    session.tree.reconcile([])
+    session.reconcile([])
     session.close()
     assert list(nvmet.path("nvmet/ports").iterdir()) == []
 
@@ -277,194 +430,336 @@ def test_link_to_something_else(nvmet: Nvmet, run: Run) -> None:
 # Restart
 
 
-def test_restart_finds_all_as_it_should_be(nvmet: Nvmet, run: Run) -> None:
+@in_each_access
+def test_restart_finds_all_as_it_should_be(nvmet: Nvmet, run: Run, access: str) -> None:
     """Clients that are attached notice nothing."""
-    run(ABC)
-    again = changes(nvmet, lambda: run(wanted(disk(name) for name in "abc")))
+    run(want("abc", access))
+    complete = nvmet.contents()
+    again = [c for c in changes(nvmet, lambda: run(want("abc", access))) if not is_courtesy(c)]
     assert again == [f"write nvmet/subsystems/nqn.test.{n}/namespaces/1/revalidate_size 1" for n in "abc"]
+    assert nvmet.contents() == complete
 
 
 def test_attribute_that_somebody_has_changed(nvmet: Nvmet, run: Run) -> None:
-    run(ABC)
+    run(want("abc"))
     (nvmet.path("nvmet/subsystems/nqn.test.b") / "attr_serial").write_text("wrong\n")
     expected = nvmet.contents()
     expected["nvmet/subsystems/nqn.test.b/attr_serial"] = "serial b"
-    run(ABC)
+    run(want("abc"))
     assert nvmet.contents() == expected
 
 
-def check_recovery(nvmet: Nvmet, run: Run, before: dict[str, str], complete: dict[str, str]) -> None:
-    """The next run has all of AB as it should be, and another removes it all."""
-    assert run(AB) == {}
+STEPS = {
+    # Two ports, and disks with two links each.
+    READ_WRITE: 2 * 5 + 2 * 13,
+    # The device, its store, its table.
+    SNAPSHOT: 2 * 5 + 2 * (4 + 13),
+    # The device with its table and without its cache, no limit of clients, write protection; the passage.
+    READ_ONLY: 2 * 5 + 2 * (4 + 11 + 3) + 5 + 3,
+}
+
+
+def check_recovery(
+    nvmet: Nvmet, run: Run, before: dict[str, str], complete: dict[str, str], access: str
+) -> None:
+    """The next run has all as it should be, and another removes it all."""
+    assert run(want("ab", access)) == {}
     assert nvmet.contents() == complete
     assert run([]) == {}
     assert nvmet.contents() == before
 
 
-def test_crash_while_creating(nvmet: Nvmet, run: Run) -> None:
+@in_each_access
+def test_crash_while_creating(nvmet: Nvmet, run: Run, access: str) -> None:
     """Killed before each system call in turn."""
     before = nvmet.contents()
-    run(AB)
+    run(want("ab", access))
     complete = nvmet.contents()
     run([])
     number = 0
-    while nvmet.run_and_kill_at(number, lambda: run(AB)):
-        check_recovery(nvmet, run, before, complete)
+    while nvmet.run_and_kill_at(number, lambda: run(want("ab", access))):
+        check_recovery(nvmet, run, before, complete, access)
         number += 1
-    assert number == 2 * 5 + 2 * 13  # ports, and disks with two links each
+    assert number == STEPS[access]
 
 
-def test_crash_while_removing(nvmet: Nvmet, run: Run) -> None:
+@in_each_access
+def test_crash_while_removing(nvmet: Nvmet, run: Run, access: str) -> None:
     before = nvmet.contents()
-    run(AB)
+    run(want("ab", access))
     complete = nvmet.contents()
     number = 0
     while nvmet.run_and_kill_at(number, lambda: run([])):
-        check_recovery(nvmet, run, before, complete)
-        run(AB)
+        check_recovery(nvmet, run, before, complete, access)
+        run(want("ab", access))
         number += 1
-    assert number == 2 + 2 * 4
+    assert number == 2 + 2 * (4 if access == READ_WRITE else 5)
 
 
-def test_crash_and_all_is_to_go(nvmet: Nvmet, run: Run) -> None:
+@in_each_access
+def test_crash_and_all_is_to_go(nvmet: Nvmet, run: Run, access: str) -> None:
     """What is half-made is removed as well as what is whole."""
     before = nvmet.contents()
     number = 0
-    while nvmet.run_and_kill_at(number, lambda: run(AB)):
+    while nvmet.run_and_kill_at(number, lambda: run(want("ab", access))):
         assert run([]) == {}
         assert nvmet.contents() == before
         number += 1
+    assert number == STEPS[access]
 
 
-def test_crash_while_ports_change(nvmet: Nvmet, run: Run) -> None:
+@in_each_access
+def test_crash_while_access_changes(nvmet: Nvmet, run: Run, access: str) -> None:
+    """To the next one; the disk is exported with the old one, with the new one, or not at all."""
     before = nvmet.contents()
-    old, new = wanted([disk("a")], {V4: 2, V6: 3}), wanted([disk("a")], {V4: 4, V6: 3})
-    run(new)
+    other = {READ_ONLY: SNAPSHOT, SNAPSHOT: READ_WRITE, READ_WRITE: READ_ONLY}[access]
+    run(want("a", other))
     complete = nvmet.contents()
     number = 0
     while True:
-        run(old)
-        inode = nvmet.path("nvmet/subsystems/nqn.test.a").stat().st_ino
-        if not nvmet.run_and_kill_at(number, lambda: run(new)):
+        run(want("a", access))
+        if not nvmet.run_and_kill_at(number, lambda: run(want("a", other))):
             break
-        assert run(new) == {}
+        assert run(want("a", other)) == {}
+        assert nvmet.contents() == complete
+        number += 1
+    assert number > 12
+    run([])
+    assert nvmet.contents() == before
+
+
+@in_each_access
+def test_crash_with_a_shared_subsystem(nvmet: Nvmet, run: Run, access: str) -> None:
+    """There, what is in between comes before the root of the disk's branch."""
+    before = nvmet.contents()
+
+    def one() -> list[storagetm.Branch]:
+        return wanted([disk("a", access=access)], shared=True)
+
+    run(one())
+    complete = nvmet.contents()
+    run([])
+    number = 0
+    while nvmet.run_and_kill_at(number, lambda: run(one())):
+        if number % 2:
+            assert run(one()) == {}
+            assert nvmet.contents() == complete
+        assert run([]) == {}
+        assert nvmet.contents() == before
+        number += 1
+    assert number > 20
+
+
+@pytest.mark.parametrize("access", [READ_ONLY, SNAPSHOT])
+def test_crash_while_io_is_held_back(nvmet: Nvmet, run: Run, access: str) -> None:
+    """As it is while a snapshot's memory is made smaller, and while a drive is looked into."""
+    run(want("a", access))
+    complete = nvmet.contents()
+    name = mapping_of(disk("a", access=access))
+    storagetm.dm_call(storagetm.DM_DEV_SUSPEND, name, flags=storagetm.DM_SUSPEND_FLAG)
+    assert nvmet.contents() != complete
+    assert run(want("a", access)) == {}
+    assert nvmet.contents() == complete
+
+
+@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("trouble", [storagetm.INVALID, storagetm.OVERFLOW])
+def test_crash_while_a_snapshot_is_revived(nvmet: Nvmet, run: Run, trouble: str, stays: bool) -> None:
+    """What clients have changed is kept, or else its memory is free in the end."""
+    before = nvmet.contents()
+    name = mapping_of(disk("a", access=SNAPSHOT))
+    number = 0
+    while True:
+        run(want("a", SNAPSHOT))
+        complete = nvmet.contents()
+        store = storagetm.snapshot_store(name)
+        mapper(nvmet).fill(name, trouble)
+        if not nvmet.run_and_kill_at(number, lambda: storagetm.revive_snapshot(name)):
+            break
+        if stays:
+            assert run(want("a", SNAPSHOT)) == {}
+            assert storagetm.snapshot_store(name) == store
+            if state := storagetm.snapshot_state(name):
+                assert state[2] in ("", trouble)
+        assert run([]) == {}
+        assert nvmet.contents() == before
+        number += 1
+    assert number == 6  # autoclear, two tables, autoclear
+    assert nvmet.contents() == complete
+
+
+@in_each_access
+def test_crash_while_ports_change(nvmet: Nvmet, run: Run, access: str) -> None:
+    before = nvmet.contents()
+
+    def old() -> list[storagetm.Branch]:
+        return wanted([disk("a", access=access)], {V4: 2, V6: 3})
+
+    def new() -> list[storagetm.Branch]:
+        return wanted([disk("a", access=access)], {V4: 4, V6: 3})
+
+    run(new())
+    complete = nvmet.contents()
+    number = 0
+    while True:
+        run(old())
+        inode = nvmet.path("nvmet/subsystems/nqn.test.a").stat().st_ino
+        if not nvmet.run_and_kill_at(number, lambda: run(new())):
+            break
+        assert run(new()) == {}
         assert nvmet.contents() == complete
         assert nvmet.path("nvmet/subsystems/nqn.test.a").stat().st_ino == inode
         number += 1
     run([])
     assert nvmet.contents() == before
-    assert number == 2 + 5 + 2
+    # Ports, the link and the size; the passage, write protection, and the passage again.
+    assert number == 2 + 5 + 2 + (5 + 3 + 2 if access == READ_ONLY else 0)
 
 
 # Failures
 
 
-def test_failure_while_creating(nvmet: Nvmet, run: Run) -> None:
-    """Every system call fails in turn: of that branch nothing is left, the others are there."""
-    run(AB)
+@in_each_access
+def test_failure_while_creating(nvmet: Nvmet, run: Run, access: str) -> None:
+    """Every system call fails in turn: of that branch nothing is left, the others are there.
+
+    Where only hosts could not be told, the disk is there all the same.
+    """
+    run(want("ab", access))
     complete = nvmet.contents()
     run([])
-    for number in range(2 * 5 + 2 * 11):
+    before = nvmet.contents()
+    for number in range(STEPS[access]):
         nvmet.fail_at(number)
-        failures = run(AB)
+        first = len(nvmet.calls)
+        failures = run(want("ab", access))
         nvmet.succeed()
-        failed = next(iter(failures))
-        assert failures[failed].errno == errno.EIO
-        assert not nvmet.path(failed).exists()
-        if failed.startswith("nvmet/subsystems"):
-            assert len(failures) == 1
-            name = failed.rpartition("/")[2]
-            assert nvmet.contents() == {p: v for p, v in complete.items() if name not in p.split("/")}
-        check_recovery(nvmet, run, {p: v for p, v in complete.items() if p.count("/") < 2}, complete)
+        failing = nvmet.calls[first + number]
+        if is_courtesy(failing):
+            assert set(failures) <= {PASSAGE}
+            missing = complete.keys() - nvmet.contents().keys()
+            assert all(path.endswith("/write_protected") for path in missing)
+            assert nvmet.contents().items() <= complete.items()
+        else:
+            failed = next(iter(failures))
+            assert failures[failed].errno == errno.EIO
+            assert not nvmet.path(failed).exists()
+            if failed.startswith("nvmet/subsystems"):
+                assert len(failures) == 1
+                name = failed.rpartition(".")[2]
+                assert nvmet.contents() == {p: v for p, v in complete.items() if name_of(p) != name}
+        check_recovery(nvmet, run, before, complete, access)
 
 
-def test_failure_names_the_entry(nvmet: Nvmet, run: Run) -> None:
-    calls = changes(nvmet, lambda: run(wanted([disk("a")])))
+@in_each_access
+def test_failure_names_the_entry(nvmet: Nvmet, run: Run, access: str) -> None:
+    calls = changes(nvmet, lambda: run(want("a", access)))
     run([])
     for number, call in enumerate(calls):
         nvmet.fail_at(number)
-        (failure,) = [e for e in run(wanted([disk("a")])).values() if e.errno == errno.EIO]
-        assert failure.filename == call.split()[1]
+        failures = run(want("a", access))
+        if is_courtesy(call):
+            assert {e.filename for e in failures.values()} <= {call.split()[1]}
+            nvmet.succeed()
+            run([])
+            continue
+        (failure,) = [e for e in failures.values() if e.errno == errno.EIO]
+        where = call.split()[1]
+        assert failure.filename == (
+            where if "loop/" not in where else f"dm/{mapping_of(disk('a', access=access))}"
+        )
         nvmet.succeed()
         run([])
 
 
-def test_failure_while_removing(nvmet: Nvmet, tmp_path: Path) -> None:
+@in_each_access
+def test_failure_while_removing(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     """What stays is known still, and goes the next time."""
     before = nvmet.contents()
-    for number in range(2 + 2 * 4):
+    for number in range(2 + 2 * (4 if access == READ_WRITE else 5)):
         session = Session(nvmet, tmp_path / "x.entries")
-        session.tree.reconcile(AB)
+        session.reconcile(want("ab", access))
         nvmet.fail_at(number)
-        failures = session.tree.reconcile([])
+        failures = session.reconcile([])
         nvmet.succeed()
         assert failures
         assert set(session.tree.live) == set(failures)
-        assert session.tree.reconcile([]) == {}
+        assert session.reconcile([]) == {}
         assert session.tree.live == {}
         assert nvmet.contents() == before
         session.close()
 
 
-def test_failure_while_patching(nvmet: Nvmet, tmp_path: Path) -> None:
+@in_each_access
+def test_failure_while_patching(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     session = Session(nvmet, tmp_path / "x.entries")
-    session.tree.reconcile(wanted([disk("a")], {V4: 2}))
-    more = wanted([disk("a")], PORTS | {V4: 2})
-    nvmet.fail_at(5 + 1)  # the port is made, and clients are told of the size
-    failures = session.tree.reconcile(more)
+    session.reconcile(wanted([disk("a", access=access)], {V4: 2}))
+    more = wanted([disk("a", access=access)], PORTS | {V4: 2})
+    # The port is made, and clients are told of the size, and of the protection over the passage.
+    nvmet.fail_at(5 + 1 + (5 + 3 if access == READ_ONLY else 0))
+    failures = session.reconcile(more)
     assert list(failures) == ["nvmet/subsystems/nqn.test.a"]
     assert failures["nvmet/subsystems/nqn.test.a"].filename == "nvmet/ports/4421/subsystems/nqn.test.a"
     nvmet.succeed()
-    assert session.tree.reconcile(more) == {}
+    assert session.reconcile(more) == {}
     assert "nvmet/ports/4421/subsystems/nqn.test.a" in nvmet.contents()
     session.close()
 
 
-def test_hopeless_failure(nvmet: Nvmet, tmp_path: Path) -> None:
+@in_each_access
+def test_hopeless_failure(nvmet: Nvmet, run: Run, tmp_path: Path, access: str) -> None:
+    calls = changes(nvmet, lambda: run(want("abc", access)))
+    run([])
+    links = [i for i, call in enumerate(calls) if call.startswith("symlink") and not is_courtesy(call)]
     session = Session(nvmet, tmp_path / "x.entries")
-    nvmet.fail_at(2 * 5 + 3 * 11, errno.EADDRINUSE)  # the first link
-    failures = session.tree.reconcile(ABC, None, storagetm.NvmeTcp.concerns_port)
+    nvmet.fail_at(links[0], errno.EADDRINUSE)
+    failures = session.reconcile(want("abc", access), None, storagetm.NvmeTcp.concerns_port)
     assert list(failures) == ["nvmet/subsystems/nqn.test.a"]
     assert "nvmet/subsystems/nqn.test.a" not in session.tree.live
     # Of the others, nothing was linked, and that is made up for.
     assert not any(nvmet.path("nvmet/ports/4421/subsystems").iterdir())
     nvmet.succeed()
-    assert session.tree.reconcile(ABC, None, storagetm.NvmeTcp.concerns_port) == {}
+    assert session.reconcile(want("abc", access), None, storagetm.NvmeTcp.concerns_port) == {}
     for number in PORTS.values():
         assert len(list(nvmet.path(f"nvmet/ports/{number}/subsystems").iterdir())) == 3
     session.close()
 
 
-def test_removal_that_hangs(nvmet: Nvmet, tmp_path: Path) -> None:
+@in_each_access
+def test_removal_that_hangs(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     """The others go meanwhile, its name is not used again before it has gone, and then it is."""
-    release, woken = threading.Event(), threading.Event()
+    begun, release, woken = threading.Event(), threading.Event(), threading.Event()
     session = Session(nvmet, tmp_path / "x.entries")
     session.tree.wake = woken.set
-    session.tree.reconcile(ABC)
+    session.reconcile(want("abc", access))
 
     def intercept(number: int) -> None:
         if nvmet.calls[number] == "rmdir nvmet/subsystems/nqn.test.b/namespaces/1":
+            begun.set()
             assert release.wait(60)
 
     nvmet.intercept = intercept
     ports = wanted([])
     # Those that do not hang are done in time on any machine that is not.
-    assert session.tree.reconcile(ports, 0.5) == {}
+    assert session.reconcile(ports, 0.5) == {}
+    assert begun.wait(60)
     assert session.tree.leaving == {"nvmet/subsystems/nqn.test.b"}
     assert list(nvmet.path("nvmet/subsystems").iterdir()) == [nvmet.path("nvmet/subsystems/nqn.test.b")]
-    assert changes(nvmet, lambda: session.tree.reconcile(wanted([disk("b", tag="new")]), 0.5)) == []
+    new = wanted([disk("b", tag="new", access=access)])
+    assert [c for c in changes(nvmet, lambda: session.reconcile(new, 0.5)) if not is_courtesy(c)] == []
     woken.clear()
     release.set()
     assert woken.wait(60)
-    assert session.tree.reconcile(wanted([disk("b", tag="new")]), 0.5) == {}
+    assert session.reconcile(new, 0.5) == {}
     assert session.tree.leaving == set()
     assert session.tree.live["nvmet/subsystems/nqn.test.b"].tag == "new"
     session.close()
 
 
-def test_removal_beside_others_that_hangs(nvmet: Nvmet, tmp_path: Path) -> None:
+@in_each_access
+def test_removal_beside_others_that_hangs(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     """In a shared subsystem, nothing goes where the kernel would have us wait, and it is done in the end."""
-    release, woken = threading.Event(), threading.Event()
+    begun, release, woken = threading.Event(), threading.Event(), threading.Event()
     session = Session(nvmet, tmp_path / "x.entries")
     session.tree.wake = woken.set
     made = transport({V4: 2}, shared=True)
@@ -472,27 +767,32 @@ def test_removal_beside_others_that_hangs(nvmet: Nvmet, tmp_path: Path) -> None:
     def wanted_of(*disks: storagetm.Disk) -> list[storagetm.Branch]:
         return [*made.common_branches(), *map(made.disk_branch, disks)]
 
-    stays, goes, comes = disk("stays"), disk("goes"), disk("comes")
+    stays, goes, comes = (disk(name, access=access) for name in "abc")
     goes.stay, comes.stay = storagetm.Stay(2, ""), storagetm.Stay(3, "")
-    session.tree.reconcile(wanted_of(stays, goes))
+    session.reconcile(wanted_of(stays, goes))
     gone, new = made.root(goes), made.root(goes).rpartition("/")[0] + "/3"
 
     def intercept(number: int) -> None:
         if nvmet.calls[number] == f"rmdir {gone}":
+            begun.set()
             assert release.wait(60)
 
     nvmet.intercept = intercept
-    assert session.tree.reconcile(wanted_of(stays), 0.2) == {}
+    assert session.reconcile(wanted_of(stays), 0.2) == {}
+    assert begun.wait(60)
     assert session.tree.leaving == {gone}
-    assert changes(nvmet, lambda: session.tree.reconcile(wanted_of(stays, comes), 0.2)) == []
+    calls = changes(nvmet, lambda: session.reconcile(wanted_of(stays, comes), 0.2))
+    assert [c for c in calls if not is_courtesy(c)] == []
     # What is there already is none of this.
     stays.size *= 2
-    resized = changes(nvmet, lambda: session.tree.reconcile(wanted_of(stays, comes), 0.2))
-    assert [call.rpartition("/")[2] for call in resized] == ["revalidate_size 1"]
+    calls = changes(nvmet, lambda: session.reconcile(wanted_of(stays, comes), 0.2))
+    resized = [call for call in calls if not is_courtesy(call)]
+    assert resized[-1] == f"write {made.root(stays)}/revalidate_size 1"
+    assert all(call.endswith(f"dm/{mapping_of(stays)}") or "cache" in call for call in resized[:-1])
     woken.clear()
     release.set()
     assert woken.wait(60)
-    assert session.tree.reconcile(wanted_of(stays, comes), 0.2) == {}
+    assert session.reconcile(wanted_of(stays, comes), 0.2) == {}
     assert made.root(comes) == new
     assert new in session.tree.live
     assert session.tree.leaving == set()
@@ -518,44 +818,80 @@ def foreign(nvmet: Nvmet, path: str) -> Callable[[], bool]:
     return is_unchanged
 
 
-def test_others(nvmet: Nvmet, run: Run) -> None:
+@in_each_access
+def test_others(nvmet: Nvmet, run: Run, access: str) -> None:
     unchanged = [
         foreign(nvmet, path)
         for path in ("nvmet/subsystems/nqn.other.a", "nvmet/subsystems/nqn.test.z", "nvmet/ports/1")
     ]
-    run(ABC)
-    run(wanted([disk("b")]))
+    unchanged.append(mapper(nvmet).make("storagetm-z-0123456789abcdef", "storagetm-z-0123456789abcdef"))
+    run(want("abc", access))
+    run(want("b", access))
     run([])
     assert all(check() for check in unchanged)
     assert (
         len(nvmet.contents())
-        == 3 + sum(len(stand_in.SUBSYSTEM) + 2 + len(stand_in.NAMESPACE) + 1 for _ in "az") + 6
+        == 3 + 3 + sum(len(stand_in.SUBSYSTEM) + 2 + len(stand_in.NAMESPACE) + 1 for _ in "az") + 6
     )
 
 
+@in_each_access
 @pytest.mark.parametrize("path", ["nvmet/subsystems/nqn.test.b", "nvmet/ports/4420"])
-def test_others_with_our_names(nvmet: Nvmet, run: Run, path: str) -> None:
+def test_others_with_our_names(nvmet: Nvmet, run: Run, path: str, access: str) -> None:
     unchanged = foreign(nvmet, path)
-    failures = run(ABC)
+    failures = run(want("abc", access))
     assert failures[path].errno == errno.EEXIST
     assert unchanged() or path.startswith("nvmet/ports")
-    run(ABC)
+    run(want("abc", access))
     run([])
     assert unchanged()
 
 
-def test_taken_away_by_others(nvmet: Nvmet, run: Run) -> None:
+@pytest.mark.parametrize("ours", ["name", "UUID"])
+@pytest.mark.parametrize("access", [READ_ONLY, SNAPSHOT])
+def test_others_with_our_names_in_device_mapper(nvmet: Nvmet, run: Run, access: str, ours: str) -> None:
+    """That disk is not exported, and the others are."""
+    before = nvmet.contents()
+    run(want("ac", access))
+    expected = nvmet.contents()
+    run([])
+    name = mapping_of(disk("b", access=access))
+    unchanged = mapper(nvmet).make(*((name, "x") if ours == "name" else ("x", name)))
+    theirs = nvmet.contents().items() - before.items()
+    failures = run(want("abc", access))
+    assert [(root, e.errno) for root, e in failures.items()] == [
+        ("nvmet/subsystems/nqn.test.b", errno.EBUSY)
+    ]
+    assert nvmet.contents() == expected | dict(theirs)
+    assert failures["nvmet/subsystems/nqn.test.b"].filename == f"dm/{name}"
+    run([])
+    assert unchanged()
+    assert nvmet.contents() == before | dict(theirs)
+
+
+@in_each_access
+def test_taken_away_by_others(nvmet: Nvmet, run: Run, access: str) -> None:
     """What is missing is made again by the next run, and no failure at the end."""
-    run(ABC)
+    before = nvmet.contents()
+    run(want("abc", access))
     complete = nvmet.contents()
     for link in nvmet.path("nvmet/ports").glob("*/subsystems/nqn.test.b"):
         os.unlink(link)
     os.rmdir(nvmet.path("nvmet/subsystems/nqn.test.b/namespaces/1"))
     os.rmdir(nvmet.path("nvmet/subsystems/nqn.test.b"))
-    assert run(ABC) == {}
+    assert run(want("abc", access)) == {}
     assert nvmet.contents() == complete
     os.unlink(nvmet.path("nvmet/ports/4420/subsystems/nqn.test.b"))
     assert run([]) == {}
+    assert nvmet.contents() == before
+    # All of it, but what only device-mapper has.
+    run(want("b", access))
+    for link in nvmet.path("nvmet/ports").glob("*/subsystems/nqn.test.b"):
+        os.unlink(link)
+    os.rmdir(nvmet.path("nvmet/subsystems/nqn.test.b/namespaces/1"))
+    os.rmdir(nvmet.path("nvmet/subsystems/nqn.test.b"))
+    assert run([]) == {}
+    assert nvmet.contents() == before
 
 
 # Dry run
@@ -566,53 +902,88 @@ def planned(nvmet: Nvmet, ledger: Path, branches: Sequence[storagetm.Branch]) ->
     tree = storagetm.Tree(f"{nvmet.root}/", storagetm.Ledger(str(ledger)), steps.append)
     if ledger.exists():
         tree.adopt()
-    assert tree.reconcile(branches) == {}
+    assert reconcile(tree, branches) == {}
     return steps
 
 
-STARTS: list[Sequence[storagetm.Branch]] = [
-    [],
-    ABC,
-    wanted([disk("a"), disk("x")], {V4: 2}),
-    wanted([disk("a", tag="other"), disk("b", model="Other"), disk("c", size=4096)]),
-    wanted([disk("a"), disk("b")], shared=True),
-    wanted([disk("b"), disk("c")], {V4: 2}, shared=True),
+# Each run computes them anew.
+STARTS: list[Callable[[str], Sequence[storagetm.Branch]]] = [
+    lambda _: [],
+    lambda access: want("abc", access),
+    lambda access: wanted([disk("a", access=access), disk("x", access=access)], {V4: 2}),
+    lambda access: wanted(
+        [
+            disk("a", tag="other", access=access),
+            disk("b", model="Other", access=access),
+            disk("c", size=4096, access=access),
+        ]
+    ),
+    lambda access: wanted([disk("a", access=access), disk("b", access=access)], shared=True),
+    lambda access: wanted([disk("b", access=access), disk("c", access=access)], {V4: 2}, shared=True),
 ]
+# The call for each kind of step that is more than one call, or another one.
+CALLS = {"map": "create", "unmap": "remove", "write-protect": "protect"}
 
 
-@pytest.mark.parametrize("start", range(len(STARTS)))
-@pytest.mark.parametrize("end", range(len(STARTS)))
+@pytest.mark.parametrize(
+    ("start", "end", "access"),
+    [
+        (start, end, access)
+        for access in storagetm.ACCESS
+        for start in range(len(STARTS))
+        for end in range(len(STARTS))
+        # With a snapshot it is the same as read-only, but for the table.
+        if access != SNAPSHOT or 1 in (start, end)
+    ],
+)
 def test_dry_run(
-    nvmet: Nvmet, run: Run, tmp_path: Path, start: int, end: int, monkeypatch: pytest.MonkeyPatch
+    nvmet: Nvmet,
+    run: Run,
+    tmp_path: Path,
+    start: int,
+    end: int,
+    access: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It changes nothing, and a shell that runs its commands comes to the same as the real run."""
-    run(STARTS[start])
+    run(STARTS[start](access))
     before = nvmet.contents()
     ledger = tmp_path / "x.entries"
     noted = ledger.read_bytes()
     steps: list[dict[str, str]] = []
-    assert changes(nvmet, lambda: steps.extend(planned(nvmet, ledger, STARTS[end]))) == []
+    assert changes(nvmet, lambda: steps.extend(planned(nvmet, ledger, STARTS[end](access)))) == []
     assert nvmet.contents() == before
     assert ledger.read_bytes() == noted
 
-    calls = changes(nvmet, lambda: run(STARTS[end]))
+    calls = changes(nvmet, lambda: run(STARTS[end](access)))
     expected = nvmet.contents()
-    assert len(calls) == len(steps)
+    # The links in the passage are not shown, nor what a device and its table consist of.
+    passage = f"{PASSAGE}/subsystems/"
+    kinds = Counter(CALLS.get(s["step"], s["step"]) for s in steps if passage not in s["path"])
+    made = Counter(call.split()[0] for call in calls if f" {passage}" not in call)
+    for part in ("bind", "load", "resume", "cache", "connect"):
+        del made[part]
+    assert made == kinds
 
     with monkeypatch.context() as patch:
-        copy = Nvmet(tmp_path / "copy", patch)
+        copy = kernel(tmp_path / "copy", patch)
         session = Session(copy, tmp_path / "copy.entries")
-        session.tree.reconcile(STARTS[start])
+        session.reconcile(STARTS[start](access))
         session.close()
         assert copy.contents() == before
-        script = stand_in.SHELL + "\n".join(s["command"] for s in steps)
+        script = stand_in.SHELL + mapper(copy).shell + "\n".join(s["command"] for s in steps)
         script = script.replace(f"{nvmet.root}/", f"{copy.root}/")
         subprocess.run(["sh", "-c", script], check=True)
         contents = copy.contents()
-        for path in contents:
-            if path.endswith("/revalidate_size"):
-                contents[path] = "0"
-        assert contents == expected
+        mapper(copy).close()
+    for path in contents:
+        if path.endswith("/revalidate_size"):
+            contents[path] = "0"
+    # What no shell can do, or does not need to.
+    for found in (contents, expected):
+        for path in [p for p in found if p.endswith(("/write_protected", "/write_cache"))]:
+            del found[path]
+    assert contents == expected
 
 
 @pytest.mark.parametrize(
@@ -676,7 +1047,7 @@ def test_every_step_is_described() -> None:
 
 def test_steps_of_a_dry_run(nvmet: Nvmet, tmp_path: Path) -> None:
     root, name = f"{nvmet.root}/nvmet", "nqn.test.it's"
-    steps = planned(nvmet, tmp_path / "x.entries", wanted([disk("it's")], {V4: 2}))
+    steps = planned(nvmet, tmp_path / "x.entries", wanted([disk("it's", access=READ_WRITE)], {V4: 2}))
     assert steps[0] == {"step": "mkdir", "path": f"{root}/ports/2", "command": f"mkdir {root}/ports/2"}
     assert steps[1] == {
         "step": "write",
@@ -693,8 +1064,13 @@ def test_steps_of_a_dry_run(nvmet: Nvmet, tmp_path: Path) -> None:
     }
 
 
+@in_each_access
 def test_dry_run_of_the_program(
-    nvmet: Nvmet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    nvmet: Nvmet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    access: str,
 ) -> None:
     """As text and as JSON, the same steps."""
     monkeypatch.setattr(storagetm, "CONFIGFS", f"{nvmet.root}/")
@@ -708,7 +1084,7 @@ def test_dry_run_of_the_program(
     image.write_bytes(bytes(512))
     os.mkdir(nvmet.path("nvmet/ports/29423"))
     before = nvmet.contents()
-    arguments = ["--dry-run", "--nqn=quux", str(image)]
+    arguments = ["--dry-run", "--nqn=quux", f"--{access}", str(image)]
     assert storagetm.main(arguments) == 0
     out, err = capfd.readouterr()
     commands = out.splitlines()
@@ -717,25 +1093,44 @@ def test_dry_run_of_the_program(
     assert storagetm.main([*arguments, "--json"]) == 0
     steps = json.loads(capfd.readouterr().out)
     assert nvmet.contents() == before
-    assert commands[0] == f"mkdir {nvmet.root}/nvmet/ports/16858"
-    assert commands[-1].startswith("ln -s ")
+    ports = [f"{nvmet.root}/nvmet/ports/{number}" for number in (16858, 23804)]
+    # The passage comes first, and goes last.
+    assert commands[0] == f"mkdir {ports[access == READ_ONLY]}"
+    assert commands[-1].startswith("ln -s " if access != READ_ONLY else f"rmdir {ports[1]}")
+    assert f"mkdir {ports[0]}" in commands
     assert len(steps) == len(commands)
-    assert steps[0] == {"step": "mkdir", "path": f"{nvmet.root}/nvmet/ports/16858"}
-    assert {s["step"] for s in steps} == {"mkdir", "map", "write", "symlink"}
+    assert steps[0] == {"step": "mkdir", "path": commands[0].partition(" ")[2]}
+    passage = {"write-protect", "unlink", "rmdir"} if access == READ_ONLY else set()
+    assert {s["step"] for s in steps} == {"mkdir", "map", "write", "symlink"} | passage
+
+
+@pytest.mark.parametrize("access", [READ_ONLY, SNAPSHOT])
+def test_dry_run_with_a_new_size(nvmet: Nvmet, run: Run, tmp_path: Path, access: str) -> None:
+    """The device is there already, and gets another table."""
+    a, bigger = disk("a", access=access), disk("a", size=1024, access=access)
+    name = mapping_of(a)
+    (map_new,) = [s for s in planned(nvmet, tmp_path / "x.entries", wanted([a])) if s["step"] == "map"]
+    assert map_new["command"].startswith(f"dmsetup create {name} --uuid {name} --table '0 1 ")
+    run(wanted([a]))
+    (map_again,) = [
+        s for s in planned(nvmet, tmp_path / "x.entries", wanted([bigger])) if s["step"] == "map"
+    ]
+    assert map_again["command"].startswith(f"dmsetup reload {name} --table '0 2 ")
+    assert map_again["command"].endswith(f"' && dmsetup resume {name}")
 
 
 # Anything in any order
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Runs that end well, are killed, or fail, with anything wanted, beside others' entries."""
+    """Runs that end well, are killed, or fail, with anything wanted, beside others' entries and devices."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = tempfile.TemporaryDirectory()
+        self.directory = tempfile.TemporaryDirectory(dir=MEMORY)
         self.patch = pytest.MonkeyPatch()
         self.base = Path(self.directory.name)
-        self.nvmet = Nvmet(self.base / "config", self.patch)
+        self.nvmet = kernel(self.base, self.patch)
         self.ledger = self.base / "x.entries"
         self.session: Session | None = None
         self.foreign: dict[str, Callable[[], bool]] = {}
@@ -749,6 +1144,7 @@ class AnyOrder(RuleBasedStateMachine):
                 tag=st.sampled_from(["1", "2"]),
                 model=st.sampled_from(["M", "N"]),
                 size=st.sampled_from([512, 1024]),
+                access=st.sampled_from(storagetm.ACCESS),
             ),
             unique_by=lambda d: d.name,
             max_size=4,
@@ -759,6 +1155,10 @@ class AnyOrder(RuleBasedStateMachine):
 
     def is_foreign(self, path: str) -> bool:
         return any(path == f or path.startswith(f"{f}/") for f in self.foreign)
+
+    def is_refused(self, branch: storagetm.Branch) -> bool:
+        """Whether others have its name, or that of a device that it needs."""
+        return any(map(self.is_foreign, [branch.root, *(e.path for e in branch.kept(storagetm.Mapping))]))
 
     def open(self) -> Session:
         if self.session is None:
@@ -773,33 +1173,36 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(branches=WANTED)
     def reconcile(self, branches: list[storagetm.Branch]) -> None:
-        failures = self.open().tree.reconcile(branches)
-        assert all(map(self.is_foreign, failures))
+        failures = self.open().reconcile(branches)
+        refused = [b for b in branches if self.is_refused(b) or b.is_inside(failures)]
+        assert failures.keys() == {b.root for b in refused}
         assert set(self.open().tree.live) == {b.root for b in branches} - set(failures)
-        self.check(branches)
-        assert changes(self.nvmet, lambda: self.open().tree.reconcile(branches)) == []
+        self.check([b for b in branches if b not in refused])
+        if not refused:
+            assert changes(self.nvmet, lambda: self.open().reconcile(branches)) == []
 
     def check(self, branches: list[storagetm.Branch]) -> None:
         """All that is wanted is there just so, and nothing else of ours."""
-        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
-            fresh = Nvmet(Path(directory) / "config", patch)
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=MEMORY) as directory:
+            fresh = kernel(Path(directory), patch)
             session = Session(fresh, Path(directory) / "x.entries")
-            session.tree.reconcile([b for b in branches if not self.is_foreign(b.root)])
+            assert session.reconcile(branches) == {}
             session.close()
             expected = fresh.contents()
+            mapper(fresh).close()
         found = {p: v for p, v in self.nvmet.contents().items() if not self.is_foreign(p)}
         assert found == expected
 
     @rule(branches=WANTED, number=st.integers(0, 60))
     def kill(self, branches: list[storagetm.Branch], number: int) -> None:
         self.restart()
-        self.nvmet.run_and_kill_at(number, lambda: Session(self.nvmet, self.ledger).tree.reconcile(branches))
+        self.nvmet.run_and_kill_at(number, lambda: Session(self.nvmet, self.ledger).reconcile(branches))
 
     @rule(branches=WANTED, number=st.integers(0, 60))
     def fail(self, branches: list[storagetm.Branch], number: int) -> None:
-        tree = self.open().tree
+        session = self.open()
         self.nvmet.fail_at(number)
-        tree.reconcile(branches)
+        session.reconcile(branches)
         self.nvmet.succeed()
 
     @precondition(lambda self: len(self.foreign) < 2)
@@ -830,6 +1233,18 @@ class AnyOrder(RuleBasedStateMachine):
             and (self.nvmet.path(path) / "namespaces/1/enable").read_text() == "0\n"
         )
 
+    @precondition(lambda self: len(self.foreign) < 3)
+    @rule(
+        name=st.sampled_from("abx"),
+        access=st.sampled_from([READ_ONLY, SNAPSHOT]),
+        tag=st.sampled_from(["1", "2"]),
+        uuid=st.sampled_from(["", "CRYPT-{}", "storagetm-other-{}"]),
+    )
+    def others_make_device(self, name: str, access: str, tag: str, uuid: str) -> None:
+        name = mapping_of(disk(name, tag, access=access))
+        if f"dm/{name}" not in self.nvmet.contents():
+            self.foreign[f"dm/{name}"] = mapper(self.nvmet).make(name, uuid.format(name))
+
     @invariant()
     def others_are_left_alone(self) -> None:
         assert all(check() for check in self.foreign.values())
@@ -837,12 +1252,13 @@ class AnyOrder(RuleBasedStateMachine):
     def teardown(self) -> None:
         try:
             # The entries that others have by our names now are no longer ours to find.
-            assert self.open().tree.reconcile([]) == {}
+            assert self.open().reconcile([]) == {}
             self.others_are_left_alone()
             left = {p for p in self.nvmet.contents() if not self.is_foreign(p)}
             assert left == {"nvmet", "nvmet/ports", "nvmet/subsystems"}
             self.restart()
         finally:
+            mapper(self.nvmet).close()
             self.patch.undo()
             self.directory.cleanup()
 

@@ -193,7 +193,7 @@ def test_list_of_devices(
     lines = capfd.readouterr().out.splitlines()
     (wide,) = (line for line in lines if "ディスク" in line)
     expected = storagetm.columns(lines[0].partition("EXPORT")[0])
-    assert storagetm.columns(wide.partition("read-write")[0]) == expected
+    assert storagetm.columns(wide.partition("read-only")[0]) == expected
 
 
 # Commands
