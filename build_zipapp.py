@@ -7,6 +7,11 @@ not pick up modules from the environment or a user's home, and both also shorten
 /usr/bin/python3 and not env, because the kernel hands everything after the interpreter over as one argument,
 and the env of small systems can't split that (-S).
 
+After these options it can say one thing more: a program (-c), which here reads the archive's __main__.py and
+runs it. Without that, Python runs an archive by way of runpy with all that it imports, and of compile(),
+whose first call makes the types of all syntax trees. This is a fifth of the whole start, and what
+`python3 storagetm.pyz` still does.
+
 Beside the source lies its bytecode, for the Python that builds and for each one that --bytecode names.
 """
 
@@ -24,7 +29,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-INTERPRETER = "/usr/bin/python3 -IS"
+# With "#!" and the end of the line less than 128 bytes, which is all that Linux reads before 5.1.
+INTERPRETER = (
+    "/usr/bin/python3 -ISc"
+    "import sys,zipimport as z;a=sys.argv;del a[0];exec(z.zipimporter(a[0]).get_data('__main__.py'))"
+)
 # What tracebacks name, whatever the archive will be called.
 FILE_NAME = "storagetm.pyz/storagetm.py"
 # Run by the Python whose bytecode it is, which looks for modules in the working directory, too; these it has
@@ -157,7 +166,10 @@ def main() -> None:
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("storagetm.pyz"), metavar="FILE")
     parser.add_argument(
-        "--python", default=INTERPRETER, metavar="COMMAND", help="interpreter line (default: %(default)s)"
+        "--python",
+        default=INTERPRETER,
+        metavar="COMMAND",
+        help="interpreter line (default: %(default)s); '/usr/bin/python3 -IS' is enough, but slower",
     )
     parser.add_argument(
         "--bytecode",
