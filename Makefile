@@ -36,7 +36,7 @@ IN_MACHINES := --verbose --dist=worksteal --maxprocesses=4 --numprocesses=$(if $
 
 .PHONY: all install install-program uninstall lint help deps test test-unit test-vm test-reach bench soak fuzz shell demo clean
 
-all: storagetm.pyz  ## Pack the program into storagetm.pyz
+all: storagetm.pyz  ## Pack the program into storagetm.pyz; BYTECODE="PYTHON..." for bytecode of further interpreters
 
 storagetm.pyz: storagetm.py build_zipapp.py
 	$(PYTHON) build_zipapp.py --output $@ $(BYTECODE:%=--bytecode=%)
