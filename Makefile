@@ -3,7 +3,7 @@
 DESTDIR ?=
 PREFIX ?= /usr/local
 BINDIR ?= $(PREFIX)/bin
-# Beside the program as a directory with bytecode, which starts four times as fast as the one file does. The dracut
+# Beside the program as a directory with bytecode, so that Python starts it without compiling it. The dracut
 # module looks for it in ../lib/storagetm, seen from the program.
 LIBDIR ?= $(PREFIX)/lib/storagetm
 MANDIR ?= $(PREFIX)/share/man
@@ -13,8 +13,10 @@ UNITDIR ?= /usr/local/lib/systemd/system
 RULESDIR ?= /usr/local/lib/udev/rules.d
 # dracut looks nowhere else.
 DRACUTDIR ?= /usr/lib/dracut/modules.d
-# What the interpreter line names, and whose bytecode is installed.
+# What the interpreter line names, and whose bytecode is installed and packed.
 PYTHON ?= /usr/bin/python3
+# Other interpreters whose bytecode the one file shall have, too, such as: python3.13 python3.11
+BYTECODE ?=
 
 VENV := .venv/bin
 UNITS := units/storage-target-mode.target units/storagetm.service units/storagetm-failure.service
@@ -34,10 +36,10 @@ IN_MACHINES := --verbose --dist=worksteal --maxprocesses=4 --numprocesses=$(if $
 
 .PHONY: all install install-program uninstall lint help deps test test-unit test-vm test-reach bench soak fuzz shell demo clean
 
-all: storagetm.pyz  ## Pack the program into storagetm.pyz
+all: storagetm.pyz  ## Pack the program into storagetm.pyz; BYTECODE="PYTHON..." for bytecode of further interpreters
 
 storagetm.pyz: storagetm.py build_zipapp.py
-	$(PYTHON) build_zipapp.py --output $@
+	$(PYTHON) build_zipapp.py --output $@ $(BYTECODE:%=--bytecode=%)
 
 install: install-program  ## Install the program, its units and udev rule, the dracut module and the manual page; see DESTDIR, PREFIX
 	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(DRACUTDIR)/95storagetm

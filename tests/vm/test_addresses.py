@@ -425,7 +425,7 @@ def test_terminal_stopped(target: Machine) -> None:
         target.run("ip address delete 198.51.100.9/24 dev eth0")
     process.kill(signal.SIGSTOP)
     target.run("for i in $(seq 15); do pkill -WINCH -f nqn=quux; sleep 0.8; done")
-    target.run("pkill -TERM -f '[-]IS .*nqn=quux'")
+    target.run("pkill -TERM -f '[-]IS.*nqn=quux'")
     target.wait_until(lambda: not names(target))
     process.kill(signal.SIGCONT)
     assert process.wait() == 0
