@@ -3,11 +3,50 @@
 """Storage target mode: this machine's disks on the network, over NVMe/TCP.
 
 The file stands alone and imports little, because it is started in an initrd, where every module costs room
-in the image and time at boot. It computes what should be in configfs (*wanted*) from disks, addresses and
-options, reads what is there (*live*), and applies the difference: start, hot-plug, change of a port, restart
-after a crash, dry run and stop are all that. The parts, from top to bottom: constants, kernel structures,
-thin wrappers, messages, identity, devices, addresses, the configfs tree, transports, what is shown, the
-service with its event loop, the command line.
+in the image and time at boot. It computes from disks, addresses and options what should be in the kernel
+(*wanted*), reads what is there (*live*), and applies the difference (a *plan*). Start, hot-plug, a change of
+port, restart after a crash, dry run and stop are all this one operation.
+
+A section uses nothing but those above it:
+
+ 1. Constants
+ 2. Structures of the kernel
+ 3. Text and messages
+ 4. Files, programs and services
+ 5. Device-mapper and loop devices
+ 6. Identity of this machine
+ 7. Block devices
+ 8. Disks
+ 9. What uses a disk
+10. Which disks there are
+11. Addresses and news
+12. Entries and branches
+13. The ledger
+14. The tree
+15. Stores of snapshots
+16. Between a disk and its export
+17. Memory and media
+18. A host of our own
+19. Transports
+20. Exports
+21. The report
+22. Views
+23. The service
+24. The command line
+
+Some words have one meaning here:
+
+- disk: a block device or image file as it is found, with what tells it from others
+- export: a disk that is handed out
+- access: read-only, snapshot or read-write: what clients may do to a disk
+- backing: what stands between a disk and all that it is exported by; a claim, a device-mapper device
+- entry: one thing in the kernel that is made and unmade in one step
+- branch: entries that stand or fall together; it may need other branches
+- scaffold: a branch that is only there while others are made
+- wanted, live: the branches that there should be, and those that there are
+- plan: what has to be done to come from the live branches to the wanted ones
+- ledger: the file that says which branches are ours
+- transport: what says which branches make a disk reachable in some way
 """
 
 from __future__ import annotations
@@ -54,14 +93,16 @@ if TYPE_CHECKING:
 
 __version__ = "1"
 
-# Constants from the kernel's and udev's headers, under their own names.
+
+# -----------------------------------------------------------------------------------------------------------
+# 1. Constants
+# -----------------------------------------------------------------------------------------------------------
 
 AF_INET = 2
 AF_INET6 = 10
 AF_NETLINK = 16
 AF_UNIX = 1
 AT_FDCWD = -100
-BLKGETSIZE64 = 0x80081272
 BLKRRPART = 0x125F
 CDROM_DRIVE_STATUS = 0x5326
 DM_DEV_ARM_POLL = 0xC138FD10
@@ -164,6 +205,9 @@ UDEV_WAIT_SEC = 60  # a disk that udev has not finished with by then is taken as
 MEDIUM_POLL_MSEC = 2000  # between two looks into a drive
 PLYMOUTH_MAX = 253  # bytes of a message, without the NUL that ends it
 PLYMOUTH_WAIT_SEC = 3  # for Plymouth to let go of the console
+# Of the kernel; all that the program may have loaded. An initrd gets those that --modules prints.
+MODULES = ("configfs", "nvmet", "nvmet-tcp", "dm-mod", "dm-flakey", "dm-snapshot", "loop")
+MAPPING_PREFIX = "storagetm-"  # of the names of our device-mapper devices
 CONSOLE_WAIT_SEC = 1  # until consoles that are out of order are tried again; each time twice as long
 REDRAW_SEC = 0.75  # between two redraws; what changes meanwhile is shown together
 REMOVAL_WAIT_SEC = 0.2  # a removal that takes longer (its I/O hangs) goes on without holding up the rest
@@ -195,6 +239,7 @@ FILE_TAG = "file "  # what the tag of a regular file begins with
 POLL_NOTE = "events_poll_msecs."  # before a drive's name: the file that keeps what the kernel had there
 
 NO_MEDIUM = "No medium found; insert one and it will be exported"
+NO_MEDIUM_NAMED = "No medium found; insert one and start again"
 
 CONFIGFS = "/sys/kernel/config/"
 DEV = "/dev/"
@@ -212,7 +257,9 @@ LOGIND = tuple(p + "system.slice/systemd-logind.service" for p in CGROUPS)
 PROGRAMS = ("/usr/sbin/", "/usr/bin/", "/sbin/", "/bin/")
 
 
-# Kernel structures
+# -----------------------------------------------------------------------------------------------------------
+# 2. Structures of the kernel
+# -----------------------------------------------------------------------------------------------------------
 
 
 class nlmsghdr(ctypes.Structure):
@@ -373,7 +420,9 @@ class nvme_command(ctypes.LittleEndianStructure):
     ]
 
 
-# Thin wrappers
+# -----------------------------------------------------------------------------------------------------------
+# 3. Text and messages
+# -----------------------------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -392,67 +441,13 @@ class IoPending(OSError):
     """A disk is gone, and its driver still has I/O of clients."""
 
 
-def read_bytes(path: str) -> bytes:
-    """All bytes of the file at `path`. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        chunks = []
-        while chunk := os.read(fd, 16384):
-            chunks.append(chunk)
-        return b"".join(chunks)
-    finally:
-        os.close(fd)
-
-
-def read_page(path: str) -> bytes:
-    """The bytes of an attribute in sysfs, which is at most a page long. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(fd, 4096)
-    finally:
-        os.close(fd)
-
-
-def read_attribute(path: str) -> str:
-    """The text of an attribute, without blanks around it; empty if it cannot be read."""
-    try:
-        return printable(read_page(path).strip())
-    except OSError:
-        return ""
-
-
-def write_attribute(path: str, value: str) -> None:
-    """Writes `value` in one write(2) to an existing file, as sysfs and configfs ask. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, utf8(value))
-    finally:
-        os.close(fd)
-
-
-def append(fd: int, record: bytes) -> None:
-    """Appends the whole record to a file, or nothing. Raises OSError."""
-    written = os.write(fd, record)
-    if written < len(record):
-        os.ftruncate(fd, os.fstat(fd).st_size - written)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def list_directory(path: str) -> list[str]:
-    """The names in a directory; none if it cannot be read."""
-    try:
-        return os.listdir(path)
-    except OSError:
-        return []
-
-
 def printable(raw: bytes) -> str:
     """`raw` as text that is safe to show: whatever is not UTF-8 or would move a cursor becomes `?`."""
     return shown(raw.decode("utf-8", "replace"))
 
 
 def shown(text: str) -> str:
-    """The same for text."""
+    """`text` with everything that would move a cursor, but for line feeds, replaced by `?`."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
@@ -555,6 +550,162 @@ def failure_text(problem: UserError | OSError) -> str:
     return f"Failed{where}: {reason_of(problem)}"
 
 
+class Log:
+    """Messages with syslog priorities: to the journal with `<N>` in front, to people without.
+
+    While a screen is shown (`screen` is set), messages go there, since they would tear it.
+    """
+
+    def __init__(self) -> None:
+        self.debug = os.environ.get("SYSTEMD_LOG_LEVEL", "") in ("debug", "7")
+        self.journal = {fd for fd in (1, 2) if is_journal(fd)}
+        self.errors = 2  # descriptor for what is wrong
+        self.screen: Callable[[str], None] | None = None
+        self.early: list[str] = []  # the last warnings from before there was a screen, which covers them
+
+    def __call__(self, priority: int, message: str) -> None:
+        if priority == 7 and not self.debug:
+            return
+        if priority == 4 and not self.screen:
+            self.early = [*self.early, message][-3:]
+        if self.screen and priority < 7:
+            self.screen(message)
+            if os.isatty(self.errors):
+                return
+        self.write(priority, message)
+
+    def write(self, priority: int, message: str) -> None:
+        """Past the screen."""
+        # Facts are output, the rest is about them.
+        fd = 1 if 4 < priority < 7 else self.errors
+        try:
+            os.write(fd, utf8(f"<{priority}>{message}\n" if fd in self.journal else message + "\n"))
+        except OSError:
+            pass  # a closed descriptor never stops the service
+
+
+def is_journal(fd: int) -> bool:
+    """Whether what is written there goes to the journal (systemd.exec(5), "$JOURNAL_STREAM")."""
+    stream = os.environ.get("JOURNAL_STREAM", "")
+    try:
+        st = os.fstat(fd)
+    except OSError:
+        return False
+    # It names standard error alone, where output is another socket. Programs that a service starts inherit
+    # the variable, and may write elsewhere.
+    return stream == f"{st.st_dev}:{st.st_ino}" or (stream != "" and stat.S_ISSOCK(st.st_mode))
+
+
+log = Log()
+
+
+def error(message: str) -> None:
+    log(3, message)
+
+
+def warning(message: str) -> None:
+    log(4, message)
+
+
+def info(message: str) -> None:
+    log(6, message)
+
+
+def debug(message: str) -> None:
+    log(7, message)
+
+
+def size_text(size: int) -> str:
+    """Bytes as people say them, in powers of 1000."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.95:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} PB"
+
+
+def split_command_line(raw: bytes) -> list[str]:
+    """The words of the kernel command line, as systemd has them. Takes any bytes.
+
+    Quotes of both kinds may be anywhere in a word and are taken away, a backslash is a backslash, and what
+    is not closed ends with the line.
+    """
+    words: list[str] = []
+    word, quote, begun = "", "", False
+    for c in raw.strip(b"\0\n").decode("utf-8", "replace") + " ":
+        if quote:
+            word, quote = (word, "") if c == quote else (word + c, quote)
+        elif c in "\"'":
+            quote, begun = c, True
+        elif c.isspace():
+            words += [word] if begun else []
+            word, begun = "", False
+        else:
+            word, begun = word + c, True
+    words += [word[:-1]] if quote else []
+    return [printable(w.encode()) for w in words]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 4. Files, programs and services
+# -----------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: str) -> bytes:
+    """All bytes of the file at `path`. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        chunks = []
+        while chunk := os.read(fd, 16384):
+            chunks.append(chunk)
+        return b"".join(chunks)
+    finally:
+        os.close(fd)
+
+
+def read_page(path: str) -> bytes:
+    """The bytes of an attribute in sysfs, which is at most a page long. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
+def read_attribute(path: str) -> str:
+    """The text of an attribute, without blanks around it; empty if it cannot be read."""
+    try:
+        return printable(read_page(path).strip())
+    except OSError:
+        return ""
+
+
+def write_attribute(path: str, value: str) -> None:
+    """Writes `value` in one write(2) to an existing file, as sysfs and configfs ask. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, utf8(value))
+    finally:
+        os.close(fd)
+
+
+def append(fd: int, record: bytes) -> None:
+    """Appends the whole record to a file, or nothing. Raises OSError."""
+    written = os.write(fd, record)
+    if written < len(record):
+        os.ftruncate(fd, os.fstat(fd).st_size - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def list_directory(path: str) -> list[str]:
+    """The names in a directory; none if it cannot be read."""
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
+
+
 def allow_files(disks: int) -> None:
     """Raises the limit of open files to what the system allows, once so many disks come near it."""
     if disks <= FILES_SURE:
@@ -573,6 +724,11 @@ def run_program(name: str, *arguments: str) -> int:
     null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]
     pid = os.posix_spawn(path, (name, *arguments), {}, file_actions=null)
     return 1 if os.waitpid(pid, 0)[1] else 0
+
+
+def load_module(name: str) -> int:
+    """Has the kernel load one of MODULES. Returns 0 on success, 1 on failure, 127 without modprobe(8)."""
+    return run_program("modprobe", "-q", name)
 
 
 def find_program(name: str) -> str:
@@ -603,10 +759,10 @@ def mount_configfs() -> None:
 
 
 def prepare_kernel() -> None:
-    """Sees to it that the kernel has an NVMe/TCP target and that configfs is mounted. Raises UserError."""
+    """Loads the kernel's NVMe/TCP target and mounts configfs, where they are missing. Raises UserError."""
     # Built in, it has no directory there, but modprobe knows.
     loaded = os.path.isdir(SYS + "module/nvmet_tcp")
-    if not loaded and run_program("modprobe", "-q", "nvmet-tcp") == 1:
+    if not loaded and load_module("nvmet-tcp") == 1:
         raise UserError(
             "The module 'nvmet-tcp', the kernel's NVMe target, cannot be loaded; install the modules of "
             f"kernel {os.uname().release}, or boot one with CONFIG_NVME_TARGET_TCP"
@@ -614,7 +770,7 @@ def prepare_kernel() -> None:
     if os.path.isdir(CONFIGFS + "nvmet"):
         return
     if not os.path.isdir(CONFIGFS):
-        run_program("modprobe", "-q", "configfs")
+        load_module("configfs")
     if not os.path.isdir(CONFIGFS):
         raise UserError(
             "This kernel has no configfs, through which disks are exported; boot one with CONFIG_CONFIGFS_FS"
@@ -636,21 +792,19 @@ def prepare_kernel() -> None:
 class ConsoleLevel:
     """Keeps kernel messages off the console while a screen is shown there, and puts the level back.
 
-    The level found first is kept in RUN as well: whoever restarts after a crash would take the lowered one
-    for it.
+    The level found first is kept in RUN as well: after a crash, the next run would mistake the lowered level
+    for the original.
     """
 
     def __init__(self) -> None:
         self.file = PROC + "sys/kernel/printk"
         self.saved = RUN + "printk"
-        self.lowered = False
 
     def lower(self) -> None:
         try:
             if not os.path.exists(self.saved):
                 write_new_file(self.saved, read_bytes(self.file).split()[0])
             write_attribute(self.file, "1")
-            self.lowered = True
         except OSError as e:
             debug(f"Failed to lower the console's log level, ignoring: {reason_of(e)}")
 
@@ -796,7 +950,9 @@ def plymouth_request(request: bytes, wait_sec: float = 0) -> None:
         pass
 
 
-# Thin wrappers: device-mapper and loop devices
+# -----------------------------------------------------------------------------------------------------------
+# 5. Device-mapper and loop devices
+# -----------------------------------------------------------------------------------------------------------
 
 # What udev is not to do with our devices: probe them, link to them, show them to others (libdm's
 # DM_UDEV_DISABLE_DM_RULES_FLAG, _SUBSYSTEM_RULES_FLAG, _DISK_RULES_FLAG, _OTHER_RULES_FLAG, and
@@ -819,7 +975,7 @@ def open_control(name: str, module: str) -> int:
         try:
             CONTROLS[path] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
-            if not module or run_program("modprobe", "-q", module):
+            if not module or load_module(module):
                 raise
             CONTROLS[path] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     return CONTROLS[path]
@@ -929,75 +1085,9 @@ def attach_loop(
                 raise
 
 
-# Messages
-
-
-class Log:
-    """Messages with syslog priorities: to the journal with `<N>` in front, to people without.
-
-    While a screen is shown (`screen` is set), messages go there, since they would tear it.
-    """
-
-    def __init__(self) -> None:
-        self.debug = os.environ.get("SYSTEMD_LOG_LEVEL", "") in ("debug", "7")
-        self.journal = {fd for fd in (1, 2) if is_journal(fd)}
-        self.errors = 2  # descriptor for what is wrong
-        self.screen: Callable[[str], None] | None = None
-        self.early: list[str] = []  # the last warnings from before there was a screen, which covers them
-
-    def __call__(self, priority: int, message: str) -> None:
-        if priority == 7 and not self.debug:
-            return
-        if priority == 4 and not self.screen:
-            self.early = [*self.early, message][-3:]
-        if self.screen and priority < 7:
-            self.screen(message)
-            if os.isatty(self.errors):
-                return
-        self.write(priority, message)
-
-    def write(self, priority: int, message: str) -> None:
-        """Past the screen."""
-        # Facts are output, the rest is about them.
-        fd = 1 if 4 < priority < 7 else self.errors
-        try:
-            os.write(fd, utf8(f"<{priority}>{message}\n" if fd in self.journal else message + "\n"))
-        except OSError:
-            pass  # a closed descriptor never stops the service
-
-
-def is_journal(fd: int) -> bool:
-    """Whether what is written there goes to the journal (systemd.exec(5), "$JOURNAL_STREAM")."""
-    stream = os.environ.get("JOURNAL_STREAM", "")
-    try:
-        st = os.fstat(fd)
-    except OSError:
-        return False
-    # It names standard error alone, where output is another socket. Programs that a service starts inherit
-    # the variable, and may write elsewhere.
-    return stream == f"{st.st_dev}:{st.st_ino}" or (stream != "" and stat.S_ISSOCK(st.st_mode))
-
-
-log = Log()
-
-
-def error(message: str) -> None:
-    log(3, message)
-
-
-def warning(message: str) -> None:
-    log(4, message)
-
-
-def info(message: str) -> None:
-    log(6, message)
-
-
-def debug(message: str) -> None:
-    log(7, message)
-
-
-# Identity
+# -----------------------------------------------------------------------------------------------------------
+# 6. Identity of this machine
+# -----------------------------------------------------------------------------------------------------------
 
 
 def siphash24(key: bytes, data: bytes) -> int:
@@ -1212,7 +1302,336 @@ class Machine:
         return uuid4_from(hmac_sha256(self.id, bytes.fromhex(application)))
 
 
-# Devices
+# -----------------------------------------------------------------------------------------------------------
+# 7. Block devices
+# -----------------------------------------------------------------------------------------------------------
+
+
+def links_in(entry: bytes) -> list[str]:
+    """The links that udev has made to a device, from its entry in the database. Takes any bytes."""
+    return [DEV + printable(x[2:]) for x in entry.split(b"\n") if x.startswith(b"S:")]
+
+
+def sys_block(sysname: str) -> str:
+    return f"{SYS}class/block/{sysname}"
+
+
+def sys_device(sysname: str) -> str:
+    """A block device's directory in the device tree, where sys_block() is a link to. Raises OSError."""
+    target = os.readlink(sys_block(sysname))
+    # All are "../../devices/...", and to join paths takes as long as the kernel's answer.
+    return SYS + target[6:] if target[:6] == "../../" else os.path.join(SYS + "class/block", target)
+
+
+def whole_place(place: str) -> str:
+    """The directory of the disk that a partition is on, given the partition's; a disk's own is returned."""
+    return os.path.dirname(place) if os.path.exists(place + "/partition") else place
+
+
+def is_going(place: str) -> bool:
+    """Whether the kernel is taking away a disk of size 0, given its directory in sysfs.
+
+    Since Linux 6.16, del_gendisk() waits for all I/O of the disk, for as long as that takes, before it
+    removes that directory and sends a uevent: elevator_set_none() freezes the queue. Before that, on older
+    kernels too, it sets the size to 0 and removes the disk's backing device, with a uevent of that.
+    """
+    return not os.path.lexists(place + "/bdi")
+
+
+def is_busy(sysname: str) -> bool:
+    """Whether a block device has I/O under way, as far as the kernel counts it."""
+    try:
+        return any(count != b"0" for count in read_page(f"{SYS}block/{sysname}/inflight").split())
+    except OSError:
+        return False
+
+
+def sysname_of(devnum: int) -> str:
+    """The kernel's name of a block device number; empty if there is none."""
+    try:
+        return os.path.basename(os.readlink(f"{SYS}dev/block/{os.major(devnum)}:{os.minor(devnum)}"))
+    except OSError:
+        return ""
+
+
+def sysname_of_node(path: str) -> str:
+    """The kernel's name of the block device that a path leads to; empty if it leads to none."""
+    return device_below(path) if device_number(path) else ""
+
+
+def device_number(node: str) -> str:
+    """MAJOR:MINOR of a block device's node; empty if `node` is none."""
+    try:
+        st = os.stat(node)
+    except (OSError, ValueError):
+        return ""
+    return f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}" if stat.S_ISBLK(st.st_mode) else ""
+
+
+def is_partition(sysname: str) -> bool:
+    return os.path.exists(sys_block(sysname) + "/partition")
+
+
+def is_stacked(sysname: str) -> bool:
+    """Whether a block device is made of others, as those of bcache, device-mapper and md are."""
+    return sysname.startswith(("bcache", "dm-", "md"))
+
+
+def dm_uuid(sysname: str) -> str:
+    """The UUID of a device-mapper device, which begins with its owner's name; empty for others."""
+    return read_attribute(sys_block(sysname) + "/dm/uuid") if sysname.startswith("dm-") else ""
+
+
+def is_multipath(sysname: str) -> bool:
+    """Whether a block device is a disk that several others are paths to (multipath-tools)."""
+    return dm_uuid(sysname).startswith("mpath-")
+
+
+def is_mapped_partition(sysname: str) -> bool:
+    """Whether a block device is a partition of another one, made by kpartx: its UUID is "part1-..."."""
+    prefix, _, rest = dm_uuid(sysname).partition("-")
+    return prefix[:4] == "part" and prefix[4:].isdigit() and rest != ""
+
+
+def below(sysname: str, found: set[str] | None = None) -> set[str]:
+    """The block devices that one is on or made of, through all layers."""
+    found = set() if found is None else found
+    base = sys_block(sysname)
+    lower = list_directory(base + "/slaves")
+    if os.path.exists(base + "/partition"):
+        lower.append(os.path.basename(os.path.dirname(os.path.realpath(base))))
+    for name in lower:
+        if name not in found:
+            found.add(name)
+            below(name, found)
+    return found
+
+
+def is_mapping(sysname: str) -> bool:
+    """Whether a block device is one of ours, in between a disk and its export."""
+    return dm_uuid(sysname).startswith(MAPPING_PREFIX)
+
+
+def mapped_disk(sysname: str) -> str:
+    """The node or file that a mapping of ours leads to; empty if it does not show."""
+    for lower in list_directory(sys_block(sysname) + "/slaves"):
+        backing = read_attribute(f"{sys_block(lower)}/loop/backing_file")
+        if not backing.startswith(MEMORY_FILE):
+            return backing or device_node(lower)
+    return ""
+
+
+def why_ours(sysname: str, depth: int = 0) -> str:
+    """How a block device leads to a mapping of ours, and so is an export itself; empty if it does not."""
+    if is_mapping(sysname):
+        return f"'{DEV}{sysname}', through which '{mapped_disk(sysname)}' is exported"
+    lower: list[str] = []
+    if is_partition(sysname):
+        lower = [whole_disk(sysname)]
+    elif is_stacked(sysname):
+        lower = list_directory(sys_block(sysname) + "/slaves")
+    elif sysname.startswith("loop"):
+        lower = [device_below(read_attribute(sys_block(sysname) + "/loop/backing_file"))]
+    return next((why for n in lower if n and depth < 16 and (why := why_ours(n, depth + 1))), "")
+
+
+def device_below(path: str) -> str:
+    """The kernel's name of the block device that a path leads to, or that a file is on; empty if unknown."""
+    try:
+        st = os.stat(path)
+    except (OSError, ValueError):
+        return ""
+    return sysname_of(st.st_rdev if stat.S_ISBLK(st.st_mode) else st.st_dev)
+
+
+def is_no_disk(sysname: str) -> bool:
+    """Whether to hide a block device: an unbound loop device, or one between a disk and its export."""
+    if sysname.startswith("loop"):
+        source = read_attribute(sys_block(sysname) + "/loop/backing_file")
+        holders = list_directory(sys_block(sysname) + "/holders")
+        return not source or source.startswith(MEMORY_FILE) or any(map(is_mapping, holders))
+    return is_mapping(sysname)
+
+
+def logical_block_size(node: str) -> int:
+    """The size of a block device's sectors, in bytes; 0 if that is not known."""
+    base = f"{SYS}dev/block/{device_number(node)}"
+    if os.path.exists(base + "/partition"):
+        base = os.path.dirname(os.path.realpath(base))
+    size = read_attribute(base + "/queue/logical_block_size")
+    return int(size) if size.isdigit() else 0
+
+
+def is_zoned(sysname: str) -> bool:
+    return read_attribute(sys_block(sysname) + "/queue/zoned") not in ("", "none")
+
+
+def partitions_of(sysname: str) -> list[str]:
+    base = sys_block(sysname)
+    return [
+        n for n in list_directory(base) if n.startswith(sysname) and os.path.exists(f"{base}/{n}/partition")
+    ]
+
+
+def natural_order(name: str) -> tuple[int, str]:
+    """sda before sdb before sdaa, nvme0n1 before nvme10n1."""
+    return len(name), name
+
+
+def parse_block_uevent(raw: bytes) -> tuple[str, str]:
+    """MAJOR:MINOR and DISKSEQ, if it is there, from a block device's uevent file. Takes any bytes."""
+    text = "\n" + raw.decode("ascii", "replace")
+    # They become part of paths.
+    major, minor, diskseq = [
+        value if value.isdecimal() else ""
+        for value in [
+            text.partition(name)[2].partition("\n")[0] for name in ("\nMAJOR=", "\nMINOR=", "\nDISKSEQ=")
+        ]
+    ]
+    return f"{major}:{minor}", diskseq
+
+
+def udev_runs() -> bool:
+    return os.path.exists(UDEV + "control")
+
+
+def parse_udev_database(raw: bytes) -> dict[str, str]:
+    """The properties of an entry of udev's database (systemd's device-private.c). Takes any bytes."""
+    # All others begin with links and tags, of which there may be many.
+    lines = [line[2:] for line in raw.split(b"\n") if line[:5] == b"E:ID_"]
+    return parse_assignments(b"\n".join(lines)) if lines else {}
+
+
+def is_of_former_disk(entry: bytes, diskseq: str) -> bool:
+    """Whether an entry of udev's database is about the disk or medium that had the same number before.
+
+    A busy udev may take the entry away, or replace it, only when the next disk has been there for a while.
+    Its links tell since systemd 250. Takes any bytes.
+    """
+    stem = b"S:disk/by-diskseq/"
+    if not diskseq or stem not in entry or stem + diskseq.encode() + b"\n" in entry:
+        return False
+    links = [line[len(stem) :] for line in entry.split(b"\n") if line.startswith(stem)]
+    return bool(links) and diskseq.encode() not in [x.partition(b"-")[0] for x in links]
+
+
+def parse_vpd_serial(raw: bytes) -> str:
+    """The unit serial number of SCSI's vital product data page 0x80 (SPC-4, 7.8.15). Takes any bytes."""
+    if len(raw) < 4 or raw[1] != 0x80:
+        return ""
+    return printable(raw[4 : 4 + int.from_bytes(raw[2:4], "big")]).strip("\0? \n")
+
+
+def read_vpd(path: str) -> bytes:
+    """A page of SCSI's vital product data; empty if there is none."""
+    try:
+        return read_bytes(path)
+    except OSError:
+        return b""
+
+
+def read_udev_entry(number: str, diskseq: str) -> bytes:
+    """What udev's database has on the device MAJOR:MINOR, which now is the disk or medium `diskseq`.
+
+    Raises OSError if there is nothing (yet).
+    """
+    path = f"{UDEV}data/b{number}"
+    entry = read_bytes(path)
+    if is_of_former_disk(entry, diskseq):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    return entry
+
+
+def identity_from_udev(disk: Disk, properties: dict[str, str]) -> None:
+    """What udev found out of a disk (its rules 60-persistent-storage.rules and its hardware database)."""
+    disk.model = properties.get("ID_MODEL_FROM_DATABASE") or properties.get("ID_MODEL") or ""
+    disk.serial = properties.get("ID_SERIAL_SHORT") or ""
+    disk.id_serial = properties.get("ID_SERIAL") or ""
+
+
+def parse_vpd_name(raw: bytes) -> tuple[int, str]:
+    """Type and text of the best name in SCSI's page 0x83 (SPC-4, 7.8.6), type 3 (NAA) before 2, 1 and 0.
+
+    Written as udev's scsi_id does it; (-1, "") if there is none. Takes any bytes.
+    """
+    best = -1, -1, ""
+    offset = 4
+    while offset + 4 <= len(raw) and raw[1] == 0x83:
+        code_set, kind, length = raw[offset] & 15, raw[offset + 1] & 0x3F, raw[offset + 3]
+        name = raw[offset + 4 : offset + 4 + length]
+        offset += 4 + length
+        # Others are of the port or the target, or of types that are no names.
+        if kind <= 3 and name and code_set in (1, 2):
+            rank = name[0] >> 4 if kind == 3 and code_set == 1 else 0  # registered ones are 5 and 6
+            best = max(best, (kind, rank, name.hex() if code_set == 1 else printable(name.rstrip(b"\0"))))
+    return best[0], best[2]
+
+
+def identity_from_sysfs(disk: Disk) -> None:
+    """Model and serial number of a disk from sysfs, for want of udev, composed as udev's rules do it."""
+    base = sys_block(disk.sysname)
+
+    def joined(text: str) -> str:
+        return "_".join(text.split())
+
+    device = base + "/device"
+    model = read_attribute(device + "/model") or read_attribute(device + "/name")
+    vendor = read_attribute(device + "/vendor")
+    disk.model = joined(model)
+    if serial := read_attribute(base + "/serial"):  # virtio-blk
+        disk.serial, disk.id_serial = "", joined(serial)
+    elif serial := read_attribute(device + "/serial"):  # NVMe, MMC
+        disk.serial = disk.id_serial = joined(serial)
+        if namespace := read_attribute(base + "/nsid"):
+            disk.id_serial = f"{disk.model}_{disk.serial}_{namespace}"
+            disk.model = model
+    elif serial := usb_serial(device):
+        disk.serial = joined(serial)
+        address = os.path.basename(os.path.realpath(device)).split(":")
+        disk.id_serial = f"{joined(vendor)}_{disk.model}_{disk.serial}-{':'.join(address[2:])}"
+    elif serial := parse_vpd_serial(
+        read_vpd(device + "/vpd_pg80")
+    ):  # SCSI, and ATA, whose vendor is always "ATA"
+        disk.serial = joined(serial)
+        kind, name = parse_vpd_name(read_vpd(device + "/vpd_pg83"))
+        if vendor == "ATA":
+            disk.id_serial = f"{disk.model}_{disk.serial}"
+        elif kind > 0:
+            disk.id_serial = f"{kind}{joined(name)}"
+        else:
+            prefix = "" if kind < 0 else "0"
+            disk.id_serial = f"{prefix}{joined(vendor)}_{disk.model}_{joined(name) or disk.serial}"
+
+
+def usb_serial(device: str) -> str:
+    """The serial number of the USB device that a SCSI device is; empty if it is none or has none."""
+    path = os.path.realpath(device)
+    if "/usb" not in path:
+        return ""
+    while len(path) > len(SYS) and not os.path.exists(path + "/idVendor"):
+        path = os.path.dirname(path)
+    return read_attribute(path + "/serial")
+
+
+def device_node(sysname: str) -> str:
+    """The node of a block device as devtmpfs names it."""
+    return DEV + sysname.replace("!", "/")
+
+
+def whole_disk(sysname: str) -> str:
+    """The kernel's name of the disk that a partition is on; empty if the device is gone or no partition."""
+    if not is_partition(sysname):
+        return ""
+    return os.path.basename(os.path.dirname(os.path.realpath(sys_block(sysname))))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 8. Disks
+# -----------------------------------------------------------------------------------------------------------
+
+
+class UdevNotDone(str):
+    """Why a disk waits: udev has not finished with it, or with one of its partitions."""
 
 
 class Disk:
@@ -1225,6 +1644,7 @@ class Disk:
 
     __slots__ = (
         "access",
+        "backing",
         "block",
         "branch",
         "cached",
@@ -1283,7 +1703,8 @@ class Disk:
         self.reported = ""
         self.fd = -1
         self.branch: Branch | None = None  # what of it is live
-        self.wanted: tuple[object, Branch] | None = None  # the last one computed, and from what
+        self.backing: Branch | None = None  # what is live between it and that
+        self.wanted: tuple[object, list[Branch]] | None = None  # the last ones computed, and from what
         self.stay: Stay | None = None  # who it is to clients, once that was asked for
         self.rest = 0  # bytes behind the last whole sector
         self.block = 0  # size of its sectors in bytes, where it has none of its own
@@ -1377,22 +1798,6 @@ class Disk:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-def links_in(entry: bytes) -> list[str]:
-    """The links that udev has made to a device, from its entry in the database. Takes any bytes."""
-    return [DEV + printable(x[2:]) for x in entry.split(b"\n") if x.startswith(b"S:")]
-
-
-def sys_block(sysname: str) -> str:
-    return f"{SYS}class/block/{sysname}"
-
-
-def sys_device(sysname: str) -> str:
-    """A block device's directory in the device tree, where sys_block() is a link to. Raises OSError."""
-    target = os.readlink(sys_block(sysname))
-    # All are "../../devices/...", and to join paths takes as long as the kernel's answer.
-    return SYS + target[6:] if target[:6] == "../../" else os.path.join(SYS + "class/block", target)
 
 
 class Stay:
@@ -1533,7 +1938,7 @@ class Stays:
         self.awaited = {t: a for t, a in self.awaited.items() if t not in tags and a[0][32:] not in slots}
 
     def forget_awaited(self) -> None:
-        """Awaits no disk any more."""
+        """Stops waiting for disks."""
         self.awaited = {}
         try:
             os.unlink(self.path + ".awaited")
@@ -1571,294 +1976,9 @@ class Stays:
             warning(f"Failed to note the numbers of namespaces in '{self.path}': {reason_of(e)}")
 
 
-def whole_place(place: str) -> str:
-    """The directory of the disk that a partition is on, given the partition's; a disk's own is returned."""
-    return os.path.dirname(place) if os.path.exists(place + "/partition") else place
-
-
-def is_going(place: str) -> bool:
-    """Whether the kernel is taking away a disk of size 0, given its directory in sysfs.
-
-    Since Linux 6.16, del_gendisk() waits for all I/O of the disk, for as long as that takes, before it
-    removes that directory and sends a uevent: elevator_set_none() freezes the queue. Before that, on older
-    kernels too, it sets the size to 0 and removes the disk's backing device, with a uevent of that.
-    """
-    return not os.path.lexists(place + "/bdi")
-
-
-def is_busy(sysname: str) -> bool:
-    """Whether a block device has I/O under way, as far as the kernel counts it."""
-    try:
-        return any(count != b"0" for count in read_page(f"{SYS}block/{sysname}/inflight").split())
-    except OSError:
-        return False
-
-
-def sysname_of(devnum: int) -> str:
-    """The kernel's name of a block device number; empty if there is none."""
-    try:
-        return os.path.basename(os.readlink(f"{SYS}dev/block/{os.major(devnum)}:{os.minor(devnum)}"))
-    except OSError:
-        return ""
-
-
-def sysname_of_node(path: str) -> str:
-    """The kernel's name of the block device that a path leads to; empty if it leads to none."""
-    return device_below(path) if device_number(path) else ""
-
-
-def device_number(node: str) -> str:
-    """MAJOR:MINOR of a block device's node; empty if `node` is none."""
-    try:
-        st = os.stat(node)
-    except (OSError, ValueError):
-        return ""
-    return f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}" if stat.S_ISBLK(st.st_mode) else ""
-
-
-def is_partition(sysname: str) -> bool:
-    return os.path.exists(sys_block(sysname) + "/partition")
-
-
-def is_stacked(sysname: str) -> bool:
-    """Whether a block device is made of others, as those of bcache, device-mapper and md are."""
-    return sysname.startswith(("bcache", "dm-", "md"))
-
-
-def dm_uuid(sysname: str) -> str:
-    """The UUID of a device-mapper device, which begins with its owner's name; empty for others."""
-    return read_attribute(sys_block(sysname) + "/dm/uuid") if sysname.startswith("dm-") else ""
-
-
-def is_multipath(sysname: str) -> bool:
-    """Whether a block device is a disk that several others are paths to (multipath-tools)."""
-    return dm_uuid(sysname).startswith("mpath-")
-
-
-def is_mapped_partition(sysname: str) -> bool:
-    """Whether a block device is a partition of another one, made by kpartx: its UUID is "part1-..."."""
-    prefix, _, rest = dm_uuid(sysname).partition("-")
-    return prefix[:4] == "part" and prefix[4:].isdigit() and rest != ""
-
-
-def below(sysname: str, found: set[str] | None = None) -> set[str]:
-    """The block devices that one is on or made of, through all layers."""
-    found = set() if found is None else found
-    base = sys_block(sysname)
-    lower = list_directory(base + "/slaves")
-    if os.path.exists(base + "/partition"):
-        lower.append(os.path.basename(os.path.dirname(os.path.realpath(base))))
-    for name in lower:
-        if name not in found:
-            found.add(name)
-            below(name, found)
-    return found
-
-
-def is_mapping(sysname: str) -> bool:
-    """Whether a block device is one of ours, in between a disk and its export."""
-    return dm_uuid(sysname).startswith(Mapping.PREFIX)
-
-
-def mapped_disk(sysname: str) -> str:
-    """The node or file that a mapping of ours leads to; empty if it does not show."""
-    for lower in list_directory(sys_block(sysname) + "/slaves"):
-        backing = read_attribute(f"{sys_block(lower)}/loop/backing_file")
-        if not backing.startswith(MEMORY_FILE):
-            return backing or device_node(lower)
-    return ""
-
-
-def why_ours(sysname: str, depth: int = 0) -> str:
-    """How a block device leads to a mapping of ours, and so is an export itself; empty if it does not."""
-    if is_mapping(sysname):
-        return f"'{DEV}{sysname}', through which '{mapped_disk(sysname)}' is exported"
-    lower: list[str] = []
-    if is_partition(sysname):
-        lower = [whole_disk(sysname)]
-    elif is_stacked(sysname):
-        lower = list_directory(sys_block(sysname) + "/slaves")
-    elif sysname.startswith("loop"):
-        lower = [device_below(read_attribute(sys_block(sysname) + "/loop/backing_file"))]
-    return next((why for n in lower if n and depth < 16 and (why := why_ours(n, depth + 1))), "")
-
-
-def device_below(path: str) -> str:
-    """The kernel's name of the block device that a path leads to, or that a file is on; empty if unknown."""
-    try:
-        st = os.stat(path)
-    except (OSError, ValueError):
-        return ""
-    return sysname_of(st.st_rdev if stat.S_ISBLK(st.st_mode) else st.st_dev)
-
-
-def is_no_disk(sysname: str) -> bool:
-    """Whether a block device is nothing to tell of: a loop device of nothing, or one that is in between."""
-    if sysname.startswith("loop"):
-        source = read_attribute(sys_block(sysname) + "/loop/backing_file")
-        holders = list_directory(sys_block(sysname) + "/holders")
-        return not source or source.startswith(MEMORY_FILE) or any(map(is_mapping, holders))
-    return is_mapping(sysname)
-
-
-def logical_block_size(node: str) -> int:
-    """The size of a block device's sectors, in bytes; 0 if that is not known."""
-    base = f"{SYS}dev/block/{device_number(node)}"
-    if os.path.exists(base + "/partition"):
-        base = os.path.dirname(os.path.realpath(base))
-    size = read_attribute(base + "/queue/logical_block_size")
-    return int(size) if size.isdigit() else 0
-
-
-def is_zoned(sysname: str) -> bool:
-    return read_attribute(sys_block(sysname) + "/queue/zoned") not in ("", "none")
-
-
-def partitions_of(sysname: str) -> list[str]:
-    base = sys_block(sysname)
-    return [
-        n for n in list_directory(base) if n.startswith(sysname) and os.path.exists(f"{base}/{n}/partition")
-    ]
-
-
-def natural_order(name: str) -> tuple[int, str]:
-    """sda before sdb before sdaa, nvme0n1 before nvme10n1."""
-    return len(name), name
-
-
-def parse_block_uevent(raw: bytes) -> tuple[str, str]:
-    """MAJOR:MINOR and DISKSEQ, if it is there, from a block device's uevent file. Takes any bytes."""
-    text = "\n" + raw.decode("ascii", "replace")
-    # They become part of paths.
-    major, minor, diskseq = [
-        value if value.isdecimal() else ""
-        for value in [
-            text.partition(name)[2].partition("\n")[0] for name in ("\nMAJOR=", "\nMINOR=", "\nDISKSEQ=")
-        ]
-    ]
-    return f"{major}:{minor}", diskseq
-
-
-def udev_runs() -> bool:
-    return os.path.exists(UDEV + "control")
-
-
-def parse_udev_database(raw: bytes) -> dict[str, str]:
-    """The properties of an entry of udev's database (systemd's device-private.c). Takes any bytes."""
-    # All others begin with links and tags, of which there may be many.
-    lines = [line[2:] for line in raw.split(b"\n") if line[:5] == b"E:ID_"]
-    return parse_assignments(b"\n".join(lines)) if lines else {}
-
-
-def is_of_former_disk(entry: bytes, diskseq: str) -> bool:
-    """Whether an entry of udev's database is about the disk or medium that had the same number before.
-
-    A busy udev may take the entry away, or replace it, only when the next disk has been there for a while.
-    Its links tell since systemd 250. Takes any bytes.
-    """
-    stem = b"S:disk/by-diskseq/"
-    if not diskseq or stem not in entry or stem + diskseq.encode() + b"\n" in entry:
-        return False
-    links = [line[len(stem) :] for line in entry.split(b"\n") if line.startswith(stem)]
-    return bool(links) and diskseq.encode() not in [x.partition(b"-")[0] for x in links]
-
-
-def parse_vpd_serial(raw: bytes) -> str:
-    """The unit serial number of SCSI's vital product data page 0x80 (SPC-4, 7.8.15). Takes any bytes."""
-    if len(raw) < 4 or raw[1] != 0x80:
-        return ""
-    return printable(raw[4 : 4 + int.from_bytes(raw[2:4], "big")]).strip("\0? \n")
-
-
-def read_vpd(path: str) -> bytes:
-    """A page of SCSI's vital product data; empty if there is none."""
-    try:
-        return read_bytes(path)
-    except OSError:
-        return b""
-
-
-def read_udev_entry(number: str, diskseq: str) -> bytes:
-    """What udev's database has on the device MAJOR:MINOR, which now is the disk or medium `diskseq`.
-
-    Raises OSError if there is nothing (yet).
-    """
-    path = f"{UDEV}data/b{number}"
-    entry = read_bytes(path)
-    if is_of_former_disk(entry, diskseq):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-    return entry
-
-
-def identity_from_udev(disk: Disk, properties: dict[str, str]) -> None:
-    """What udev found out of a disk (its rules 60-persistent-storage.rules and its hardware database)."""
-    disk.model = properties.get("ID_MODEL_FROM_DATABASE") or properties.get("ID_MODEL") or ""
-    disk.serial = properties.get("ID_SERIAL_SHORT") or ""
-    disk.id_serial = properties.get("ID_SERIAL") or ""
-
-
-def parse_vpd_name(raw: bytes) -> tuple[int, str]:
-    """Type and text of the best name in SCSI's page 0x83 (SPC-4, 7.8.6), type 3 (NAA) before 2, 1 and 0.
-
-    Written as udev's scsi_id does it; (-1, "") if there is none. Takes any bytes.
-    """
-    best = -1, -1, ""
-    offset = 4
-    while offset + 4 <= len(raw) and raw[1] == 0x83:
-        code_set, kind, length = raw[offset] & 15, raw[offset + 1] & 0x3F, raw[offset + 3]
-        name = raw[offset + 4 : offset + 4 + length]
-        offset += 4 + length
-        # Others are of the port or the target, or of types that are no names.
-        if kind <= 3 and name and code_set in (1, 2):
-            rank = name[0] >> 4 if kind == 3 and code_set == 1 else 0  # registered ones are 5 and 6
-            best = max(best, (kind, rank, name.hex() if code_set == 1 else printable(name.rstrip(b"\0"))))
-    return best[0], best[2]
-
-
-def identity_from_sysfs(disk: Disk) -> None:
-    """The same without udev, from sysfs, composed as udev's rules compose it."""
-    base = sys_block(disk.sysname)
-
-    def joined(text: str) -> str:
-        return "_".join(text.split())
-
-    device = base + "/device"
-    model = read_attribute(device + "/model") or read_attribute(device + "/name")
-    vendor = read_attribute(device + "/vendor")
-    disk.model = joined(model)
-    if serial := read_attribute(base + "/serial"):  # virtio-blk
-        disk.serial, disk.id_serial = "", joined(serial)
-    elif serial := read_attribute(device + "/serial"):  # NVMe, MMC
-        disk.serial = disk.id_serial = joined(serial)
-        if namespace := read_attribute(base + "/nsid"):
-            disk.id_serial = f"{disk.model}_{disk.serial}_{namespace}"
-            disk.model = model
-    elif serial := usb_serial(device):
-        disk.serial = joined(serial)
-        address = os.path.basename(os.path.realpath(device)).split(":")
-        disk.id_serial = f"{joined(vendor)}_{disk.model}_{disk.serial}-{':'.join(address[2:])}"
-    elif serial := parse_vpd_serial(
-        read_vpd(device + "/vpd_pg80")
-    ):  # SCSI, and ATA, whose vendor is always "ATA"
-        disk.serial = joined(serial)
-        kind, name = parse_vpd_name(read_vpd(device + "/vpd_pg83"))
-        if vendor == "ATA":
-            disk.id_serial = f"{disk.model}_{disk.serial}"
-        elif kind > 0:
-            disk.id_serial = f"{kind}{joined(name)}"
-        else:
-            prefix = "" if kind < 0 else "0"
-            disk.id_serial = f"{prefix}{joined(vendor)}_{disk.model}_{joined(name) or disk.serial}"
-
-
-def usb_serial(device: str) -> str:
-    """The serial number of the USB device that a SCSI device is; empty if it is none or has none."""
-    path = os.path.realpath(device)
-    if "/usb" not in path:
-        return ""
-    while len(path) > len(SYS) and not os.path.exists(path + "/idVendor"):
-        path = os.path.dirname(path)
-    return read_attribute(path + "/serial")
+# -----------------------------------------------------------------------------------------------------------
+# 9. What uses a disk
+# -----------------------------------------------------------------------------------------------------------
 
 
 def why_network(sysname: str, place: str = "", depth: int = 0) -> str:
@@ -1977,7 +2097,8 @@ class Usage:
 
     def of(self, sysname: str) -> str:
         """How the system uses a block device, its partitions, or what is stacked on them; empty if not."""
-        # All that uses one also claims it, but for loop devices. For most disks no more need be asked.
+        # Every user except a loop device claims the device exclusively, so for most disks this one check is
+        # enough.
         if not self.loops and claim_error(sysname) == 0:
             return ""
         return self.search(sysname, set())
@@ -2089,11 +2210,6 @@ def why_claimed(sysname: str) -> str:
     return f"its use cannot be determined ('{device_node(sysname)}': {os.strerror(number)})"
 
 
-def device_node(sysname: str) -> str:
-    """The node of a block device as devtmpfs names it."""
-    return DEV + sysname.replace("!", "/")
-
-
 def block_tag(place: str, number: str, diskseq: str) -> str:
     """What tells a disk or medium from the next one with the same number MAJOR:MINOR. Raises OSError.
 
@@ -2130,6 +2246,11 @@ def has_gone(tag: str) -> bool:
         return True
 
 
+# -----------------------------------------------------------------------------------------------------------
+# 10. Which disks there are
+# -----------------------------------------------------------------------------------------------------------
+
+
 def probe_block_device(disk: Disk) -> None:
     """Reads from sysfs and udev's database what can change about a disk. Raises OSError once it is gone."""
     # The link is followed once: with a thousand disks, the kernel's way through it counts.
@@ -2150,7 +2271,7 @@ def probe_block_device(disk: Disk) -> None:
         disk.udev_entry = entry
         disk.waiting = ""
     except OSError:
-        disk.waiting = "udev is not done with it" if udev_runs() else ""
+        disk.waiting = UdevNotDone("udev is not done with it") if udev_runs() else ""
         identity_from_sysfs(disk)
 
 
@@ -2164,7 +2285,7 @@ def find_relatives(disk: Disk) -> None:
         names, known = names_of(name)
         disk.parts.append(names)
         if not known and udev_runs() and not disk.waiting:
-            disk.waiting = f"udev is not done with '{device_node(name)}'"
+            disk.waiting = UdevNotDone(f"udev is not done with '{device_node(name)}'")
     seen = {disk.sysname}
     below, above = (list(stack(disk.sysname, direction, seen)) for direction in ("slaves", "holders"))
     disk.relatives = [names_of(name)[0] for name in below + above]
@@ -2193,13 +2314,6 @@ def names_of(sysname: str) -> tuple[list[str], bool]:
     return [*names, *links_in(entry)], True
 
 
-def whole_disk(sysname: str) -> str:
-    """The kernel's name of the disk that a partition is on; empty if the device is gone or no partition."""
-    if not is_partition(sysname):
-        return ""
-    return os.path.basename(os.path.dirname(os.path.realpath(sys_block(sysname))))
-
-
 def image_sectors(path: str) -> int:
     """The size of the sectors that an image has, in bytes: 512, or 4096 if that is what its GPT is for.
 
@@ -2214,7 +2328,7 @@ def image_sectors(path: str) -> int:
 
 
 def probe_file(disk: Disk) -> None:
-    """The same for a regular file. Raises OSError."""
+    """Reads what can change about a regular file. Raises OSError."""
     st = os.stat(disk.node)
     disk.set_tag(f"{FILE_TAG}{st.st_dev}:{st.st_ino} {birth_time(disk.node) or UNKNOWN}")
     if disk.fd < 0:  # what clients have attached keeps the size of its sectors
@@ -2303,16 +2417,16 @@ def why_not_all(disk: Disk) -> str:
     return ""
 
 
-def lock_holder(fd: int) -> str:
-    """Who holds a BSD lock on the open file, as far as /proc/locks tells."""
-    st = os.fstat(fd)
+def lock_holder(path: str) -> str:
+    """Who holds a BSD lock on a file, as far as /proc/locks tells."""
     try:
+        inode = os.stat(path).st_ino
         lines = printable(read_bytes(PROC + "locks")).split("\n")
     except OSError:
-        lines = []
+        return "another process"
     for line in lines:
         fields = line.split()
-        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5].endswith(f":{st.st_ino}"):
+        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):
             name = read_attribute(f"{PROC}{fields[4]}/comm")
             return f"process {fields[4]} ({name})" if name else f"process {fields[4]}"
     return "another process"
@@ -2335,7 +2449,9 @@ def try_lock(disk: Disk) -> None:
         disk.fd = -1
         if e.errno != errno.EWOULDBLOCK:
             raise
-        disk.waiting = "another process holds its lock"
+        # Looked up only once that takes long: the kernel lists all locks there are.
+        who = lock_holder(disk.node) if disk.waiting_named else "another process"
+        disk.waiting = f"{who} holds its lock"
         return
     disk.fd = fd
     disk.waiting = ""
@@ -2541,7 +2657,7 @@ class Inventory:
             return ""
         for other in self.disks.values():
             since = now - (other.waiting_since or now)
-            if other is not disk and other.waiting.startswith("udev") and since < UDEV_WAIT_SEC:
+            if other is not disk and isinstance(other.waiting, UdevNotDone) and since < UDEV_WAIT_SEC:
                 return other.node
         return ""
 
@@ -2610,8 +2726,7 @@ class Inventory:
             path = by_name[disk.name]
             disk.access = self.access.of(disk)
             if why := why_unfit(disk):
-                why = NO_MEDIUM.replace("it will be exported", "start again") if why == NO_MEDIUM else why
-                raise UserError(f"Failed to export '{path}': {why}")
+                raise UserError(f"Failed to export '{path}': {NO_MEDIUM_NAMED if why == NO_MEDIUM else why}")
             if disk.rest:
                 warning(
                     f"The last {disk.rest} bytes of '{path}' are not exported, "
@@ -2645,7 +2760,7 @@ class Inventory:
             raise UserError(f"Failed to export '{disk.node}': {reason_of(e)}") from e
         if disk.stay is None:
             disk.stay = self.stays.of(disk)
-        if disk.fd < 0:  # or else clients know it as it is
+        if disk.fd < 0:  # once exported, a disk keeps the access that its clients have seen
             self.decide(disk)
 
     def decide(self, disk: Disk) -> None:
@@ -2720,12 +2835,14 @@ class Inventory:
         return sorted(found, key=lambda d: natural_order(d.name))
 
 
-# Addresses
-
-
 HARDWARE = 0  # what is behind an interface
 SOFTWARE = 1
 BRIDGE_PORT = 2
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 11. Addresses and news
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Address:
@@ -2840,7 +2957,7 @@ class Network:
 
     def addresses(self) -> list[Address]:
         """All usable addresses, in the order to show them. Raises OSError."""
-        # What changes while it is being read is read again; a dump that never ends well is as good as any.
+        # A dump that was interrupted by a change is repeated; if eight in a row were, the last one is used.
         for _ in range(8):
             links, settled = self.dump(RTM_GETLINK, ifinfomsg())
             bodies, settled_too = self.dump(RTM_GETADDR, ifaddrmsg())
@@ -2939,7 +3056,7 @@ def drain(s: socket.socket) -> list[bytes]:
                 raise
             found.append(b"")
             continue
-        # Only who is privileged can send to a group; anyone could send to this socket alone.
+        # Multicast needs privileges; a unicast message could come from anyone, and is ignored.
         if sender[1] != 0:
             found.append(data)
 
@@ -3049,17 +3166,28 @@ class Uevents:
         return names
 
 
-# The tree: what creates, adopts and removes entries of configfs
+# -----------------------------------------------------------------------------------------------------------
+# 12. Entries and branches
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Entry:
     """One thing in the wanted tree, made and unmade in one step. Paths are relative to the tree's root."""
 
     __slots__ = ("path", "value")
-    amendable = False  # whether it may be made, or made again, while what it is part of is in use
-    slow = False  # whether making it is mostly waiting, so that many are made at a time
-    holds = False  # whether it keeps other parts of the tree from being taken away, and so goes first
-    admits = False  # whether it lets clients in, and so is made last, of all branches
+    LETTER = (
+        ""  # its kind in the ledger; empty for what vanishes with its branch's root, or with this process
+    )
+    LIVE = False  # whether it may be made, or made again, while clients use its branch
+    ADMITS = False  # whether it lets clients in: of all branches, these are made last and unmade first
+    WAITS = False  # whether making it is mostly waiting, so that many are made at a time
+    CLOSES = False  # whether no client can change anything in its branch once it is unmade
+
+    kinds: ClassVar[dict[str, type[Entry]]] = {}  # by letter
+
+    def __init_subclass__(cls) -> None:
+        if "LETTER" in vars(cls):
+            Entry.kinds[cls.LETTER] = cls
 
     def __init__(self, path: str, value: str = "") -> None:
         self.path = path
@@ -3085,27 +3213,57 @@ class Entry:
         """Whether the kernel has it just so."""
         return True
 
+    def place(self, root: str) -> str:
+        """Where people find it."""
+        return root + self.path
+
+    def identity(self, root: str) -> str:
+        """What tells it from another's of the same name, in one line of text; empty if it is not there."""
+        return ""
+
+    def is_open(self, root: str) -> bool:
+        """Whether it is there, and clients can come in by it."""
+        return False
+
+    def is_begun(self, root: str) -> bool:
+        """Whether it shows that the root of its branch is not one that we have made just now."""
+        return False
+
     def guard(self, *, adopted: bool) -> None:
         """Keeps the rest of this machine off the device that it stands for, if it stands for one.
 
         Called when it was made, or `adopted` from an earlier run.
         """
 
+    def owes(self) -> bool:
+        """Whether I/O of clients on the device that it stands for has not ended yet. Raises OSError."""
+        return False
+
+    def dooms(self, error: OSError) -> bool:
+        """Whether making it failed for a reason for which it would fail in all other branches as well."""
+        return False
+
+    def crowd(self) -> str:
+        """The directory that the kernel lets nobody into while this is unmade; empty if there is none."""
+        return ""
+
     def described(self, root: str) -> dict[str, str] | None:
         """What make() does: `step`, its operands, and the shell command for it; None if it does nothing."""
         return None
 
     def described_again(self, root: str) -> dict[str, str] | None:
-        """The same for make() while what it is part of is in use: it may be there already."""
+        """What make() does while clients use its branch, when the entry may be there already."""
         return self.described(root)
 
     def undescribed(self, root: str) -> dict[str, str] | None:
-        """The same for unmake()."""
+        """What unmake() does, in the same form; None if it does nothing."""
         return None
 
 
 class Directory(Entry):
     """A directory of configfs, that is, an object of the kernel."""
+
+    LETTER = "d"
 
     def make(self, root: str) -> None:
         os.mkdir(root + self.path)
@@ -3119,6 +3277,19 @@ class Directory(Entry):
     def is_live(self, root: str) -> bool:
         return os.path.isdir(root + self.path)
 
+    def identity(self, root: str) -> str:
+        """The inode number, which configfs keeps as long as the object lives."""
+        try:
+            return str(os.stat(root + self.path).st_ino)
+        except OSError:
+            return ""
+
+    def is_begun(self, root: str) -> bool:
+        return self.is_live(root)
+
+    def crowd(self) -> str:
+        return self.path.rpartition("/")[0]
+
     def described(self, root: str) -> dict[str, str]:
         path = root + self.path
         return {"step": "mkdir", "path": path, "command": f"mkdir {quoted(path)}"}
@@ -3131,7 +3302,9 @@ class Directory(Entry):
 class DefaultGroup(Entry):
     """A directory that the kernel makes, empty, with the one it is in. Other branches are made in it."""
 
-    def is_used(self, root: str) -> bool:
+    LETTER = "i"
+
+    def is_begun(self, root: str) -> bool:
         return bool(list_directory(root + self.path))
 
 
@@ -3168,9 +3341,9 @@ class OptionalAttribute(Attribute):
 
 
 class Trigger(OptionalAttribute):
-    """An attribute to which 1 is written each time `value` has changed (and once after a restart)."""
+    """An attribute to which 1 is written at first, after a restart, and each time `value` has changed."""
 
-    amendable = True
+    LIVE = True
 
     def text(self) -> str:
         return "1"
@@ -3182,7 +3355,8 @@ class Trigger(OptionalAttribute):
 class Link(Entry):
     """A symbolic link to the directory `value`. Links may be added to and taken from a live object."""
 
-    amendable = holds = admits = True
+    LETTER = "l"
+    LIVE = ADMITS = CLOSES = True
 
     def make(self, root: str) -> None:
         os.symlink(root + self.value, root + self.path)
@@ -3202,6 +3376,9 @@ class Link(Entry):
             return False
         return os.path.normpath(target) == os.path.normpath(root + self.value)
 
+    def is_open(self, root: str) -> bool:
+        return os.path.lexists(root + self.path)
+
     def described(self, root: str) -> dict[str, str] | None:
         target, path = root + self.value, root + self.path
         command = f"ln -s {quoted(target)} {quoted(path)}"
@@ -3215,7 +3392,7 @@ class Link(Entry):
 class Links(Link):
     """All links in the directory `path`, which are made and known by others. Made anew, there are none."""
 
-    admits = False
+    LETTER = "g"
 
     def make(self, root: str) -> None:
         self.unmake(root)
@@ -3227,12 +3404,913 @@ class Links(Link):
     def is_live(self, root: str) -> bool:
         return False  # what an earlier run has left there is not known
 
+    def is_open(self, root: str) -> bool:
+        return False  # they are there for ourselves
+
     def described(self, root: str) -> None:
         return None
 
     def undescribed(self, root: str) -> dict[str, str]:
         path = f"{root}{self.path}/*"
         return {"step": "unlink", "path": path, "command": f"rm -f {path}"}
+
+
+class Branch:
+    """A part of the tree that stands or falls as a whole.
+
+    Its `entries` are in the order in which they are made; the path of the first is its `root`, by which it
+    is known. `tag` tells what it was made for: under another tag it is another branch. It is made after the
+    branches whose roots it `needs`, and is removed before them; those in `scaffold` have to be there while
+    it is made, and no longer. An `adopted` one was made by an earlier run: of its entries, those in the
+    ledger are known, all others have to be read. `claims` are kinds and values of identities that no other
+    branch may have.
+    """
+
+    __slots__ = ("adopted", "claims", "entries", "needs", "root", "scaffold", "tag")
+
+    def __init__(
+        self,
+        tag: str,
+        entries: list[Entry],
+        *,
+        needs: Sequence[str] = (),
+        scaffold: Sequence[str] = (),
+        adopted: bool = False,
+        claims: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self.tag = tag
+        self.entries = entries
+        self.root = entries[0].path
+        self.needs = tuple(needs)
+        self.scaffold = tuple(scaffold)
+        self.adopted = adopted
+        self.claims = claims
+
+    def same_as(self, other: Branch) -> bool:
+        return (
+            not self.adopted
+            and not other.adopted
+            and self.tag == other.tag
+            and self.needs == other.needs
+            and self.entries == other.entries
+        )
+
+    def to_compare(self) -> Branch:
+        """A copy of which each entry has to be looked at, since it is not known what is there of it."""
+        return Branch(self.tag, self.entries, needs=self.needs, scaffold=self.scaffold, adopted=True)
+
+
+def in_levels(branches: Iterable[Branch]) -> list[list[Branch]]:
+    """First those that need none of the others, then those that need just these, and so on."""
+    left = {b.root: b for b in branches}
+    levels = []
+    while left:
+        level = [b for b in left.values() if not any(root in left for root in b.needs)]
+        assert level, "branches that need each other"
+        levels.append(level)
+        for branch in level:
+            del left[branch.root]
+    return levels
+
+
+class Failure:
+    """What could not be made or unmade: an `entry` of a `branch`, because of `error`.
+
+    With a `cause`, nothing of the branch was tried, because what it needs has failed.
+    """
+
+    __slots__ = ("branch", "cause", "entry", "error")
+
+    def __init__(self, branch: Branch, entry: Entry, error: OSError, cause: Failure | None = None) -> None:
+        self.branch = branch
+        self.entry = entry
+        # Before Python 3.10, what came too late has no number.
+        self.error = error if error.errno else OSError(errno.EIO, reason_of(error))
+        self.cause = cause
+
+
+class Patch:
+    """What changes in a branch that clients go on using: what is unmade, and what is made."""
+
+    __slots__ = ("branch", "missing", "stale")
+
+    def __init__(self, branch: Branch, stale: list[Entry], missing: list[Entry]) -> None:
+        self.branch = branch
+        self.stale = stale
+        self.missing = missing
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 13. The ledger
+# -----------------------------------------------------------------------------------------------------------
+
+
+class Ledger:
+    """Which branches are ours: a file of intentions, so that a crash at any moment leaves none unknown.
+
+    Records are appended and the last one for a root counts: `+` root, tag, letter and path of each entry
+    that has a letter, and `n` and root for each branch that it needs, written *before* the first of them is
+    made; `=` root and the identity of its first entry, right after that was made; `-` root, when all is
+    gone. Fields end with NUL, records with NUL and a line feed; one that is cut off does not count. Without
+    its lock, the file is only read.
+    """
+
+    NEED = "n"
+    BETWEEN = "mw"  # letters of what stands between a disk and its export
+    MUCH = 4096  # records after which those that no longer count are dropped
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.fd = -1
+        self.lock_fd = -1
+        self.records = 0
+        self.mutex = _thread.allocate_lock()
+
+    def lock(self) -> None:
+        """Opens the file and makes sure that no other instance uses it. Raises UserError."""
+        path = self.path + ".lock"
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            self.lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self.lock_fd, 0)
+            os.write(self.lock_fd, str(os.getpid()).encode())
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            # A record that was cut off would take the next one with it.
+            whole, end, _ = read_bytes(self.path).rpartition(b"\0\n")
+            os.ftruncate(self.fd, len(whole + end))
+        except BlockingIOError as e:
+            pid = read_attribute(path)
+            self.close()
+            raise UserError(
+                f"Another storagetm exports under this NQN already, process {pid or 'unknown'}; "
+                "stop it or give another --nqn"
+            ) from e
+        except OSError as e:
+            raise UserError(
+                f"Failed to write to '{path}', where it is noted what is exported: {reason_of(e)}; "
+                "mount a tmpfs on '/run'"
+            ) from e
+
+    def close(self) -> None:
+        for fd in (self.fd, self.lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.lock_fd = -1
+
+    @staticmethod
+    def parse(raw: bytes) -> dict[str, tuple[Branch, str]]:
+        """The branches noted, by root, with the identity if it was. Takes any bytes."""
+        found: dict[str, tuple[Branch, str]] = {}
+        parts: dict[str, str] = {}  # what was split off, by what it was split from
+        for record in raw.split(b"\0\n")[:-1]:
+            kind, *fields = (os.fsdecode(f) for f in record.split(b"\0"))
+            if kind == "+" and len(fields) >= 3:
+                for branch in Ledger.branches(*fields):
+                    identity = found[branch.root][1] if branch.root in found else ""
+                    found[branch.root] = branch, identity
+                    if branch.root != fields[0]:
+                        parts[fields[0]] = branch.root
+            elif kind == "=" and len(fields) == 2 and fields[0] in found:
+                found[fields[0]] = found[fields[0]][0], fields[1]
+            elif kind == "-" and len(fields) == 1:
+                found.pop(fields[0], None)
+                found.pop(parts.pop(fields[0], ""), None)
+        return found
+
+    @staticmethod
+    def branches(root: str, tag: str, *fields: str) -> list[Branch]:
+        """The branch of a record; none if it makes no sense.
+
+        Earlier versions had what stands between a disk and its export among the other entries of the disk's
+        branch: that gives two. They noted no needs, which then follow from what paths begin with.
+        """
+        entries = [Entry.kinds[f[0]](f[1:]) for f in fields if f[:1] in Entry.kinds and len(f) > 1]
+        if any(".." in entry.path.split("/") for entry in entries):
+            return []
+        needs = [f[1:] for f in fields if f[:1] == Ledger.NEED]
+        between = [entry for entry in entries if entry.LETTER in Ledger.BETWEEN]
+        others = [entry for entry in entries if entry.LETTER not in Ledger.BETWEEN]
+        if between and others:
+            needs.append(between[0].path)
+        found = [Branch(tag, part, adopted=True) for part in (between, others) if part]
+        if not found or found[-1].root != root:
+            return []
+        found[-1].needs = tuple(needs)
+        return found
+
+    def read(self, root: str) -> dict[str, Branch]:
+        """The branches of an earlier run that are still there and still ours. Raises OSError."""
+        found = {}
+        for name, (branch, noted) in self.parse(read_bytes(self.path)).items():
+            identity = branch.entries[0].identity(root)
+            # Died between the making and the note of its identity: then nothing can have been made in it.
+            begun = not noted and any(e.is_begun(root) for e in branch.entries[1:])
+            if identity and not begun and noted in ("", identity):
+                found[name] = branch
+            elif identity:
+                debug(f"'{root}{name}' has the name of an entry of ours, but is another's")
+        for branch in found.values():
+            for entry in branch.entries:
+                path = entry.path
+                while path := path.rpartition("/")[0]:
+                    if path in found and path != branch.root and path not in branch.needs:
+                        branch.needs += (path,)
+        return found
+
+    def add(self, branch: Branch, identity: str = "") -> None:
+        """Notes what is about to be made. Raises OSError."""
+        fields = [e.LETTER + e.path for e in branch.entries if e.LETTER]
+        self.append("+", branch.root, branch.tag, *fields, *(self.NEED + root for root in branch.needs))
+        if identity:
+            self.append("=", branch.root, identity)
+
+    def confirm(self, branch: Branch, root: str) -> None:
+        self.append("=", branch.root, branch.entries[0].identity(root))
+
+    def remove(self, branch: Branch) -> None:
+        self.append("-", branch.root)
+
+    def append(self, *fields: str) -> None:
+        if self.fd < 0:
+            return
+        record = utf8("\0".join((*fields, "\n")))
+        with self.mutex:
+            append(self.fd, record)
+            self.records += 1
+
+    def shorten(self, branches: Iterable[Branch], root: str) -> None:
+        """Drops what no longer counts, once there is much of it. Raises OSError."""
+        if self.records >= self.MUCH:
+            self.rewrite(branches, root)
+
+    def rewrite(self, branches: Iterable[Branch], root: str) -> None:
+        """Leaves only records of these branches. Raises OSError."""
+        new = Ledger(self.path + ".new")
+        new.fd = os.open(new.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            for branch in branches:
+                if not (identity := branch.entries[0].identity(root)):
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), branch.root)
+                new.add(branch, identity)
+            os.rename(new.path, self.path)
+        except OSError:
+            new.close()
+            raise
+        os.close(self.fd)
+        self.fd, self.records = new.fd, 0
+
+    def clear(self) -> None:
+        """Removes the file after a clean stop. The lock's file stays: someone may be waiting for it."""
+        try:
+            os.unlink(self.path)
+        except OSError as e:
+            debug(f"Failed to remove '{self.path}', ignoring: {reason_of(e)}")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 14. The tree
+# -----------------------------------------------------------------------------------------------------------
+
+
+def in_threads(
+    items: Sequence[Branch],
+    work: Callable[[Branch], None],
+    patience: float | None,
+    wake: Callable[[], None],
+) -> None:
+    """Does `work` for each item, for many at a time, and calls `wake` after each.
+
+    What takes over `patience` seconds goes on in the background (None: all is waited for).
+    """
+    pending, unfinished = list(reversed(items)), len(items)
+    counting, all_done = _thread.allocate_lock(), _thread.allocate_lock()
+    all_done.acquire()
+
+    def run() -> None:
+        nonlocal unfinished
+        while True:
+            try:
+                item = pending.pop()
+            except IndexError:
+                return
+            try:
+                work(item)
+            finally:
+                with counting:
+                    unfinished -= 1
+                    if not unfinished:
+                        all_done.release()
+                wake()
+
+    for _ in range(min(THREADS, len(items))):
+        _thread.start_new_thread(run, ())
+    all_done.acquire(True, -1 if patience is None else patience)
+
+
+class Plan:
+    """The difference between what is live and what is wanted: what has to be done.
+
+    `scaffolds` are those that something needs that is to be made, whether they are there or not. What cannot
+    be done before a removal has ended is not in it.
+    """
+
+    def __init__(self, tree: Tree, wanted: Sequence[Branch], scaffolds: Sequence[Branch]) -> None:
+        self.tree = tree
+        self.made: dict[str, Branch] = {}
+        self.patched: dict[str, Patch] = {}
+        roots = {b.root for b in wanted}
+        if tree.leaving:
+            # The kernel removes no port while it waits for a disk.
+            roots.update(b.root for b in scaffolds)
+        self.stale = {r for r in tree.live if r not in roots and r not in tree.leaving}
+        possible = self.possible(wanted) if tree.leaving else wanted
+        for want in possible:
+            self.compare(want)
+        # A branch is removed together with what it needs.
+        while self.stale and (more := [b for b in possible if self.is_uprooted(b)]):
+            for want in more:
+                self.make_anew(want)
+                self.patched.pop(want.root, None)
+        for want in possible if self.stale else ():
+            self.hang_anew(want)
+        changed = [*self.made.values(), *(patch.branch for patch in self.patched.values())]
+        needed = {root for b in changed for root in b.scaffold}
+        self.scaffolds = [b for b in scaffolds if b.root in needed]
+        self.removals = [b for r, b in tree.live.items() if r in self.stale and r not in needed]
+        self.creations = list(self.made.values())
+        self.patches = list(self.patched.values())
+
+    def __bool__(self) -> bool:
+        return bool(self.removals or self.creations or self.patches)
+
+    def compare(self, want: Branch) -> None:
+        """Takes note of what has to be done about a branch."""
+        have = self.tree.live.get(want.root)
+        if have is None:
+            self.made[want.root] = want
+        elif have is not want and not have.same_as(want):
+            if patch := self.tree.patch_for(have, want):
+                self.patched[want.root] = patch
+            else:
+                self.make_anew(want)
+
+    def make_anew(self, want: Branch) -> None:
+        self.stale.add(want.root)
+        self.made[want.root] = want
+
+    def lost_needs(self, want: Branch) -> set[str]:
+        """Roots that a live branch needs, now and later, and that are going to be taken away."""
+        have = self.tree.live.get(want.root)
+        if have is None or want.root in self.stale:
+            return set()
+        return self.stale.intersection(have.needs, want.needs)
+
+    def is_uprooted(self, want: Branch) -> bool:
+        """Whether it cannot stay where something is taken away that it needs."""
+        return not all(any(self.hung(want, root)) for root in self.lost_needs(want))
+
+    @staticmethod
+    def hung(want: Branch, root: str) -> list[bool]:
+        """Of what a branch has in another one, whether it may be taken away and made again."""
+        inside = [e.LIVE for e in want.entries if e.path.startswith(root + "/")]
+        return inside if all(inside) else []
+
+    def hang_anew(self, want: Branch) -> None:
+        """Has a branch that stays let go of what is taken away that it needs, and take hold of it again."""
+        for root in self.lost_needs(want):
+            inside = [e for e in want.entries if e.path.startswith(root + "/")]
+            patch = self.patched.setdefault(want.root, Patch(want, [], []))
+            patch.stale += [e for e in inside if e not in patch.stale]
+            patch.missing += [e for e in inside if e not in patch.missing]
+
+    def possible(self, wanted: Sequence[Branch]) -> list[Branch]:
+        """Those that need not wait for what is still being removed, nor for others that have to."""
+        leaving, crowded = self.tree.leaving, self.tree.crowded()
+        waiting = {
+            b.root
+            for b in wanted
+            if not leaving.isdisjoint((b.root, *b.needs, *b.scaffold))
+            or (b.root not in self.tree.live and any(e.crowd() in crowded for e in b.entries))
+        }
+        going_on = {root for b in wanted if b.root not in waiting for root in b.needs}
+        idle = (
+            {root for b in wanted if b.root in waiting for root in b.needs}
+            - going_on
+            - self.tree.live.keys()
+        )
+        return [b for b in wanted if b.root not in waiting and b.root not in idle]
+
+
+class Tree:
+    """What is live of ours, and what brings it to what is wanted; what fails half-way is undone."""
+
+    threads = True  # whether many things are done at a time
+
+    def __init__(self, root: str, ledger: Ledger) -> None:
+        self.root = root
+        self.ledger = ledger
+        self.present: dict[str, set[str]] = {}  # names in the directories in which something is to be made
+        self.live: dict[str, Branch] = {}
+        self.inherited: set[str] = set()  # roots of what an earlier run left
+        self.leaving: set[str] = set()  # roots whose removal takes longer, in a thread of its own
+        self.ended = False  # whether one of these has ended, for which something may have been put off
+        self.owed: dict[str, float] = {}  # since when I/O of disks that are gone is waited for, by root
+        self.ending = False  # whether that is given up after LOCK_WAIT_SEC
+        self.finished: list[tuple[Branch, Failure | None]] = []
+        self.wake: Callable[[], None] = lambda: None
+
+    def adopt(self) -> None:
+        """Takes over what an earlier run left. Raises OSError."""
+        self.live = self.ledger.read(self.root)
+        self.inherited = set(self.live)
+        if self.live and self.ledger.fd >= 0:
+            # Records of an earlier version, which had two branches in one, cannot be taken back one by one.
+            try:
+                self.ledger.rewrite(self.live.values(), self.root)
+            except OSError as e:
+                debug(f"Failed to write '{self.ledger.path}' anew, ignoring: {reason_of(e)}")
+
+    def admits(self) -> bool:
+        """Whether clients can come in to anything that is live."""
+        return any(e.is_open(self.root) for b in self.live.values() for e in b.entries)
+
+    def guard(self) -> None:
+        """Keeps the rest of this machine off what an earlier run has exported, too."""
+        for root in self.inherited & self.live.keys():
+            for entry in self.live[root].entries:
+                entry.guard(adopted=True)
+
+    def plan(self, wanted: Sequence[Branch], scaffolds: Sequence[Branch] = ()) -> Plan:
+        """What has to be done so that just the wanted branches of ours are live. Changes nothing."""
+        return Plan(self, wanted, scaffolds)
+
+    def patch_for(self, have: Branch, want: Branch) -> Patch | None:
+        """What to take away and to add for `want`; None if it has to be made anew."""
+        paths = {e.path for e in want.entries}
+        stale = [e for e in have.entries if e.LETTER and e.path not in paths]
+        missing = [e for e in want.entries if not e.is_live(self.root)]
+        if have.tag != want.tag or not all(e.LIVE for e in missing) or not all(e.ADMITS for e in stale):
+            return None
+        wrong = [e for e in missing if e.ADMITS and os.path.lexists(self.root + e.path)]
+        return Patch(want, stale + wrong, missing)
+
+    def apply(self, plan: Plan, patience: float | None = None) -> list[Failure]:
+        """Does what is planned; returns what failed, what failed because of something else after that.
+
+        Failed branches are gone, unless even their removal failed. Removals that take longer than `patience`
+        seconds go on in the background (None: all are waited for).
+        """
+        failures: dict[str, Failure] = {}
+        self.present = {}
+        for patch in plan.patches:
+            self.undo_all(patch.branch, patch.stale, failures)
+        self.remove(plan.removals, patience, failures)
+        for scaffold in plan.scaffolds:
+            self.raise_scaffold(scaffold, failures)
+        crowded = self.crowded()
+        creations = [b for b in plan.creations if not any(e.crowd() in crowded for e in b.entries)]
+        patches = {patch.branch.root: patch for patch in plan.patches}
+        changed = [*creations, *(patch.branch for patch in plan.patches)]
+        for level in in_levels(changed):
+            self.for_each(level, lambda branch: self.make(branch, patches.get(branch.root), failures))
+        # nvmet listens from the first link on, and a host that asks for a subsystem without one gives it up.
+        for branch in changed:
+            if branch.root in self.live and branch.root not in failures and not self.is_doomed(failures):
+                self.admit(branch, patches.get(branch.root), failures)
+        for scaffold in plan.scaffolds:
+            self.take_down(scaffold, failures)
+        return list(failures.values())
+
+    def do(self, entry: Entry, *, again: bool = False) -> None:
+        """Makes an entry, or makes one `again` that clients use. Raises OSError."""
+        entry.make(self.root)
+        entry.guard(adopted=False)
+
+    def undo(self, entry: Entry) -> None:
+        """Unmakes an entry. Raises OSError."""
+        entry.unmake(self.root)
+
+    def is_gone(self, path: str) -> bool:
+        """Whether something that is there would not be, if the steps so far had been taken."""
+        return False
+
+    def is_taken(self, path: str) -> bool:
+        """Whether something of that name is there, made by others.
+
+        A directory is read once for all that is made in it: for each name asked for, configfs goes through
+        all that it has.
+        """
+        directory, _, name = path.rpartition("/")
+        names = self.present.get(directory)
+        if names is None:
+            names = self.present[directory] = set(list_directory(self.root + directory))
+        return name in names and not self.is_gone(path)
+
+    def crowded(self) -> set[str]:
+        """Directories that the kernel lets nobody into, since it is taking something out of them."""
+        going = [self.live[root].entries for root in self.leaving if root in self.live]
+        # The innermost directory is the first to be removed.
+        return {next((c for e in reversed(entries) if (c := e.crowd())), "") for entries in going} - {""}
+
+    @staticmethod
+    def is_doomed(failures: dict[str, Failure]) -> bool:
+        """Whether all else would fail in the same way as something has."""
+        return any(f.entry.dooms(f.error) for f in list(failures.values())) if failures else False
+
+    def make(self, branch: Branch, patch: Patch | None, failures: dict[str, Failure]) -> None:
+        """Makes a branch, or what a patch adds, but not what lets clients in; if what it needs is there.
+
+        What a scaffold is for has to cope with it being missing.
+        """
+        if branch.root in failures:
+            return
+        for root in branch.needs:
+            if cause := failures.get(root):
+                failures[branch.root] = Failure(branch, branch.entries[0], cause.error, cause)
+                return
+        stands = all(root in self.live for root in branch.needs)
+        if patch:
+            self.amend(patch, failures)
+        # What has its name could not be removed, or is being removed.
+        elif branch.root not in self.live and stands and not self.is_doomed(failures):
+            self.create(branch, failures)
+
+    def create(self, branch: Branch, failures: dict[str, Failure]) -> None:
+        made: list[Entry] = []
+        entry = branch.entries[0]
+        noted = False
+        try:
+            if self.is_taken(branch.root):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            noted = True
+            self.ledger.add(branch)
+            for entry in branch.entries:
+                if entry.ADMITS:
+                    continue
+                self.do(entry)
+                made.append(entry)
+                if len(made) == 1:
+                    self.ledger.confirm(branch, self.root)
+        except OSError as e:
+            failures[branch.root] = Failure(branch, entry, e)
+            if noted:
+                self.revoke(branch, made)
+            return
+        complete = len(made) == len(branch.entries)
+        self.live[branch.root] = branch if complete else branch.to_compare()
+
+    def amend(self, patch: Patch, failures: dict[str, Failure]) -> None:
+        branch = patch.branch
+        self.live[branch.root] = branch.to_compare()
+        entry = branch.entries[0]
+        try:
+            if any(e.LETTER for e in patch.missing):
+                self.ledger.add(branch, entry.identity(self.root))
+            for entry in patch.missing:
+                if not entry.ADMITS:
+                    self.do(entry, again=True)
+        except OSError as e:
+            failures[branch.root] = Failure(branch, entry, e)
+            return
+        if not any(e.ADMITS for e in patch.missing):
+            self.live[branch.root] = branch
+
+    def admit(self, branch: Branch, patch: Patch | None, failures: dict[str, Failure]) -> None:
+        """Makes what lets clients in. What cannot be completed is removed, unless clients use it."""
+        admitting = [e for e in (patch.missing if patch else branch.entries) if e.ADMITS]
+        made = [e for e in branch.entries if not e.ADMITS]
+        entry = branch.entries[0]
+        try:
+            for entry in admitting:
+                self.do(entry, again=patch is not None)
+                made.append(entry)
+        except OSError as e:
+            failures[branch.root] = Failure(branch, entry, e)
+            if not patch:
+                self.revoke(branch, made)
+            return
+        self.live[branch.root] = branch
+
+    def revoke(self, branch: Branch, made: Sequence[Entry]) -> None:
+        """Takes away what was made of a branch that could not be made as a whole."""
+        self.live[branch.root] = branch.to_compare()
+        self.remove([self.live[branch.root]], None, {}, made)
+
+    def raise_scaffold(self, scaffold: Branch, failures: dict[str, Failure]) -> None:
+        """Makes a scaffold, or opens one that had to stay."""
+        have = self.live.get(scaffold.root)
+        patch = self.patch_for(have, scaffold) if have else None
+        if patch:
+            self.undo_all(scaffold, patch.stale, failures)
+        elif have:
+            self.remove([have], None, failures)
+        self.make(scaffold, patch, failures)
+        if scaffold.root in self.live and scaffold.root not in failures:
+            self.admit(scaffold, patch, failures)
+
+    def take_down(self, scaffold: Branch, failures: dict[str, Failure]) -> None:
+        """Removes a scaffold, or only closes it: the kernel removes no port while it waits for a disk."""
+        if not (have := self.live.get(scaffold.root)) or scaffold.root in self.leaving:
+            return
+        if not self.leaving:
+            self.remove([have], None, failures)
+        elif self.undo_all(have, [e for e in reversed(have.entries) if e.ADMITS], failures):
+            self.live[have.root] = have.to_compare()
+
+    def undo_all(self, branch: Branch, entries: Iterable[Entry], failures: dict[str, Failure]) -> bool:
+        for entry in entries:
+            try:
+                self.undo(entry)
+            except OSError as e:
+                failures[branch.root] = Failure(branch, entry, e)
+                return False
+        return True
+
+    def remove(
+        self,
+        branches: Sequence[Branch],
+        patience: float | None,
+        failures: dict[str, Failure],
+        made: Sequence[Entry] | None = None,
+    ) -> None:
+        """Removes branches, or of one just what was `made`.
+
+        What lets clients in is the first to go, then one level after the other, for many branches at a time:
+        taking away a namespace waits for a grace period of RCU in the kernel, some 20 ms each, unless many
+        do it at once; and for the I/O of a disk that is gone, for which nobody else should wait. What a
+        branch needs that cannot be removed stays.
+        """
+        ready = []
+        for branch in branches:
+            entries = branch.entries if made is None else made
+            if self.undo_all(branch, [e for e in reversed(entries) if e.ADMITS], failures):
+                ready.append(branch)
+        for level in reversed(in_levels(ready)):
+            free = level
+            if made is None and (needed := self.needed_by_rest(branches)):
+                free = [b for b in level if b.root not in needed]
+            self.remove_level(free, patience, made)
+            failures.update(self.collect())
+
+    def needed_by_rest(self, going: Sequence[Branch]) -> set[str]:
+        """What branches need that were to be removed and are still there."""
+        kept = [self.live[root] for root in self.leaving if root in self.live]
+        kept += [b for b in going if b.root in self.live]
+        return {root for b in kept for root in b.needs}
+
+    def remove_level(
+        self, branches: Sequence[Branch], patience: float | None, made: Sequence[Entry] | None
+    ) -> None:
+        def unmake(branch: Branch) -> None:
+            entries = branch.entries if made is None else made
+            problems: dict[str, Failure] = {}
+            try:
+                self.await_io(branch)
+                self.undo_all(branch, [e for e in reversed(entries) if not e.ADMITS], problems)
+            except OSError as e:
+                problems[branch.root] = Failure(branch, branch.entries[0], e)
+            self.finished.append((branch, problems.get(branch.root)))
+
+        if not self.threads or (patience is None and len(branches) <= 4):
+            for branch in branches:
+                unmake(branch)
+        else:
+            in_threads(branches, unmake, patience, self.wake)
+            done = {branch.root for branch, _ in list(self.finished)}
+            self.leaving.update(b.root for b in branches if b.root not in done)
+
+    def await_io(self, branch: Branch) -> None:
+        """Waits until a disk that is gone has answered its clients, or its driver has in its place.
+
+        The kernel would wait for that when the namespace is taken away, and nothing could end that wait, nor
+        this process meanwhile. Raises IoPending when it is given up. Clients have lost the links by then;
+        where they can go on writing, the kernel has to wait, which lets them do nothing more.
+        """
+        if not any(e.CLOSES for e in branch.entries):
+            return
+        pause = LOCK_POLL_SEC[0]
+        while has_gone(branch.tag) and self.owes(branch):
+            now = time.monotonic()
+            if now - self.owed.setdefault(branch.root, now) > LOCK_WAIT_SEC and self.ending:
+                raise IoPending(errno.EBUSY, os.strerror(errno.EBUSY))
+            time.sleep(pause)
+            pause = min(pause * 1.5, LOCK_POLL_SEC[1])
+        self.owed.pop(branch.root, None)
+
+    def owes(self, branch: Branch) -> bool:
+        """Whether a device that a branch needs has I/O of clients that has not ended."""
+        for root in branch.needs:
+            for entry in self.live[root].entries if root in self.live else ():
+                try:
+                    if entry.owes():
+                        return True
+                except OSError as e:
+                    debug(f"Failed to look at '{entry.path}', ignoring: {reason_of(e)}")
+        return False
+
+    def for_each(self, branches: Sequence[Branch], work: Callable[[Branch], None]) -> None:
+        """Does `work` for each branch in turn, and for many at a time where it is mostly waiting."""
+        waiting = []
+        for branch in branches:
+            if self.threads and any(e.WAITS for e in branch.entries):
+                waiting.append(branch)
+            else:
+                work(branch)
+        if len(waiting) == 1:
+            work(waiting[0])
+        elif waiting:
+            in_threads(waiting, work, None, self.wake)
+
+    def collect(self) -> dict[str, Failure]:
+        """Takes note of removals that have ended; returns those that failed, by root."""
+        failures = {}
+        while self.finished:
+            branch, failure = self.finished.pop()
+            if branch.root in self.leaving:
+                self.leaving.discard(branch.root)
+                self.ended = True
+            if failure is None:
+                self.live.pop(branch.root, None)
+                try:
+                    self.ledger.remove(branch)
+                except OSError as e:
+                    debug(f"Failed to note a removal, ignoring: {reason_of(e)}")
+            else:
+                failures[branch.root] = failure
+                if branch.root in self.live:
+                    self.live[branch.root] = branch.to_compare()
+        return failures
+
+
+class Rehearsal(Tree):
+    """A tree that shows its steps instead of taking them."""
+
+    threads = False
+
+    def __init__(self, root: str, ledger: Ledger, show: Callable[[dict[str, str]], None]) -> None:
+        super().__init__(root, ledger)
+        self.show = show
+        self.gone: set[str] = set()  # paths of what would have been removed by now
+
+    def do(self, entry: Entry, *, again: bool = False) -> None:
+        if step := (entry.described_again if again else entry.described)(self.root):
+            self.show(step)
+
+    def undo(self, entry: Entry) -> None:
+        if step := entry.undescribed(self.root):
+            self.gone.add(entry.path)
+            self.show(step)
+
+    def is_gone(self, path: str) -> bool:
+        return path in self.gone
+
+    def await_io(self, branch: Branch) -> None:
+        pass
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 15. Stores of snapshots
+# -----------------------------------------------------------------------------------------------------------
+
+
+def meminfo() -> dict[str, int]:
+    """The lines of proc(5)'s meminfo, in bytes; none if it cannot be read."""
+    found = {}
+    try:
+        for line in read_bytes(PROC + "meminfo").split(b"\n"):
+            fields = line.split()
+            if len(fields) > 1 and fields[1].isdigit() and len(fields[1]) < 16:
+                found[printable(fields[0].rstrip(b":"))] = int(fields[1]) * 1024
+    except OSError:
+        pass
+    return found
+
+
+def spare_memory() -> int:
+    """How many bytes of memory can be filled for good, and the machine still has what it needs to run.
+
+    What is in a memory file cannot be dropped or written out. If there were little else, the kernel would
+    kill one process after the other, and then give up: "System is deadlocked on memory".
+    """
+    found = meminfo()
+    part, least = MEMORY_KEPT
+    spare = found.get("MemAvailable", 0) - max(found.get("MemTotal", 0) // part, least)
+    if read_attribute(PROC + "sys/vm/overcommit_memory") == "2":
+        spare = min(spare, found.get("CommitLimit", 0) - found.get("Committed_AS", 0))
+    return max(0, spare)
+
+
+def chunk_sectors(source: str) -> int:
+    """The unit of a snapshot of a device or file, in sectors of 512 bytes.
+
+    Of one that is overwritten as a whole, the kernel does not read what was there before, which may be
+    unreadable. File systems write multiples of 4 KiB from their partition's beginning on. Larger units would
+    be faster to read, and fill the memory with what lies beside scattered changes.
+    """
+    sysname = device_below(source)
+    if not sysname or not device_number(source):
+        return CHUNK_SECTORS
+    chunk = CHUNK_SECTORS
+    for name in partitions_of(sysname):
+        start = read_attribute(f"{sys_block(name)}/start")
+        while chunk > 1 and start.isdigit() and int(start) % chunk:
+            chunk //= 2
+    block = read_attribute(sys_block(sysname) + "/queue/logical_block_size")
+    return max(chunk, int(block) // 512 if block.isdigit() else 1)
+
+
+def snapshot_state(name: str) -> tuple[int, int, str] | None:
+    """Used bytes of a snapshot's store, its limit in bytes, and OVERFLOW, INVALID or nothing.
+
+    None if there is no such snapshot.
+    """
+    try:
+        text = dm_target_text(bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_NOFLUSH_FLAG)))
+    except OSError:
+        return None
+    sectors, _, total = text.partition(" ")[0].partition("/")
+    if sectors.isdigit() and total.isdigit():
+        return int(sectors) * 512, int(total) * 512, ""
+    operands = snapshot_operands(name)
+    if text not in (OVERFLOW, INVALID) or not operands:
+        return None
+    size = read_attribute(f"{SYS}dev/block/{operands[1]}/size")
+    size_bytes = int(size) * 512 if size.isdigit() else 0
+    return size_bytes, size_bytes, text
+
+
+def loop_status(fd: int) -> loop_info64:
+    info = bytearray(ctypes.sizeof(loop_info64))
+    fcntl.ioctl(fd, LOOP_GET_STATUS64, info)
+    return loop_info64.from_buffer(info)
+
+
+def set_autoclear(fd: int, *, on: bool) -> None:
+    """Whether the kernel detaches a loop device on last close. Raises OSError."""
+    info = loop_status(fd)
+    info.lo_flags = info.lo_flags & ~LO_FLAGS_AUTOCLEAR | (LO_FLAGS_AUTOCLEAR if on else 0)
+    fcntl.ioctl(fd, LOOP_SET_STATUS64, bytes(info))
+
+
+def make_store_valid(number: str) -> None:
+    """Takes back what the kernel has noted at the beginning of a store, /dev/loopNUMBER: that it is invalid.
+
+    The format is that of struct disk_header in drivers/md/dm-snap-persistent.c. Raises OSError.
+    """
+    import mmap
+
+    # Past the cache, which may have what udev read there before.
+    fd = os.open(f"{DEV}loop{number}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        page = mmap.mmap(-1, 4096)
+        if os.preadv(fd, [page], 0) != 4096 or page[:4] != b"SnAp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if page[4:8] != b"\1\0\0\0":
+            page[4:8] = b"\1\0\0\0"
+            os.pwritev(fd, [page], 0)
+    finally:
+        os.close(fd)
+
+
+def kept_store(name: str) -> str:
+    """The number of the loop device with the changes of a snapshot whose table is away. Raises OSError."""
+    for loop in list_directory(SYS + "block"):
+        backing = read_attribute(f"{SYS}block/{loop}/loop/backing_file") if loop.startswith("loop") else ""
+        if backing.partition(" ")[0] == f"/memfd:{name}":
+            return loop[4:]
+    raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+
+
+def device_numbers(dev: int) -> str:
+    """MAJOR:MINOR of a number as device-mapper gives it (huge_encode_dev() in the kernel)."""
+    return f"{os.major(dev)}:{os.minor(dev)}"
+
+
+def dm_sectors(name: str) -> int:
+    """The length of a device's first target. Raises OSError."""
+    answer = bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_STATUS_TABLE_FLAG))
+    return int(dm_target_spec.from_buffer_copy(answer, dm_ioctl.from_buffer_copy(answer).data_start).length)
+
+
+def snapshot_operands(name: str) -> list[str]:
+    """A snapshot's table: origin and store as MAJOR:MINOR, "PO", and the unit; empty if it is none."""
+    try:
+        answer = bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_STATUS_TABLE_FLAG))
+    except OSError:
+        return []
+    fields = dm_target_text(answer).split(" ")
+    return fields[:4] if len(fields) > 3 and fields[2] == "PO" else []
+
+
+def snapshot_store(name: str) -> str:
+    """MAJOR:MINOR of the device that a snapshot keeps its changes on; empty if there is no such snapshot."""
+    return (snapshot_operands(name) or ["", ""])[1]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 16. Between a disk and its export
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Mapping(Entry):
@@ -3245,11 +4323,11 @@ class Mapping(Entry):
     """
 
     __slots__ = ("block", "device", "store", "target")
-    amendable = True
+    LETTER = "m"
+    LIVE = WAITS = True
 
-    PREFIX = "storagetm-"
     abandoned: ClassVar[list[str]] = []  # names of those that others held when they were to be removed
-    # Reads pass, all that would write fails (drivers/md/dm-flakey.c): up for 0 s, down for 1 s, for ever.
+    # Reads pass, all that would write fails (drivers/md/dm-flakey.c): up for 0 s, down for 1 s, always.
     READ_ONLY = "flakey"
     # Writes go to memory; when that is full, they fail, and reads go on (drivers/md/dm-snap.c).
     SNAPSHOT = "snapshot"
@@ -3273,7 +4351,7 @@ class Mapping(Entry):
         """The path for a device that people know as `name`."""
         clean = "".join(c if c.isascii() and (c.isalnum() or c in "+-.=_") else "_" for c in name)
         digest = sha256(utf8("\0".join((name, *made_of)))).hexdigest()
-        return f"dm/{cls.PREFIX}{clean[:80]}-{digest[:16]}"
+        return f"dm/{MAPPING_PREFIX}{clean[:80]}-{digest[:16]}"
 
     @property
     def name(self) -> str:
@@ -3304,9 +4382,8 @@ class Mapping(Entry):
             self.device = state.dev
             # Without a cache to flush there is nothing that a client without ill will gets an error for. It
             # takes the kernel 10 ms, and so is only done where there is one.
-            cache = f"{SYS}dev/block/{device_numbers(state.dev)}/queue/write_cache"
-            if self.target == self.READ_ONLY and read_attribute(cache) != "write through":
-                write_attribute(cache, "write through")
+            if self.target == self.READ_ONLY and self.cache(state.dev) != "write through":
+                write_attribute(self.cache_path(state.dev), "write through")
         except OSError:
             if known is None:
                 self.unmake(root)
@@ -3314,6 +4391,14 @@ class Mapping(Entry):
         finally:
             for fd in opened:
                 os.close(fd)
+
+    @staticmethod
+    def cache_path(dev: int) -> str:
+        return f"{SYS}dev/block/{device_numbers(dev)}/queue/write_cache"
+
+    def cache(self, dev: int) -> str:
+        """What kind of cache clients see: "write through" is none that they would have to flush."""
+        return read_attribute(self.cache_path(dev))
 
     def load(self, known: dm_ioctl | None, opened: list[int]) -> None:
         """Loads its table. What has to stay open until it is in use is added to `opened`."""
@@ -3425,7 +4510,7 @@ class Mapping(Entry):
             debug(f"Failed to let go of what '{self.name}' has kept, ignoring: {reason_of(e)}")
 
     def abandon(self) -> None:
-        """Has the kernel remove it as soon as nobody holds it any longer, and says who does."""
+        """Has the kernel remove it on last close, and says who has it open."""
         fact, commands = what_holds(self.sysname())
         disk, fact = mapped_disk(self.sysname()), fact or f"something has '{self.node()}' open"
         dm_call(DM_DEV_REMOVE, self.name, flags=DM_DEFERRED_REMOVE)
@@ -3444,6 +4529,18 @@ class Mapping(Entry):
     def node(self) -> str:
         return DEV + self.sysname()
 
+    def place(self, root: str) -> str:
+        return DEV + "mapper/" + self.name
+
+    def identity(self, root: str) -> str:
+        try:
+            return self.name if self.sysname() else ""
+        except OSError:
+            return ""
+
+    def owes(self) -> bool:
+        return is_busy(name) if (name := self.sysname()) else False
+
     def is_live(self, root: str) -> bool:
         try:
             state = self.state()
@@ -3452,6 +4549,8 @@ class Mapping(Entry):
         if state is None or not state.flags & DM_ACTIVE_PRESENT_FLAG or state.flags & DM_SUSPEND_FLAG:
             return False
         if self.target == self.SNAPSHOT and not snapshot_operands(self.name):
+            return False
+        if self.target == self.READ_ONLY and self.cache(state.dev) != "write through":
             return False
         size = read_attribute(f"{SYS}dev/block/{device_numbers(state.dev)}/size")
         return size == str(self.source()[1])
@@ -3488,6 +4587,7 @@ class Writable(Entry):
     """
 
     __slots__ = ("mapped",)
+    LETTER = "w"
 
     PREFIX = "disk/"
     written: ClassVar[dict[str, str]] = {}  # by path: the sectors written to the device before the export
@@ -3503,6 +4603,15 @@ class Writable(Entry):
     def sysname(self) -> str:
         """The kernel's name of the device; empty if it is gone."""
         return sysname_tagged(self.path[len(self.PREFIX) :].replace("-", " "))
+
+    def place(self, root: str) -> str:
+        return device_node(name) if (name := self.sysname()) else self.path
+
+    def identity(self, root: str) -> str:
+        return self.path
+
+    def owes(self) -> bool:
+        return is_busy(name) if (name := self.sysname()) else False
 
     def guard(self, *, adopted: bool) -> None:
         if (name := self.sysname() if adopted else self.value) and not self.mapped:
@@ -3601,6 +4710,32 @@ def mapping_target(disk: Disk, access: str) -> str:
     return Mapping.READ_ONLY if access == READ_ONLY else Mapping.SNAPSHOT
 
 
+def backing(disk: Disk, access: str, instance: str) -> Branch:
+    """What stands between a disk and all that it is exported by, for this kind of access.
+
+    `instance` tells its device-mapper device from that of another program of this kind for the same disk.
+    """
+    entries: list[Entry] = []
+    target = mapping_target(disk, access)
+    if access == READ_WRITE and disk.sysname:
+        # Before the mapping, so that it comes after that when all is taken away.
+        entries.append(Writable(Writable.path_for(disk.tag), disk.sysname, mapped=bool(target)))
+    if target:
+        path = Mapping.path_for(disk.name, instance, disk.tag, disk.node, target)
+        entries.append(Mapping(path, target, disk.node, disk.size, disk.block))
+    return Branch(disk.tag, entries)
+
+
+def mapping_of(branch: Branch | None) -> Mapping | None:
+    """The device-mapper device of a backing; None if it has none."""
+    return next((e for e in branch.entries if isinstance(e, Mapping)), None) if branch else None
+
+
+def live_mappings(live: dict[str, Branch], target: str) -> list[Mapping]:
+    """The live device-mapper devices of a kind."""
+    return [m for m in map(mapping_of, live.values()) if m and m.target == target]
+
+
 def lacking_modules(disk: Disk, access: str) -> list[str]:
     """The kernel's modules that a kind of access needs and that are neither there nor can be loaded."""
     target = mapping_target(disk, access)
@@ -3608,17 +4743,17 @@ def lacking_modules(disk: Disk, access: str) -> list[str]:
         return []
     lacking = []
     if not os.path.exists(SYS + "class/misc/device-mapper"):
-        run_program("modprobe", "-q", "dm-mod")
+        load_module("dm-mod")
     if not os.path.exists(DEV + "mapper/control"):
         lacking.append("dm-mod")
     elif (
         target != Mapping.READ_WRITE
         and not has_target(target)
-        and (run_program("modprobe", "-q", f"dm-{target}") or not has_target(target))
+        and (load_module(f"dm-{target}") or not has_target(target))
     ):
         lacking.append(f"dm-{target}")
     if not os.path.exists(SYS + "class/misc/loop-control"):
-        run_program("modprobe", "-q", "loop")
+        load_module("loop")
     if (access == SNAPSHOT or disk.block) and not os.path.exists(DEV + "loop-control"):
         lacking.append("loop")
     return lacking
@@ -3633,13 +4768,14 @@ def has_target(target: str) -> bool:
     return b"\0" + target.encode() + b"\0" in answer
 
 
-def why_not_mapped(problem: OSError, disk: Disk) -> str:
+def why_not_backed(failure: Failure, disk: Disk) -> str:
     """Why a disk cannot be protected from its clients, and what to do instead."""
+    problem = failure.error
     if not (lacking := lacking_modules(disk, disk.access)):
         reason = reason_of(problem)
-        name = str(problem.filename).rpartition("/")[2]
+        name = failure.entry.path.rpartition("/")[2]
         if problem.errno == errno.EBUSY:
-            mapping = Mapping(str(problem.filename))
+            mapping = Mapping(failure.entry.path)
             if mapping.state():
                 fact, commands = what_holds(mapping.sysname())
                 return f"its last export is still in use: {fact}; end that{in_brackets(commands)}"
@@ -3655,6 +4791,11 @@ def why_not_mapped(problem: OSError, disk: Disk) -> str:
     if not working:
         return advice
     return f"{advice}, or give --access={quoted(disk.node)}:{working[0]}, which would work"
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 17. Memory and media
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Memory:
@@ -3710,7 +4851,7 @@ class Memory:
             return
         self.measure()
         part = max(0, self.size - self.used) // sharers & ~0xFFF
-        # First comes what makes room. Small differences are not worth stopping anybody for.
+        # Shrink first, to make room. A snapshot is suspended while it shrinks, so ignore small differences.
         for name, (used, limit, trouble) in self.filled.items():
             if limit - used - part > part // 4 and not trouble:
                 self.move(name, used + part, part, shrinks=True)
@@ -3780,10 +4921,8 @@ class MediumWatch:
         """Watches the drives among these disks, and no others."""
         found = {}
         for disk in exported:
-            if disk.is_drive() and disk.branch:
-                for mapping in disk.branch.kept(Mapping):
-                    if isinstance(mapping, Mapping):
-                        found[disk.sysname] = disk.node, disk.branch.tag, mapping
+            if disk.is_drive() and disk.branch and (mapping := mapping_of(disk.backing)):
+                found[disk.sysname] = disk.node, disk.branch.tag, mapping
         with self.mutex:
             self.watched = found
         for name in [n for n in list_directory(RUN) if n.startswith(POLL_NOTE)]:
@@ -3853,72 +4992,6 @@ class MediumWatch:
         return same
 
 
-def meminfo() -> dict[str, int]:
-    """The lines of proc(5)'s meminfo, in bytes; none if it cannot be read."""
-    found = {}
-    try:
-        for line in read_bytes(PROC + "meminfo").split(b"\n"):
-            fields = line.split()
-            if len(fields) > 1 and fields[1].isdigit() and len(fields[1]) < 16:
-                found[printable(fields[0].rstrip(b":"))] = int(fields[1]) * 1024
-    except OSError:
-        pass
-    return found
-
-
-def spare_memory() -> int:
-    """How many bytes of memory can be filled for good, and the machine still has what it needs to run.
-
-    What is in a memory file cannot be dropped or written out. If there were little else, the kernel would
-    kill one process after the other, and then give up: "System is deadlocked on memory".
-    """
-    found = meminfo()
-    part, least = MEMORY_KEPT
-    spare = found.get("MemAvailable", 0) - max(found.get("MemTotal", 0) // part, least)
-    if read_attribute(PROC + "sys/vm/overcommit_memory") == "2":
-        spare = min(spare, found.get("CommitLimit", 0) - found.get("Committed_AS", 0))
-    return max(0, spare)
-
-
-def chunk_sectors(source: str) -> int:
-    """The unit of a snapshot of a device or file, in sectors of 512 bytes.
-
-    Of one that is overwritten as a whole, the kernel does not read what was there before, which may be
-    unreadable. File systems write multiples of 4 KiB from their partition's beginning on. Larger units would
-    be faster to read, and fill the memory with what lies beside scattered changes.
-    """
-    sysname = device_below(source)
-    if not sysname or not device_number(source):
-        return CHUNK_SECTORS
-    chunk = CHUNK_SECTORS
-    for name in partitions_of(sysname):
-        start = read_attribute(f"{sys_block(name)}/start")
-        while chunk > 1 and start.isdigit() and int(start) % chunk:
-            chunk //= 2
-    block = read_attribute(sys_block(sysname) + "/queue/logical_block_size")
-    return max(chunk, int(block) // 512 if block.isdigit() else 1)
-
-
-def snapshot_state(name: str) -> tuple[int, int, str] | None:
-    """Used bytes of a snapshot's store, its limit in bytes, and OVERFLOW, INVALID or nothing.
-
-    None if there is no such snapshot.
-    """
-    try:
-        text = dm_target_text(bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_NOFLUSH_FLAG)))
-    except OSError:
-        return None
-    sectors, _, total = text.partition(" ")[0].partition("/")
-    if sectors.isdigit() and total.isdigit():
-        return int(sectors) * 512, int(total) * 512, ""
-    operands = snapshot_operands(name)
-    if text not in (OVERFLOW, INVALID) or not operands:
-        return None
-    size = read_attribute(f"{SYS}dev/block/{operands[1]}/size")
-    size_bytes = int(size) * 512 if size.isdigit() else 0
-    return size_bytes, size_bytes, text
-
-
 def set_snapshot_limit(name: str, limit: int, slack: int, shrinks: bool) -> int:
     """Sets the size of a snapshot's store; the new one, in bytes. Raises OSError.
 
@@ -3940,19 +5013,6 @@ def set_snapshot_limit(name: str, limit: int, slack: int, shrinks: bool) -> int:
             dm_call(DM_DEV_SUSPEND, name, flags=DM_SKIP_LOCKFS_FLAG)
         os.close(fd)
     return limit & ~0xFFF
-
-
-def loop_status(fd: int) -> loop_info64:
-    info = bytearray(ctypes.sizeof(loop_info64))
-    fcntl.ioctl(fd, LOOP_GET_STATUS64, info)
-    return loop_info64.from_buffer(info)
-
-
-def set_autoclear(fd: int, *, on: bool) -> None:
-    """Whether the kernel detaches a loop device on last close. Raises OSError."""
-    info = loop_status(fd)
-    info.lo_flags = info.lo_flags & ~LO_FLAGS_AUTOCLEAR | (LO_FLAGS_AUTOCLEAR if on else 0)
-    fcntl.ioctl(fd, LOOP_SET_STATUS64, bytes(info))
 
 
 def revive_snapshot(name: str) -> None:
@@ -3989,636 +5049,9 @@ def revive_snapshot(name: str) -> None:
             os.close(fd)
 
 
-def make_store_valid(number: str) -> None:
-    """Takes back what the kernel has noted at the beginning of a store, /dev/loopNUMBER: that it is invalid.
-
-    The format is that of struct disk_header in drivers/md/dm-snap-persistent.c. Raises OSError.
-    """
-    import mmap
-
-    # Past the cache, which may have what udev read there before.
-    fd = os.open(f"{DEV}loop{number}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
-    try:
-        page = mmap.mmap(-1, 4096)
-        if os.preadv(fd, [page], 0) != 4096 or page[:4] != b"SnAp":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        if page[4:8] != b"\1\0\0\0":
-            page[4:8] = b"\1\0\0\0"
-            os.pwritev(fd, [page], 0)
-    finally:
-        os.close(fd)
-
-
-def kept_store(name: str) -> str:
-    """The number of the loop device with the changes of a snapshot whose table is away. Raises OSError."""
-    for loop in list_directory(SYS + "block"):
-        backing = read_attribute(f"{SYS}block/{loop}/loop/backing_file") if loop.startswith("loop") else ""
-        if backing.partition(" ")[0] == f"/memfd:{name}":
-            return loop[4:]
-    raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
-
-
-def device_numbers(dev: int) -> str:
-    """MAJOR:MINOR of a number as device-mapper gives it (huge_encode_dev() in the kernel)."""
-    return f"{os.major(dev)}:{os.minor(dev)}"
-
-
-def dm_sectors(name: str) -> int:
-    """The length of a device's first target. Raises OSError."""
-    answer = bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_STATUS_TABLE_FLAG))
-    return int(dm_target_spec.from_buffer_copy(answer, dm_ioctl.from_buffer_copy(answer).data_start).length)
-
-
-def snapshot_operands(name: str) -> list[str]:
-    """A snapshot's table: origin and store as MAJOR:MINOR, "PO", and the unit; empty if it is none."""
-    try:
-        answer = bytes(dm_call(DM_TABLE_STATUS, name, flags=DM_STATUS_TABLE_FLAG))
-    except OSError:
-        return []
-    fields = dm_target_text(answer).split(" ")
-    return fields[:4] if len(fields) > 3 and fields[2] == "PO" else []
-
-
-def snapshot_store(name: str) -> str:
-    """MAJOR:MINOR of the device that a snapshot keeps its changes on; empty if there is no such snapshot."""
-    return (snapshot_operands(name) or ["", ""])[1]
-
-
-class Branch:
-    """A part of the tree that stands or falls as a whole.
-
-    The first directory of its `entries` is its root; all are in the order in which they are made.
-    `tag` tells what it was made for: under another tag it is another branch. An `adopted` one was made by an
-    earlier run: its directories and links are known, its attributes have to be read. `claims` are kinds and
-    values of identities that no other branch may have.
-    """
-
-    __slots__ = ("adopted", "claims", "entries", "kinds", "root", "tag")
-
-    def __init__(
-        self,
-        tag: str,
-        entries: list[Entry],
-        *,
-        adopted: bool = False,
-        claims: Sequence[tuple[str, str]] = (),
-    ) -> None:
-        self.claims = claims
-        self.kinds: set[type[Entry]] = set(map(type, entries))
-        first = entries[0]
-        if not isinstance(first, Directory):
-            first = next((e for e in entries if isinstance(e, Directory)), first)
-        self.root = first.path
-        self.tag = tag
-        self.entries = entries
-        self.adopted = adopted
-
-    def same_as(self, other: Branch) -> bool:
-        return (
-            not self.adopted
-            and not other.adopted
-            and self.tag == other.tag
-            and self.entries == other.entries
-        )
-
-    def kept(self, kind: type[Entry]) -> list[Entry]:
-        return [e for e in self.entries if isinstance(e, kind)]
-
-    def is_inside(self, roots: Container[str]) -> bool:
-        """Whether its root is below one of these."""
-        path = self.root
-        while path := path.rpartition("/")[0]:
-            if path in roots:
-                return True
-        return False
-
-
-class Ledger:
-    """Which branches are ours: a file of intentions, so that a crash at any moment leaves none unknown.
-
-    Records are appended and the last one for a root counts: `+` root, tag, then kind and path of every
-    directory, default group and link, written *before* the first of them is made; `=` root and the inode
-    number of its directory, right after that was made (configfs keeps an inode as long as the object lives);
-    `-` root, when all is gone. Fields end with NUL, records with NUL and a line feed; one that is cut off
-    does not count.
-    """
-
-    KINDS: ClassVar[dict[str, type[Entry]]] = {
-        "d": Directory,
-        "l": Link,
-        "m": Mapping,
-        "w": Writable,
-        "g": Links,
-        "i": DefaultGroup,
-    }
-    LETTERS: ClassVar[dict[type[Entry], str]] = {kind: letter for letter, kind in KINDS.items()}
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.fd = -1
-        self.lock_fd = -1
-        self.records = 0
-        self.mutex = _thread.allocate_lock()
-
-    def lock(self) -> None:
-        """Opens the file and makes sure that no other instance uses it. Raises UserError."""
-        path = self.path + ".lock"
-        try:
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            self.lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self.lock_fd, 0)
-            os.write(self.lock_fd, str(os.getpid()).encode())
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            # A record that was cut off would take the next one with it.
-            whole, end, _ = read_bytes(self.path).rpartition(b"\0\n")
-            os.ftruncate(self.fd, len(whole + end))
-        except BlockingIOError as e:
-            pid = read_attribute(path)
-            self.close()
-            raise UserError(
-                f"Another storagetm exports under this NQN already, process {pid or 'unknown'}; "
-                "stop it or give another --nqn"
-            ) from e
-        except OSError as e:
-            raise UserError(
-                f"Failed to write to '{path}', where it is noted what is exported: {reason_of(e)}; "
-                "mount a tmpfs on '/run'"
-            ) from e
-
-    def close(self) -> None:
-        for fd in (self.fd, self.lock_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self.lock_fd = -1
-
-    @classmethod
-    def parse(cls, raw: bytes) -> dict[str, tuple[Branch, int | None]]:
-        """The branches noted, by root, with the inode number if it was. Takes any bytes."""
-        found: dict[str, tuple[Branch, int | None]] = {}
-        for record in raw.split(b"\0\n")[:-1]:
-            kind, *fields = (os.fsdecode(f) for f in record.split(b"\0"))
-            if kind == "+" and len(fields) >= 3:
-                entries = [cls.KINDS[f[0]](f[1:]) for f in fields[2:] if f[:1] in cls.KINDS and len(f) > 1]
-                leads_away = any(".." in e.path.split("/") for e in entries)
-                branch = Branch(fields[1], entries, adopted=True) if entries else None
-                if branch and branch.root == fields[0] and not leads_away:
-                    inode = found[fields[0]][1] if fields[0] in found else None
-                    found[fields[0]] = branch, inode
-            elif kind == "=" and len(fields) == 2 and fields[0] in found:
-                # An inode number has 64 bits; int() refuses texts of thousands of digits.
-                if fields[1].isdecimal() and len(fields[1]) <= 20:
-                    found[fields[0]] = found[fields[0]][0], int(fields[1])
-            elif kind == "-" and len(fields) == 1:
-                found.pop(fields[0], None)
-        return found
-
-    def read(self, root: str) -> dict[str, Branch]:
-        """The branches of an earlier run that are still there and still ours. Raises OSError."""
-        found = {}
-        for name, (branch, inode) in self.parse(read_bytes(self.path)).items():
-            mappings = [e for e in branch.entries if isinstance(e, Mapping)]
-            try:
-                live = os.stat(root + name).st_ino
-            except OSError:
-                live = -1
-            # Died between mkdir and the note of its inode: then nothing else can have been made in it.
-            begun = any(
-                e.is_used(root) if isinstance(e, DefaultGroup) else e.is_live(root)
-                for e in branch.kept(Directory)[1:] + branch.kept(DefaultGroup)
-            )
-            if live >= 0 and (live == inode or (inode is None and not begun)):
-                found[name] = branch
-                continue
-            if live >= 0:
-                debug(f"'{root}{name}' has the name of an entry of ours, but is another's")
-            for mapping in mappings:
-                if mapping.state():
-                    found[mapping.path] = Branch(branch.tag, [mapping], adopted=True)
-        return found
-
-    def add(self, branch: Branch, inode: int | None = None) -> None:
-        """Notes what is about to be made. Raises OSError."""
-        letter = self.LETTERS.get
-        fields = [kind + e.path for e in branch.entries if (kind := letter(type(e)))]
-        self.append("+", branch.root, branch.tag, *fields)
-        if inode is not None:
-            self.append("=", branch.root, str(inode))
-
-    def confirm(self, branch: Branch, root: str) -> None:
-        self.append("=", branch.root, str(os.stat(root + branch.root).st_ino))
-
-    def remove(self, branch: Branch) -> None:
-        self.append("-", branch.root)
-
-    def append(self, *fields: str) -> None:
-        record = utf8("\0".join((*fields, "\n")))
-        with self.mutex:
-            append(self.fd, record)
-            self.records += 1
-
-    def shorten(self, branches: Iterable[Branch], root: str) -> None:
-        """Drops what no longer counts, once there is much of it. Raises OSError."""
-        if self.records < 4096:
-            return
-        new = Ledger(self.path + ".new")
-        new.fd = os.open(new.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            for branch in branches:
-                new.add(branch, os.stat(root + branch.root).st_ino)
-            os.rename(new.path, self.path)
-        except OSError:
-            new.close()
-            raise
-        os.close(self.fd)
-        self.fd, self.records = new.fd, 0
-
-    def clear(self) -> None:
-        """Removes the file after a clean stop. The lock's file stays: someone may be waiting for it."""
-        try:
-            os.unlink(self.path)
-        except OSError as e:
-            debug(f"Failed to remove '{self.path}', ignoring: {reason_of(e)}")
-
-
-class Tree:
-    """Brings the tree to what is wanted, one branch at a time, and undoes what fails half-way."""
-
-    def __init__(
-        self, root: str, ledger: Ledger, report: Callable[[dict[str, str]], None] | None = None
-    ) -> None:
-        self.root = root
-        self.ledger = ledger
-        self.report = report  # for a dry run: gets each step instead of the kernel
-        self.present: dict[str, set[str]] = {}  # names in the directories in which something is to be made
-        self.gone: set[str] = set()  # what would not be there any more after the steps of a dry run
-        self.live: dict[str, Branch] = {}
-        self.inherited: set[str] = set()  # roots of what an earlier run left
-        self.leaving: set[str] = set()  # roots whose removal takes longer, in a thread of its own
-        self.ended = False  # whether one of these has ended, for which something may have been put off
-        self.owed: dict[str, float] = {}  # since when I/O of disks that are gone is waited for, by root
-        self.ending = False  # whether that is given up after LOCK_WAIT_SEC
-        self.finished: list[tuple[Branch, OSError | None]] = []
-        self.wake: Callable[[], None] = lambda: None
-
-    def mappings(self, target: str) -> list[Mapping]:
-        """The live device-mapper devices of a kind."""
-        branches = [b for b in self.live.values() if Mapping in b.kinds]
-        return [e for b in branches for e in b.entries if isinstance(e, Mapping) and e.target == target]
-
-    def adopt(self) -> None:
-        """Takes over what an earlier run left. Raises OSError."""
-        self.live = self.ledger.read(self.root)
-        self.inherited = set(self.live)
-
-    def admits(self) -> bool:
-        """Whether clients can come in to anything that is live."""
-        entries = [e for b in self.live.values() for e in b.entries if e.admits]
-        return any(os.path.lexists(self.root + e.path) for e in entries)
-
-    def guard(self) -> None:
-        """Keeps the rest of this machine off what an earlier run has exported, too."""
-        for root in self.inherited & self.live.keys():
-            for entry in self.live[root].entries:
-                entry.guard(adopted=True)
-
-    def reconcile(
-        self,
-        wanted: Sequence[Branch],
-        patience: float | None = None,
-        hopeless: Callable[[OSError], bool] | None = None,
-    ) -> dict[str, OSError]:
-        """Makes the kernel have just the wanted branches of ours. Returns what failed, by root.
-
-        Failed branches are gone, unless even their removal failed; then it is tried again the next time.
-        Removals that take longer than `patience` seconds go on in the background (None: all are waited for).
-        After an error that is `hopeless` nothing more is made: the branches after it would fail in the same
-        way.
-        """
-        self.collect()
-        roots = {b.root for b in wanted}
-        removals = [b for r, b in self.live.items() if r not in roots and r not in self.leaving]
-        stale_roots = {b.root for b in removals}
-        creations: list[Branch] = []
-        patches: list[tuple[Branch, list[Entry], list[Entry]]] = []
-        for want in wanted:
-            have = self.live.get(want.root)
-            # What it is in goes, and it has to go first.
-            uprooted = bool(stale_roots) and want.is_inside(stale_roots)
-            if have is not None and not uprooted and (have is want or have.same_as(want)):
-                continue
-            if self.leaving and (want.root in self.leaving or want.is_inside(self.leaving)):
-                continue
-            patch = self.patch_for(have, want) if have and not uprooted else None
-            if patch:
-                patches.append((want, *patch))
-                continue
-            if have:
-                removals.append(have)
-                stale_roots.add(have.root)
-            creations.append(want)
-        failures: dict[str, OSError] = {}
-        # What holds others comes first: links before directories, and removals before creations of the same
-        # name.
-        for want, stale, _ in patches:
-            self.unmake_all(stale, want.root, failures)
-        self.remove(removals, patience, failures)
-        creations = self.possible(creations)
-        self.present = {}
-
-        def create(want: Branch) -> None:
-            if failures and want.is_inside(failures):
-                failures[want.root] = next(e for r, e in failures.items() if want.is_inside((r,)))
-            elif not (failures and hopeless and any(hopeless(e) for e in list(failures.values()))):
-                self.create(want, failures)
-
-        slow: list[Branch] = []
-        for want in creations:
-            if self.report is None and any(kind.slow for kind in want.kinds):
-                slow.append(want)
-            else:
-                create(want)
-        self.in_threads(slow, create, None)
-        # nvmet listens from the first link on, and a host that asks for a subsystem without one gives it up.
-        for want in creations:
-            if failures and hopeless and any(map(hopeless, failures.values())):
-                break
-            if want.root in self.live and want.root not in failures and any(k.admits for k in want.kinds):
-                self.admit(want, failures)
-        for want, _, missing in patches:
-            if want.root not in failures:
-                self.patch(want, missing, failures)
-        return failures
-
-    def possible(self, creations: Sequence[Branch]) -> list[Branch]:
-        """Those that nothing stands in the way of.
-
-        That is what could not be removed, or is still being removed: it has the name, or is what the new one
-        is to be in, or is next to it. The kernel lets nobody into a directory while it takes one out of it.
-        """
-        free = [b for b in creations if b.root not in self.live]
-        if not self.leaving:
-            return free
-        going = [self.live[root].kept(Directory)[-1:] for root in self.leaving if root in self.live]
-        busy = {e.path.rpartition("/")[0] for directories in going for e in directories}
-        return [
-            b
-            for b in free
-            if not b.is_inside(self.leaving)
-            and not any(e.path.rpartition("/")[0] in busy for e in b.kept(Directory))
-        ]
-
-    def lacks(self, wanted: Sequence[Branch], kind: type[Entry]) -> bool:
-        """Whether an entry of this kind is going to be made."""
-        for want in wanted:
-            have = self.live.get(want.root)
-            if kind in want.kinds and not (have and (have is want or have.same_as(want))):
-                return True
-        return False
-
-    def patch_for(self, have: Branch, want: Branch) -> tuple[list[Entry], list[Entry]] | None:
-        """Links to take away and entries to add for `want`; None if it has to be made anew."""
-        stale = [e for e in have.kept(Link) if e.path not in {w.path for w in want.entries}]
-        paths = {e.path for e in want.entries}
-        if have.tag != want.tag or any(
-            e.path not in paths for e in have.kept(Directory) + have.kept(Mapping)
-        ):
-            return None
-        missing = [e for e in want.entries if not e.is_live(self.root)]
-        if all(e.amendable for e in missing):
-            return stale + [
-                e for e in missing if isinstance(e, Link) and os.path.lexists(self.root + e.path)
-            ], missing
-        return None
-
-    def make(self, entry: Entry, *, again: bool = False) -> None:
-        if self.report is None:
-            entry.make(self.root)
-        elif description := (entry.described_again if again else entry.described)(self.root):
-            self.report(description)
-
-    def unmake(self, entry: Entry) -> None:
-        if self.report is None:
-            entry.unmake(self.root)
-        elif description := entry.undescribed(self.root):
-            self.gone.add(entry.path)
-            self.report(description)
-
-    def is_taken(self, path: str) -> bool:
-        """Whether something of that name is there, made by others.
-
-        A directory is read once for all that is made in it: for each name asked for, configfs goes through
-        all that it has.
-        """
-        directory, _, name = path.rpartition("/")
-        names = self.present.get(directory)
-        if names is None:
-            names = self.present[directory] = set(list_directory(self.root + directory))
-        return name in names and path not in self.gone
-
-    def create(self, branch: Branch, failures: dict[str, OSError]) -> None:
-        """Makes all of a branch but what lets clients in."""
-        noted = False
-        dry = self.report is not None
-        entries = [e for e in branch.entries if not e.admits]
-        made: list[Entry] = []
-        try:
-            if self.is_taken(branch.root):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            if not dry:
-                noted = True
-                self.ledger.add(branch)
-            for entry in entries:
-                if not isinstance(entry, Trigger):  # what is new has nothing to catch up with
-                    self.make(entry)
-                    if not dry:
-                        entry.guard(adopted=False)
-                made.append(entry)
-                if noted and entry.path == branch.root:
-                    self.ledger.confirm(branch, self.root)
-        except OSError as e:
-            failures[branch.root] = located(e, entries, len(made))
-            if made or noted:
-                self.undo(branch, made)
-            return
-        complete = len(made) == len(branch.entries)
-        self.live[branch.root] = branch if complete else Branch(branch.tag, branch.entries, adopted=True)
-
-    def admit(self, branch: Branch, failures: dict[str, OSError]) -> None:
-        """Makes what lets clients in."""
-        entries = [e for e in branch.entries if e.admits]
-        made = 0
-        try:
-            for entry in entries:
-                self.make(entry)
-                made += 1
-        except OSError as e:
-            failures[branch.root] = located(e, entries, made)
-            self.undo(branch, [e for e in branch.entries if not e.admits] + entries[:made])
-            return
-        self.live[branch.root] = branch
-
-    def undo(self, branch: Branch, made: Sequence[Entry]) -> None:
-        """Takes away what was made of a branch that could not be made as a whole."""
-        self.live[branch.root] = Branch(branch.tag, branch.entries, adopted=True)
-        self.remove([self.live[branch.root]], None, {}, made)
-
-    def patch(self, branch: Branch, missing: list[Entry], failures: dict[str, OSError]) -> None:
-        dry = self.report is not None
-        self.live[branch.root] = Branch(branch.tag, branch.entries, adopted=True)
-        entry = branch.entries[0]
-        try:
-            if not dry and any(isinstance(e, Link) for e in missing):
-                self.ledger.add(branch, os.stat(self.root + branch.root).st_ino)
-            for entry in missing:
-                self.make(entry, again=True)
-        except OSError as e:
-            failures[branch.root] = located(e, branch.entries, branch.entries.index(entry))
-            return
-        self.live[branch.root] = branch
-
-    def unmake_all(self, entries: Iterable[Entry], name: str, failures: dict[str, OSError]) -> bool:
-        for entry in entries:
-            try:
-                self.unmake(entry)
-            except OSError as e:
-                failures[name] = e
-                return False
-        return True
-
-    def remove(
-        self,
-        branches: Sequence[Branch],
-        patience: float | None,
-        failures: dict[str, OSError],
-        made: Sequence[Entry] | None = None,
-    ) -> None:
-        """Removes branches: first what holds others, then all directories, those of many at a time.
-
-        Taking away a namespace waits for a grace period of RCU in the kernel, some 20 ms each, unless many
-        do it at once; and for the I/O of a disk that is gone, for which nobody else should wait.
-        """
-        ready: list[tuple[Branch, list[Entry]]] = []
-        for branch in branches:
-            entries = branch.entries if made is None else made
-            if self.unmake_all([e for e in reversed(entries) if e.holds], branch.root, failures):
-                kept = [e for e in reversed(entries) if isinstance(e, (Directory, Mapping, Writable))]
-                ready.append((branch, [e for e in kept if not e.holds]))
-        if not ready:
-            return
-        roots = {b.root for b, _ in ready}
-        inner = [(b, entries) for b, entries in ready if b.is_inside(roots)]
-        if inner:
-            self.remove_directories(inner, patience)
-            ready = [(b, entries) for b, entries in ready if not b.is_inside(roots)]
-        self.remove_directories(ready, patience)
-        failures.update(self.collect())
-
-    def remove_directories(self, ready: list[tuple[Branch, list[Entry]]], patience: float | None) -> None:
-        def unmake(what: tuple[Branch, list[Entry]]) -> None:
-            branch, directories = what
-            problems: dict[str, OSError] = {}
-            try:
-                if self.report is None:
-                    self.await_io(branch)
-                self.unmake_all(directories, branch.root, problems)
-            except OSError as e:
-                problems[branch.root] = e
-            self.finished.append((branch, problems.get(branch.root)))
-
-        if self.report is not None or (patience is None and len(ready) <= 4):
-            for what in ready:
-                unmake(what)
-        else:
-            self.in_threads(ready, unmake, patience)
-            done = {branch.root for branch, _ in list(self.finished)}
-            self.leaving.update(b.root for b, _ in ready if b.root not in done)
-
-    def await_io(self, branch: Branch) -> None:
-        """Waits until a disk that is gone has answered its clients, or its driver has in its place.
-
-        The kernel would wait for that when the namespace is taken away, and nothing could end that wait, nor
-        this process meanwhile. Raises IoPending when it is given up. Clients have lost the links by then;
-        without any of its own, a namespace is out of their reach only once the kernel has begun.
-        """
-        if not any(kind.holds for kind in branch.kinds):
-            return
-        pause = LOCK_POLL_SEC[0]
-        while has_gone(branch.tag) and any(map(is_busy, self.devices(branch))):
-            now = time.monotonic()
-            if now - self.owed.setdefault(branch.root, now) > LOCK_WAIT_SEC and self.ending:
-                raise IoPending(errno.EBUSY, os.strerror(errno.EBUSY))
-            time.sleep(pause)
-            pause = min(pause * 1.5, LOCK_POLL_SEC[1])
-        self.owed.pop(branch.root, None)
-
-    @staticmethod
-    def devices(branch: Branch) -> list[str]:
-        """The kernel's names of the block devices on which it counts I/O of the clients of a branch."""
-        found = []
-        for entry in branch.entries:
-            if isinstance(entry, (Mapping, Writable)):
-                try:
-                    found.append(entry.sysname())
-                except OSError as e:
-                    debug(f"Failed to look at '{entry.path}', ignoring: {reason_of(e)}")
-        return [name for name in found if name]
-
-    def in_threads(self, items: Sequence[Any], work: Callable[[Any], None], patience: float | None) -> None:
-        """Does `work` for each item, for many at a time. What takes over `patience` seconds goes on."""
-        if not items or (patience is None and len(items) == 1):
-            for item in items:
-                work(item)
-            return
-        pending, unfinished = list(reversed(items)), list(items)
-        all_done = _thread.allocate_lock()
-        all_done.acquire()
-
-        def run() -> None:
-            while True:
-                try:
-                    item = pending.pop()
-                except IndexError:
-                    return
-                try:
-                    work(item)
-                finally:
-                    if unfinished.pop() is items[0]:
-                        all_done.release()
-                    self.wake()
-
-        for _ in range(min(THREADS, len(items))):
-            _thread.start_new_thread(run, ())
-        all_done.acquire(True, -1 if patience is None else patience)
-
-    def collect(self) -> dict[str, OSError]:
-        """Takes note of removals that have ended; returns those that failed, by root."""
-        failures = {}
-        while self.finished:
-            branch, problem = self.finished.pop()
-            if branch.root in self.leaving:
-                self.leaving.discard(branch.root)
-                self.ended = True
-            if problem is None:
-                self.live.pop(branch.root, None)
-                if self.report is None:
-                    try:
-                        self.ledger.remove(branch)
-                    except OSError as e:
-                        debug(f"Failed to note a removal, ignoring: {reason_of(e)}")
-            else:
-                failures[branch.root] = problem
-                if branch.root in self.live:
-                    self.live[branch.root] = Branch(branch.tag, branch.entries, adopted=True)
-        return failures
-
-
-def located(e: OSError, entries: Sequence[Entry], index: int) -> OSError:
-    """`e` with the path of the entry at which it happened, by which a transport knows what to do."""
-    return OSError(e.errno or errno.EIO, reason_of(e), entries[min(index, len(entries) - 1)].path)
-
-
-# Transports
+# -----------------------------------------------------------------------------------------------------------
+# 18. A host of our own
+# -----------------------------------------------------------------------------------------------------------
 
 
 def random_port() -> int:
@@ -4634,15 +5067,14 @@ class NvmeHost:
 
     TIMEOUT_SEC = 20  # for an answer; a kernel that is busy with many disks takes its time
     CONNECT_SEC = 3  # for a connection, which waits for nobody; a lost packet is sent again after 1 s
-    ICREQ, ICRESP, COMMAND, RESPONSE, DATA = 0, 1, 4, 5, 7  # types of PDU
+    ICREQ, ICRESP, COMMAND, RESPONSE = 0, 1, 4, 5  # types of PDU
     FABRICS = 0x7F
     PROPERTY_SET, CONNECT, PROPERTY_GET = 0, 1, 4
-    SET_FEATURES, GET_FEATURES = 0x09, 0x0A
+    SET_FEATURES = 0x09
     WRITE_PROTECT = 0x84
     CC, CSTS = 0x14, 0x1C  # properties: controller configuration and status
     ENABLE = 0x460001  # entries of 64 and 16 bytes, enabled
     ANSWER_MAX = 8192  # longest PDU to take, in bytes
-    CAPSULES: ClassVar[dict[tuple[int, ...], bytes]] = {}  # sent before: they are the same for each disk
 
     def __init__(self, address: tuple[str, int], nqn: str, host_id: str) -> None:
         self.number = 0  # of the last command
@@ -4713,17 +5145,14 @@ class NvmeHost:
     ) -> None:
         """Sends one command, with `data` inside."""
         self.number += 1
-        words = (self.number, opcode, nsid, cdw10, cdw11, cdw12, len(data))
-        if words not in self.CAPSULES:
-            command = nvme_command(opcode, command_id=self.number, nsid=nsid)
-            command.cdw10, command.cdw11, command.cdw12 = cdw10, cdw11, cdw12
-            command.flags = 0x40  # what describes the data is an SGL
-            command.sgl_length = len(data)
-            # Data at an offset in the capsule, or else what stands for none (a transport's own descriptor).
-            command.sgl_type = 0x01 if data else 0x5A
-            head = nvme_tcp_hdr(self.COMMAND, 0, 72, 72 if data else 0, 72 + len(data))
-            self.CAPSULES[words] = bytes(head) + bytes(command)
-        self.socket.sendall(self.CAPSULES[words] + data)
+        command = nvme_command(opcode, command_id=self.number, nsid=nsid)
+        command.cdw10, command.cdw11, command.cdw12 = cdw10, cdw11, cdw12
+        command.flags = 0x40  # an SGL describes the data
+        command.sgl_length = len(data)
+        # Data at an offset in the capsule, or else the transport's own descriptor, which stands for none.
+        command.sgl_type = 0x01 if data else 0x5A
+        head = nvme_tcp_hdr(self.COMMAND, 0, 72, 72 if data else 0, 72 + len(data))
+        self.socket.sendall(bytes(head) + bytes(command) + data)
 
     def wait(self, number: int = 0) -> int:
         """Waits for the end of the last command, or of `number`; the first 4 bytes of its result."""
@@ -4770,44 +5199,175 @@ def malformed(what: str) -> OSError:
     return OSError(errno.EPROTO, os.strerror(errno.EPROTO))
 
 
+# -----------------------------------------------------------------------------------------------------------
+# 19. Transports
+# -----------------------------------------------------------------------------------------------------------
+
+
+def port_root(number: int) -> str:
+    """The root of a port's branch."""
+    return f"nvmet/ports/{number}"
+
+
+class OwnHost:
+    """How this process comes in to its own target, as a host.
+
+    Over the passage: a port on the loopback interface that is only there while namespaces are
+    write-protected. And over the first of the `ports` that clients use, to take a seat there.
+    """
+
+    ATTEMPTS = 16
+
+    def __init__(self, host_id: str, ports: dict[int, int], passage: int) -> None:
+        self.host_id = host_id
+        self.ports = ports  # number by address family
+        self.passage = passage  # number of the passage's port
+        self.passage_port = 0  # its TCP port, once something is linked there
+        self.untold: dict[str, OSError] = {}  # by path of WriteProtection: why hosts are not told of it
+        self.roomy: set[str] = set()  # subsystems that let in one client more than they should
+        self.seats: dict[str, NvmeHost] = {}  # by path of Seat
+        self.unreachable_until = 0.0  # when to connect to ourselves again, where that could not be done
+
+    def passage_root(self) -> str:
+        return port_root(self.passage)
+
+    def passage_branch(self, live: dict[str, Branch]) -> Branch:
+        """The passage, under a number that is free.
+
+        `live` is what is ours, among it perhaps the passage of a run that was killed.
+        """
+        ours = {r.rpartition("/")[2] for r, b in live.items() if b.tag == "passage"}
+        taken = set(list_directory(CONFIGFS + "nvmet/ports")) - ours | {str(n) for n in self.ports.values()}
+        while str(self.passage) in taken:
+            self.passage, self.passage_port = random_port(), 0
+        path = self.passage_root()
+        entries = [
+            Directory(path),
+            Attribute(path + "/addr_adrfam", "ipv4"),
+            Attribute(path + "/addr_trtype", "tcp"),
+            Attribute(path + "/addr_trsvcid", str(self.passage_port or self.passage)),
+            Attribute(path + "/addr_traddr", "127.0.0.1"),
+            Links(path + "/subsystems"),
+        ]
+        return Branch("passage", entries)
+
+    def passage_link(self, root: str, subsystem: str) -> str:
+        return f"{root}{self.passage_root()}/subsystems/{os.path.basename(subsystem)}"
+
+    def open_passage(self, root: str, subsystem: str) -> tuple[str, int]:
+        """Lets ourselves in to a subsystem; address and TCP port. Raises OSError."""
+        port = root + self.passage_root()
+        for attempt in range(self.ATTEMPTS):
+            try:
+                os.symlink(root + subsystem, self.passage_link(root, subsystem))
+                break
+            except FileExistsError:
+                break
+            except OSError as e:
+                if e.errno == errno.EADDRNOTAVAIL and attempt == 0:
+                    raise_loopback()
+                    continue
+                # Nothing listens before the first link is there, so the number may still be changed.
+                if e.errno != errno.EADDRINUSE or attempt == self.ATTEMPTS - 1:
+                    raise
+                try:
+                    write_attribute(port + "/addr_trsvcid", str(random_port()))
+                except PermissionError:
+                    pass  # another thread has found a free one meanwhile
+                self.passage_port = 0
+        self.passage_port = self.passage_port or int(read_attribute(port + "/addr_trsvcid"))
+        return "127.0.0.1", self.passage_port
+
+    def note_untold(self, path: str, e: OSError) -> None:
+        """Notes that hosts are not told of a namespace that it is read-only, and why."""
+        self.untold[path] = e if e.errno else OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        if self.untold[path].errno not in (errno.EIO, errno.EPROTO):
+            # It would be the same for the other disks, and take the time once more.
+            self.unreachable_until = time.monotonic() + COURTESY_SEC[0]
+
+    def why_untold(self, path: str) -> str:
+        """The warning that hosts are not told of a namespace, or of none, that it is read-only."""
+        problem = self.untold[path]
+        if problem.errno in (errno.EIO, errno.EPROTO):
+            nqn = path.rpartition("/namespaces/")[0].rpartition("/")[2]
+            return (
+                f"Failed to tell clients that '{nqn}' is read-only: {reason_of(problem)}; their writes fail"
+            )
+        way_out = "let this machine's firewall accept all packets on 'lo'"
+        if problem.errno == errno.EADDRNOTAVAIL:
+            way_out = "give 'lo' the address 127.0.0.1"
+        return (
+            f"Failed to tell clients which disks are read-only: {reason_of(problem)}; {way_out}. "
+            "Their writes fail all the same"
+        )
+
+    def take_seat(self, subsystem: str) -> NvmeHost:
+        """Attaches ourselves to a subsystem that is linked to the first port.
+
+        Raises OSError, with EBUSY if clients have all places.
+        """
+        if time.monotonic() < self.unreachable_until:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        family, port = next(iter(self.ports.items()))
+        address = "::1" if family == AF_INET6 else "127.0.0.1", port
+        raised = False
+        while True:
+            try:
+                return NvmeHost(address, os.path.basename(subsystem), self.host_id)
+            except OSError as e:
+                if e.errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL) and not raised:
+                    raise_loopback()
+                    raised = True
+                    continue
+                # Before Python 3.10, what came too late has no number.
+                number = e.errno or errno.ETIMEDOUT
+                if number == errno.EIO:
+                    number = errno.EBUSY
+                if number == errno.ETIMEDOUT:
+                    # It would be the same for the other disks, and take the time once more.
+                    self.unreachable_until = time.monotonic() + COURTESY_SEC[0]
+                raise OSError(number, os.strerror(number)) from e
+
+
 class WriteProtection(Entry):
     """Namespace Write Protect for the only namespace of a subsystem.
 
-    Hosts may take it back, so it is courtesy to them, and says nothing about what is live. It can only be
-    asked for by a host, that is us, over the passage that the transport has open. Where that fails, the disk
-    is exported all the same, since what protects it is below; the transport notes it.
+    Hosts may take it back, so it is a hint to them, not the protection itself, and its state is not
+    compared. Only a host can ask for it. That is this process, over the passage of OwnHost.
+    Where it fails, the disk is exported all the same, since the protection is below; OwnHost notes it.
     """
 
-    amendable = slow = holds = True
+    LIVE = WAITS = CLOSES = True
 
-    def __init__(self, path: str, transport: NvmeTcp) -> None:
+    def __init__(self, path: str, host: OwnHost, *, shared: bool = False) -> None:
         super().__init__(path)
-        self.transport = transport
+        self.host = host
+        self.shared = shared  # whether the subsystem has other namespaces, too
 
     def unmake(self, root: str) -> None:
-        if self.transport.shared:
+        if self.shared:
             return  # the others need it, and it does not hold a namespace
         try:
-            os.unlink(self.transport.passage_link(root, self.path.partition("/namespaces/")[0]))
+            os.unlink(self.host.passage_link(root, self.path.partition("/namespaces/")[0]))
         except (FileNotFoundError, NotADirectoryError):
             pass
 
     def make(self, root: str) -> None:
-        if time.monotonic() < self.transport.unreachable_until:
-            self.transport.untold[self.path] = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        if time.monotonic() < self.host.unreachable_until:
+            self.host.untold[self.path] = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
             return
         try:
             self.ask(root)
-            self.transport.untold.pop(self.path, None)
+            self.host.untold.pop(self.path, None)
         except OSError as e:
-            self.transport.note_untold(self.path, e)
+            self.host.note_untold(self.path, e)
 
     def ask(self, root: str) -> None:
         """Asks the kernel for it. Raises OSError."""
         subsystem, _, namespace = self.path.partition("/namespaces/")
         nqn = subsystem.rpartition("/")[2]
-        address = self.transport.open_passage(root, subsystem)
-        host = NvmeHost(address, nqn, self.transport.host_id)
+        address = self.host.open_passage(root, subsystem)
+        host = NvmeHost(address, nqn, self.host.host_id)
         try:
             host.set_write_protect(int(namespace.partition("/")[0]))
         finally:
@@ -4823,6 +5383,17 @@ class WriteProtection(Entry):
         return {"step": "write-protect", "path": path, "command": command}
 
 
+class PortLink(Link):
+    """What lets clients in to a subsystem by a port. With the first one the kernel begins to listen."""
+
+    def __init__(self, port: str, subsystem: str) -> None:
+        super().__init__(f"{port}/subsystems/{os.path.basename(subsystem)}", subsystem)
+        self.port = port  # the root of its branch
+
+    def dooms(self, error: OSError) -> bool:
+        return error.errno in (errno.EADDRINUSE, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+
+
 class ClientLimit(Attribute):
     """The last ID that a subsystem's controllers may have.
 
@@ -4830,9 +5401,9 @@ class ClientLimit(Attribute):
     One more is allowed then, which a Seat takes.
     """
 
-    def __init__(self, path: str, value: str, transport: NvmeTcp) -> None:
+    def __init__(self, path: str, value: str, host: OwnHost) -> None:
         super().__init__(path, value)
-        self.transport = transport
+        self.host = host
 
     def one_more(self) -> str:
         return str(int(self.value) + 1)
@@ -4844,12 +5415,12 @@ class ClientLimit(Attribute):
             if e.errno != errno.EINVAL:
                 raise
             write_attribute(root + self.path, self.one_more())
-            self.transport.roomy.add(os.path.dirname(self.path))
+            self.host.roomy.add(os.path.dirname(self.path))
 
     def is_live(self, root: str) -> bool:
         found = read_attribute(root + self.path)
         if found == self.one_more():
-            self.transport.roomy.add(os.path.dirname(self.path))
+            self.host.roomy.add(os.path.dirname(self.path))
         return found in (self.value, self.one_more())
 
 
@@ -4860,32 +5431,32 @@ class Seat(Entry):
     it again; EBUSY if a client was quicker.
     """
 
-    amendable = holds = admits = True
+    LIVE = ADMITS = CLOSES = True
 
-    def __init__(self, subsystem: str, transport: NvmeTcp) -> None:
+    def __init__(self, subsystem: str, host: OwnHost) -> None:
         super().__init__(subsystem + "/seat")
         self.subsystem = subsystem
-        self.transport = transport
+        self.host = host
 
     def make(self, root: str) -> None:
         self.unmake(root)
-        if self.subsystem in self.transport.roomy:
-            self.transport.seats[self.path] = self.transport.take_seat(self.subsystem)
+        if self.subsystem in self.host.roomy:
+            self.host.seats[self.path] = self.host.take_seat(self.subsystem)
 
     def unmake(self, root: str) -> None:
-        if seat := self.transport.seats.pop(self.path, None):
+        if seat := self.host.seats.pop(self.path, None):
             seat.close()
 
     def is_live(self, root: str) -> bool:
         """As far as it is needed, which the subsystem's ClientLimit finds out before."""
-        if self.subsystem not in self.transport.roomy:
+        if self.subsystem not in self.host.roomy:
             return True
-        seat = self.transport.seats.get(self.path)
+        seat = self.host.seats.get(self.path)
         return seat is not None and seat.is_attached()
 
     def described(self, root: str) -> dict[str, str] | None:
         """Nothing about a subsystem that is not there yet, since the kernel has not said what it allows."""
-        if self.subsystem not in self.transport.roomy:
+        if self.subsystem not in self.host.roomy:
             return None
         command = f"nvme connect -t tcp -n {quoted(os.path.basename(self.subsystem))}"
         return {
@@ -4898,13 +5469,67 @@ class Seat(Entry):
         """The kernel ends the connection with the link."""
 
 
+class Identities:
+    """By what clients know disks: model, firmware, serial number, UUID and NGUID."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.overrides = {
+            name: os.environ.get(f"SYSTEMD_NVME_{name}", "")
+            for name in ("MODEL", "FIRMWARE", "SERIAL", "UUID")
+        }
+        self.firmware = nvme_string(self.overrides["FIRMWARE"] or machine.os_version, FIRMWARE_MAX)
+
+    def model(self, disk: Disk | None) -> str:
+        """The model of a disk's subsystem, or of the one that is for all."""
+        if override := self.overrides["MODEL"]:
+            return nvme_string(override, MODEL_MAX)
+        # Not the host name, which may change while clients are attached.
+        model, system = disk.model if disk else "Storage target", self.machine.os
+        return nvme_string(f"{model} ({system})" if model and system else model or system, MODEL_MAX)
+
+    def serial(self, disk: Disk | None) -> str:
+        """The disk's serial number, or one that is stable for the disk and unique on this machine.
+
+        That of the machine for the subsystem that is for all disks.
+        """
+        given = self.overrides["SERIAL"] or (disk.serial if disk and not self.own(disk) else "")
+        if given and (text := nvme_string(given, SERIAL_MAX)):
+            return text
+        name = b"serial" + utf8(self.name(disk)) if disk else b"machine"
+        return str(sha256(self.machine.id + name).hexdigest()[:SERIAL_MAX])
+
+    def uuid(self, disk: Disk) -> str:
+        if self.overrides["UUID"]:
+            override = self.overrides["UUID"].replace("-", "").lower()
+            if is_id128(override):
+                return dashed(override)
+            warning("$SYSTEMD_NVME_UUID is not a UUID, ignoring it")
+        name = self.own(disk) or disk.id_serial or disk.node
+        return dashed(uuid4_from(sha256(self.machine.id + utf8(name)).digest()))
+
+    def nguid(self, disk: Disk) -> str:
+        """Made like the UUID, but different for disks without a serial number, and not to be overridden."""
+        digest = sha256(self.machine.id + b"nguid" + utf8(self.name(disk)))
+        return dashed(digest.hexdigest()[:32])
+
+    @staticmethod
+    def own(disk: Disk) -> str:
+        """What a disk's identities are made from in place of its serial number; empty for that."""
+        return disk.stay.own if disk.stay else ""
+
+    @staticmethod
+    def name(disk: Disk) -> str:
+        return disk.stay.name if disk.stay else disk.id_serial or disk.stable()
+
+
 class NvmeTcp:
     """NVMe/TCP through the kernel's nvmet: a subsystem for each disk, a port for each address family.
 
-    Names, ports and identities are those of systemd-storagetm. Or else there is one `shared` subsystem, of
-    which each disk is a namespace.
+    Names, ports and identities are those of systemd-storagetm.
     """
 
+    together = False  # whether one command attaches all disks, which then have numbers
     NQN_STEM = "nqn.2023-10.io.systemd:storagetm."
     NQN_APPLICATION = "b4f94e52b8e245db88846e2ec3f4ef18"
     PORT_KEY = "d10b67b5e2b74a918d6b27b635c19fd9"
@@ -4919,39 +5544,35 @@ class NvmeTcp:
         machine: Machine,
         nqn: str = "",
         *,
-        shared: bool = False,
         clients: int = 1,
         writable: bool = False,
     ) -> None:
         self.machine = machine
-        self.shared = shared
         self.clients = clients  # how many may attach a disk that they can write to at a time; 0 for any
         self.writable = writable  # whether there may be a disk that clients can write to
         self.prefix = nqn or self.NQN_STEM + machine.app_specific(self.NQN_APPLICATION)
-        self.overrides = {
-            name: os.environ.get(f"SYSTEMD_NVME_{name}", "")
-            for name in ("MODEL", "FIRMWARE", "SERIAL", "UUID")
-        }
-        self.firmware = nvme_string(self.overrides["FIRMWARE"] or machine.os_version, FIRMWARE_MAX)
+        self.identities = Identities(machine)
         self.ports: dict[int, int] = {}  # number by address family
         self.attempts = 0
-        self.passage = 0  # number of the port that is only there for ourselves
-        self.passage_port = 0  # its TCP port, once something is linked there
-        self.host_id = machine.app_specific(self.NQN_APPLICATION)  # as which we come in there
-        self.untold: dict[str, OSError] = {}  # by path of WriteProtection: why hosts are not told of it
-        self.roomy: set[str] = set()  # subsystems that let in one client more than they should
-        self.seats: dict[str, NvmeHost] = {}  # by path of Seat
-        self.unreachable_until = 0.0  # when to connect to ourselves again, where that could not be done
+        host_id = machine.app_specific(self.NQN_APPLICATION)
+        self.host = OwnHost(host_id, self.ports, self.port_number(0))
 
     # Names
 
     def nqn(self, disk: Disk) -> str:
-        return self.prefix if self.shared else f"{self.prefix}.{disk.name}"
+        return f"{self.prefix}.{disk.name}"
+
+    def label(self, disk: Disk) -> str:
+        """What clients call a disk."""
+        return self.nqn(disk)
 
     def root(self, disk: Disk) -> str:
         """The root of the disk's branch of the tree."""
-        subsystem = f"nvmet/subsystems/{self.nqn(disk)}"
-        return f"{subsystem}/namespaces/{self.number(disk)}" if self.shared else subsystem
+        return f"nvmet/subsystems/{self.nqn(disk)}"
+
+    def namespace(self, disk: Disk) -> str:
+        """The path of a disk's namespace."""
+        return f"nvmet/subsystems/{self.nqn(disk)}/namespaces/{self.number(disk)}"
 
     @staticmethod
     def number(disk: Disk) -> int:
@@ -5013,17 +5634,10 @@ class NvmeTcp:
         warning(f"Port {taken} is taken, using {self.ports[family]} for {self.FAMILIES[family][2]}")
         return self.attempts <= self.ATTEMPTS
 
-    @staticmethod
-    def concerns_port(e: OSError) -> bool:
-        """Whether a step failed because its port cannot be used, so that it would fail for all disks."""
-        unusable = (errno.EADDRINUSE, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-        return str(e.filename).startswith("nvmet/ports/") and e.errno in unusable
-
-    def why_refused(self, e: OSError) -> str:
+    def explain(self, failure: Failure) -> str:
         """Why the kernel would not do a step, where its own reason would mislead; or else empty."""
-        if e.errno in (errno.ENOENT, errno.EACCES) and "/attr_cntlid_" in str(e.filename):
-            return "this kernel cannot keep other clients away (Linux 5.8 can); see --clients=any"
-        if str(e.filename).endswith("/seat"):
+        e, entry = failure.error, failure.entry
+        if isinstance(entry, Seat):
             if e.errno == errno.EBUSY:
                 return "several clients have attached it already; detach it from all, or see --clients=any"
             return (
@@ -5031,112 +5645,42 @@ class NvmeTcp:
                 f"{reason_of(e)}; let this machine's firewall accept all packets on "
                 "'lo', or see --clients=any"
             )
-        # nvmet_ns_enable(): not files of ours.
-        if self.shared and e.errno == errno.EMFILE and str(e.filename).endswith("/enable"):
-            return "the kernel allows no more namespaces in one subsystem (1024); see --subsystem=per-disk"
+        name = os.path.basename(entry.path)
+        if e.errno in (errno.ENOENT, errno.EACCES) and name.startswith("attr_cntlid_"):
+            return "this kernel cannot keep other clients away (Linux 5.8 can); see --clients=any"
         return ""
 
-    def adapt(self, root: str, e: OSError) -> bool:
-        """Changes what is wanted after a step for `root` failed; False if nothing could be changed."""
-        taken = root.startswith("nvmet/ports/") and e.errno == errno.EEXIST
-        if not taken and not self.concerns_port(e):
+    def adapt(self, failure: Failure) -> bool:
+        """Changes what is wanted after a failure; False if nothing could be changed."""
+        e, entry = failure.error, failure.entry
+        port = entry.port if isinstance(entry, PortLink) else failure.branch.root
+        family = next((f for f, n in self.ports.items() if port_root(n) == port), None)
+        if family is None or failure.cause:
             return False
-        family = AF_INET6 if int(str(e.filename).split("/")[2]) & 1 else AF_INET
-        if taken or e.errno == errno.EADDRINUSE:
+        if e.errno == errno.EADDRINUSE or (e.errno == errno.EEXIST and port == failure.branch.root):
             return self.next_port(family)
-        if len(self.ports) > 1:
+        if e.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and len(self.ports) > 1:
             info(f"{self.FAMILIES[family][2]} is off, exporting without it")
             del self.ports[family]
             return True
         return False
 
-    # The passage: a port on the loopback interface, there only while namespaces are write-protected
-
-    def passage_root(self) -> str:
-        return f"nvmet/ports/{self.passage}"
-
-    def choose_passage(self, live: dict[str, Branch]) -> None:
-        """Finds a number. `live` is what is ours, among it perhaps the passage of a run that was killed."""
-        ours = {r.rpartition("/")[2] for r, b in live.items() if b.tag == "passage"}
-        taken = set(list_directory(CONFIGFS + "nvmet/ports")) - ours | {str(n) for n in self.ports.values()}
-        self.passage = self.passage or self.port_number(0)
-        while str(self.passage) in taken:
-            self.passage, self.passage_port = random_port(), 0
-
-    def passage_branch(self, *, opened: bool) -> Branch:
-        """The passage. Where it is not `opened`, nothing is linked there, and nothing listens."""
-        path = self.passage_root()
-        entries = [
-            Directory(path),
-            Attribute(path + "/addr_adrfam", "ipv4"),
-            Attribute(path + "/addr_trtype", "tcp"),
-            Attribute(path + "/addr_trsvcid", str(self.passage_port or self.passage)),
-            Attribute(path + "/addr_traddr", "127.0.0.1"),
-        ]
-        return Branch("passage", [*entries, Links(path + "/subsystems")] if opened else entries)
-
-    def passage_link(self, root: str, subsystem: str) -> str:
-        return f"{root}{self.passage_root()}/subsystems/{os.path.basename(subsystem)}"
-
-    def open_passage(self, root: str, subsystem: str) -> tuple[str, int]:
-        """Lets ourselves in to a subsystem; address and TCP port. Raises OSError."""
-        port = root + self.passage_root()
-        for attempt in range(self.ATTEMPTS):
-            try:
-                os.symlink(root + subsystem, self.passage_link(root, subsystem))
-                break
-            except FileExistsError:
-                break
-            except OSError as e:
-                if e.errno == errno.EADDRNOTAVAIL and attempt == 0:
-                    raise_loopback()
-                    continue
-                # Nothing listens before the first link is there, so the number may still be changed.
-                if e.errno != errno.EADDRINUSE or attempt == self.ATTEMPTS - 1:
-                    raise
-                try:
-                    write_attribute(port + "/addr_trsvcid", str(random_port()))
-                except PermissionError:
-                    pass  # another thread has found a free one meanwhile
-                self.passage_port = 0
-        self.passage_port = self.passage_port or int(read_attribute(port + "/addr_trsvcid"))
-        return "127.0.0.1", self.passage_port
-
-    def note_untold(self, path: str, e: OSError) -> None:
-        """Notes that hosts are not told of a namespace that it is read-only, and why."""
-        self.untold[path] = e if e.errno else OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        if self.untold[path].errno not in (errno.EIO, errno.EPROTO):
-            # It would be the same for the other disks, and take the time once more.
-            self.unreachable_until = time.monotonic() + COURTESY_SEC[0]
-
-    def why_untold(self, path: str) -> str:
-        """The warning that hosts are not told of a namespace, or of none, that it is read-only."""
-        problem = self.untold[path]
-        if problem.errno in (errno.EIO, errno.EPROTO):
-            nqn = path.rpartition("/namespaces/")[0].rpartition("/")[2]
-            return (
-                f"Failed to tell clients that '{nqn}' is read-only: {reason_of(problem)}; their writes fail"
-            )
-        way_out = "let this machine's firewall accept all packets on 'lo'"
-        if problem.errno == errno.EADDRNOTAVAIL:
-            way_out = "give 'lo' the address 127.0.0.1"
-        return (
-            f"Failed to tell clients which disks are read-only: {reason_of(problem)}; {way_out}. "
-            "Their writes fail all the same"
-        )
-
     def without_seats(self, addresses: list[str]) -> list[str]:
         """The addresses of clients, given all that have a connection."""
-        return [a for a in addresses if a not in ("127.0.0.1", "::1")] if self.seats else addresses
+        return [a for a in addresses if a not in ("127.0.0.1", "::1")] if self.host.seats else addresses
 
     # The wanted tree
 
+    def scaffolds(self, live: dict[str, Branch]) -> list[Branch]:
+        """What only has to be there while something else is made. `live` is what is ours."""
+        return [self.host.passage_branch(live)]
+
     def common_branches(self) -> list[Branch]:
-        """What there is however many disks there are: ports, and the subsystem if it is a shared one."""
+        """What there is however many disks there are: the ports."""
         branches = []
         for family, number in self.ports.items():
             adrfam, traddr, _ = self.FAMILIES[family]
-            path = f"nvmet/ports/{number}"
+            path = port_root(number)
             branches.append(
                 Branch(
                     "port",
@@ -5150,21 +5694,7 @@ class NvmeTcp:
                     ],
                 )
             )
-        if self.shared:
-            path = f"nvmet/subsystems/{self.prefix}"
-            limit = self.limit(READ_WRITE if self.writable else READ_ONLY)
-            identity = self.subsystem_entries(path, self.model(None), self.serial(None), limit, 0)
-            branches.append(
-                Branch(
-                    "subsystem", [*identity, DefaultGroup(path + "/namespaces"), *self.links(path, limit)]
-                )
-            )
         return branches
-
-    @staticmethod
-    def ports_in(live: dict[str, Branch]) -> list[Branch]:
-        """Those branches that are ports."""
-        return [branch for root, branch in live.items() if root.startswith("nvmet/ports/")]
 
     def limit(self, access: str) -> int:
         """How many clients may attach a disk at a time; 0 for any.
@@ -5182,151 +5712,82 @@ class NvmeTcp:
             each = limit + 1
             first = CNTLID_MIN + index % ((CNTLID_MAX - CNTLID_MIN + 1) // each) * each
             entries.append(Attribute(path + "/attr_cntlid_min", str(first)))
-            entries.append(ClientLimit(path + "/attr_cntlid_max", str(first + limit - 1), self))
-        for name, value in (("model", model), ("firmware", self.firmware), ("serial", serial)):
+            entries.append(ClientLimit(path + "/attr_cntlid_max", str(first + limit - 1), self.host))
+        for name, value in (("model", model), ("firmware", self.identities.firmware), ("serial", serial)):
             if value:
                 entries.append(OptionalAttribute(f"{path}/attr_{name}", value))
         return entries
 
     def links(self, subsystem: str, limit: int) -> list[Entry]:
         """What lets clients in, and so comes last."""
-        nqn = subsystem.rpartition("/")[2]
-        links: list[Entry] = [
-            Link(f"nvmet/ports/{n}/subsystems/{nqn}", subsystem) for n in self.ports.values()
-        ]
+        links: list[Entry] = [PortLink(port_root(n), subsystem) for n in self.ports.values()]
         # The last ID that Linux 6.1 takes for the first is one that makes room for two.
-        return [*links[:1], Seat(subsystem, self), *links[1:]] if limit == 1 else links
+        return [*links[:1], Seat(subsystem, self.host), *links[1:]] if limit == 1 else links
 
-    def take_seat(self, subsystem: str) -> NvmeHost:
-        """Attaches ourselves to a subsystem that is linked to the first port.
-
-        Raises OSError, with EBUSY if clients have all places.
-        """
-        if time.monotonic() < self.unreachable_until:
-            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        family, port = next(iter(self.ports.items()))
-        address = "::1" if family == AF_INET6 else "127.0.0.1", port
-        raised = False
-        while True:
-            try:
-                return NvmeHost(address, os.path.basename(subsystem), self.host_id)
-            except OSError as e:
-                if e.errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL) and not raised:
-                    raise_loopback()
-                    raised = True
-                    continue
-                # Before Python 3.10, what came too late has no number.
-                number = e.errno or errno.ETIMEDOUT
-                if number == errno.EIO:
-                    number = errno.EBUSY
-                if number == errno.ETIMEDOUT:
-                    # It would be the same for the other disks, and take the time once more.
-                    self.unreachable_until = time.monotonic() + COURTESY_SEC[0]
-                raise OSError(number, os.strerror(number)) from e
-
-    def disk_branch(self, disk: Disk) -> Branch:
-        """What has to be in configfs to export `disk`; the same object as long as nothing changes."""
+    def disk_branches(self, disk: Disk) -> list[Branch]:
+        """What is between a disk and its export, and what exports it; the same while nothing changes."""
         identity = disk.model, disk.serial, disk.id_serial
-        basis = (disk.tag, self.number(disk), disk.size, identity, disk.access, tuple(self.ports.values()))
+        ports = (*self.ports.values(), self.host.passage)
+        basis = (disk.tag, self.number(disk), disk.size, identity, disk.access, ports)
         if disk.wanted is None or disk.wanted[0] != basis:
-            disk.wanted = basis, self.make_disk_branch(disk)
+            between = backing(disk, disk.access, self.prefix)
+            disk.wanted = basis, [between, self.make_disk_branch(disk, between)]
         return disk.wanted[1]
 
-    def make_disk_branch(self, disk: Disk) -> Branch:
+    def make_disk_branch(self, disk: Disk, between: Branch) -> Branch:
         root = self.root(disk)
-        namespace = root if self.shared else f"{root}/namespaces/{self.number(disk)}"
-        between: list[Entry] = []
-        device: Entry = Attribute(namespace + "/device_path", disk.node)
-        protection: list[Entry] = []
-        if mapping := self.mapping(disk, disk.access):
-            between, device = [mapping], MappedNode(namespace + "/device_path", mapping)
-        if disk.access == READ_WRITE and disk.sysname:
-            # Before the mapping, so that it comes after that when all is taken away.
-            writable = Writable(Writable.path_for(disk.tag), disk.sysname, mapped=mapping is not None)
-            between.insert(0, writable)
-        if disk.access == READ_ONLY:
-            protection = [WriteProtection(namespace + "/write_protect", self)]
+        limit, index = self.limit(disk.access), disk.stay.index if disk.stay else 0
+        identity = self.subsystem_entries(
+            root, self.identities.model(disk), self.identities.serial(disk), limit, index
+        )
+        namespace = self.namespace_entries(disk, between)
+        ports = [port_root(n) for n in self.ports.values()]
+        return self.branch_of(
+            disk, [*identity, *namespace, *self.links(root, limit)], [between.root, *ports]
+        )
+
+    def branch_of(self, disk: Disk, entries: list[Entry], needs: list[str]) -> Branch:
+        protected = any(isinstance(e, WriteProtection) for e in entries)
+        scaffold = [self.host.passage_root()] if protected else []
+        return Branch(disk.tag, entries, needs=needs, scaffold=scaffold, claims=self.claims(disk))
+
+    def namespace_entries(self, disk: Disk, between: Branch, *more: Entry) -> list[Entry]:
+        """A disk's namespace, with `more` that has to be there before it is enabled."""
+        path = self.namespace(disk)
+        device: Entry = Attribute(path + "/device_path", disk.node)
+        if mapping := mapping_of(between):
+            device = MappedNode(path + "/device_path", mapping)
         entries: list[Entry] = [
-            *between,
-            Directory(namespace),
+            Directory(path),
             device,
-            OptionalAttribute(namespace + "/device_uuid", self.uuid(disk)),
-            *([OptionalAttribute(namespace + "/device_nguid", self.nguid(disk))] if self.shared else []),
-            Attribute(namespace + "/enable", "1"),
+            OptionalAttribute(path + "/device_uuid", self.identities.uuid(disk)),
+            *more,
+            Attribute(path + "/enable", "1"),
             # Linux 5.8; before, clients see a new size when they attach anew.
-            Trigger(namespace + "/revalidate_size", str(disk.size)),
-            *protection,
+            Trigger(path + "/revalidate_size", str(disk.size)),
         ]
-        if not self.shared:
-            limit, index = self.limit(disk.access), disk.stay.index if disk.stay else 0
-            identity = self.subsystem_entries(root, self.model(disk), self.serial(disk), limit, index)
-            entries = [*identity, *entries, *self.links(root, limit)]
-        return Branch(disk.tag, entries, claims=self.claims(disk))
+        if disk.access == READ_ONLY:
+            entries.append(WriteProtection(path + "/write_protect", self.host, shared=self.together))
+        return entries
 
     def claims(self, disk: Disk) -> list[tuple[str, str]]:
         """The identities by which clients would take two disks for one."""
-        found = [("UUID", self.uuid(disk)), ("NGUID", self.nguid(disk))]
-        if not self.overrides["SERIAL"] and not disk.serial and not self.shared:
-            found.append(("serial number", self.serial(disk)))
+        found = [("UUID", self.identities.uuid(disk)), ("NGUID", self.identities.nguid(disk))]
+        if not self.identities.overrides["SERIAL"] and not disk.serial and not self.together:
+            found.append(("serial number", self.identities.serial(disk)))
         return found
 
-    def mapping(self, disk: Disk, access: str) -> Mapping | None:
-        """What stands between a disk and its export, for this kind of access."""
-        if not (target := mapping_target(disk, access)):
-            return None
-        path = Mapping.path_for(disk.name, self.prefix, disk.tag, disk.node, target)
-        return Mapping(path, target, disk.node, disk.size, disk.block)
+    def about_twins(self, kind: str) -> str:
+        """What to do about two disks with the same identity of a kind; empty if it is their own."""
+        return "unset $SYSTEMD_NVME_UUID" if kind == "UUID" and self.identities.overrides["UUID"] else ""
 
     def live_access(self, disk: Disk, live: dict[str, Branch]) -> str:
         """The kind of access with which a disk is exported now; empty if it is not."""
         branch = live.get(self.root(disk))
         if branch is None or branch.tag != disk.tag:
             return ""
-        paths = [e.path for e in branch.kept(Mapping)]
-        wanted = {access: self.mapping(disk, access) for access in ACCESS}
-        return next((a for a, mapping in wanted.items() if paths == ([mapping.path] if mapping else [])), "")
-
-    def model(self, disk: Disk | None) -> str:
-        """The model of a disk's subsystem, or of the one that is for all."""
-        if override := self.overrides["MODEL"]:
-            return nvme_string(override, MODEL_MAX)
-        # Not the host name, which may change while clients are attached.
-        model, system = disk.model if disk else "Storage target", self.machine.os
-        return nvme_string(f"{model} ({system})" if model and system else model or system, MODEL_MAX)
-
-    def serial(self, disk: Disk | None) -> str:
-        """The disk's serial number, or one that is stable for the disk and unique on this machine.
-
-        That of the machine for the subsystem that is for all disks.
-        """
-        given = self.overrides["SERIAL"] or (disk.serial if disk and not self.own(disk) else "")
-        if given and (text := nvme_string(given, SERIAL_MAX)):
-            return text
-        name = b"serial" + utf8(self.name(disk)) if disk else b"machine"
-        return str(sha256(self.machine.id + name).hexdigest()[:SERIAL_MAX])
-
-    def uuid(self, disk: Disk) -> str:
-        if self.overrides["UUID"]:
-            override = self.overrides["UUID"].replace("-", "").lower()
-            if is_id128(override):
-                return dashed(override)
-            warning("$SYSTEMD_NVME_UUID is not a UUID, ignoring it")
-        name = self.own(disk) or disk.id_serial or disk.node
-        return dashed(uuid4_from(sha256(self.machine.id + utf8(name)).digest()))
-
-    def nguid(self, disk: Disk) -> str:
-        """Made like the UUID, but different for disks without a serial number, and not to be overridden."""
-        digest = sha256(self.machine.id + b"nguid" + utf8(self.name(disk)))
-        return dashed(digest.hexdigest()[:32])
-
-    @staticmethod
-    def own(disk: Disk) -> str:
-        """What a disk's identities are made from in place of its serial number; empty for that."""
-        return disk.stay.own if disk.stay else ""
-
-    @staticmethod
-    def name(disk: Disk) -> str:
-        return disk.stay.name if disk.stay else disk.id_serial or disk.stable()
+        wanted = {access: backing(disk, access, self.prefix).root for access in ACCESS}
+        return next((access for access, root in wanted.items() if root in branch.needs), "")
 
     def firewall_text(self) -> str:
         """What a firewall on this machine has to let in."""
@@ -5350,18 +5811,544 @@ class NvmeTcp:
         scope = " -f INTERFACE" if address.family == AF_INET6 and address.link_local else ""
         return f"nvme {what} -t tcp -a {address.text} -s {self.ports[address.family]}{scope}"
 
+    def for_all(self, address: Address) -> tuple[str, str]:
+        """The command that attaches all disks, and what may be on a line of its own."""
+        return self.connect(address, "connect-all"), ""
 
-# What is shown
+    def for_one(self, disk: Disk, address: Address) -> tuple[str, str]:
+        """The command that attaches one disk, in the same form; empty if that cannot be done."""
+        return self.connect(address, "connect"), f"-n {typed(self.nqn(disk))}"
+
+    def serial_shown(self, disk: Disk) -> str:
+        """A disk's serial number as clients see it."""
+        return self.identities.serial(disk)
 
 
-def size_text(size: int) -> str:
-    """Bytes as people say them, in powers of 1000."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.95:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} PB"
+class SharedNvmeTcp(NvmeTcp):
+    """NVMe/TCP with one subsystem for all disks, each of which is a namespace of it."""
+
+    together = True
+
+    def nqn(self, disk: Disk) -> str:
+        return self.prefix
+
+    def label(self, disk: Disk) -> str:
+        return f"{self.prefix}, namespace {self.number(disk):#x}"
+
+    def root(self, disk: Disk) -> str:
+        return self.namespace(disk)
+
+    def explain(self, failure: Failure) -> str:
+        # nvmet_ns_enable(): not files of ours.
+        if failure.error.errno == errno.EMFILE and os.path.basename(failure.entry.path) == "enable":
+            return "the kernel allows no more namespaces in one subsystem (1024); see --subsystem=per-disk"
+        return super().explain(failure)
+
+    def common_branches(self) -> list[Branch]:
+        """The ports and the subsystem."""
+        ports = super().common_branches()
+        path = f"nvmet/subsystems/{self.prefix}"
+        limit = self.limit(READ_WRITE if self.writable else READ_ONLY)
+        identity = self.subsystem_entries(
+            path, self.identities.model(None), self.identities.serial(None), limit, 0
+        )
+        entries = [*identity, DefaultGroup(path + "/namespaces"), *self.links(path, limit)]
+        return [*ports, Branch("subsystem", entries, needs=[b.root for b in ports])]
+
+    def make_disk_branch(self, disk: Disk, between: Branch) -> Branch:
+        nguid = OptionalAttribute(self.namespace(disk) + "/device_nguid", self.identities.nguid(disk))
+        entries = self.namespace_entries(disk, between, nguid)
+        return self.branch_of(disk, entries, [between.root, f"nvmet/subsystems/{self.prefix}"])
+
+    def for_all(self, address: Address) -> tuple[str, str]:
+        return self.connect(address, "connect"), f"-n {typed(self.prefix)}"
+
+    def for_one(self, disk: Disk, address: Address) -> tuple[str, str]:
+        return "", ""
+
+    def serial_shown(self, disk: Disk) -> str:
+        """The disk's own: clients see that of the subsystem."""
+        return disk.serial or disk.id_serial
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 20. Exports
+# -----------------------------------------------------------------------------------------------------------
+
+
+class Stores:
+    """What snapshots keep in memory, divided among those that are live and those that are going to be."""
+
+    def __init__(self, memory: Memory, tree: Tree, inventory: Inventory) -> None:
+        self.memory = memory
+        self.tree = tree
+        self.inventory = inventory
+        self.divided = 0.0  # when that was done last, in seconds of the monotonic clock
+        self.news = -1  # descriptor that can be read when device-mapper has news since then
+        self.damaged: set[str] = set()  # mappings whose disks were found to have unreadable sectors
+
+    def divide(self, wanted: Sequence[Branch] = ()) -> list[Disk]:
+        """Looks how full they are and divides what is left; returns disks whose changes are lost."""
+        self.divided = time.monotonic()
+        live = {m.path: m for m in live_mappings(self.tree.live, Mapping.SNAPSHOT)}
+        self.news = dm_arm() if live else -1
+        coming = [m for m in map(mapping_of, wanted) if m and m.target == Mapping.SNAPSHOT]
+        coming = [m for m in coming if m.path not in live]
+        before = self.memory.filled
+        if live or coming or before:
+            self.memory.share(live.values(), coming)
+        for name in self.memory.repaired - self.damaged:
+            self.damaged.add(name)
+            disk = self.mapped_disk(name)
+            warning(
+                f"A client's write to '{disk.node if disk else name}' failed, since a sector beside it "
+                "cannot be read, and other I/O may have failed at that moment; what clients changed before "
+                "is kept"
+            )
+        if not before and self.memory.filled and self.memory.size < self.memory.asked:
+            size, asked = size_text(self.memory.size), size_text(self.memory.asked)
+            warning(f"Snapshots get {size} of memory instead of {asked}: this machine cannot spare more")
+        return [disk for name in self.memory.lost if (disk := self.mapped_disk(name))]
+
+    def mapped_disk(self, name: str) -> Disk | None:
+        """The disk that is exported through a mapping."""
+        for disk in self.inventory.disks.values():
+            if (mapping := mapping_of(disk.backing)) and mapping.name == name:
+                return disk
+        return None
+
+
+class Courtesy:
+    """Says once if hosts are not told which disks are read-only, and when to try that again."""
+
+    def __init__(self, host: OwnHost) -> None:
+        self.host = host
+        self.said: set[str] = set()
+        self.again = 0.0  # when to try again, in seconds of the monotonic clock; 0 for never
+        self.pause = COURTESY_SEC[0]
+
+    def note(self, live: dict[str, Branch]) -> None:
+        """Called after each change, with what is live then."""
+        untold = self.host.untold
+        if untold:
+            paths = {e.path for b in live.values() for e in b.entries}
+            for path in set(untold) - paths:
+                del untold[path]
+        messages = set(map(self.host.why_untold, untold))
+        for message in sorted(messages - self.said):
+            warning(message)
+        if self.said and not messages:
+            info("Clients are told again which disks are read-only")
+        self.said = messages
+        now = time.monotonic()
+        if not messages:
+            self.again, self.pause = 0.0, COURTESY_SEC[0]
+        elif self.again <= now:
+            self.again = now + self.pause
+            self.pause = min(2 * self.pause, COURTESY_SEC[1])
+
+    def forget(self, live: dict[str, Branch]) -> None:
+        """Has the next change try again what could not be done: as if it had been found like that."""
+        for root, branch in list(live.items()):
+            if any(e.path in self.host.untold for e in branch.entries):
+                live[root] = branch.to_compare()
+
+
+class NotedRules:
+    """Finds out whether an earlier run that was killed had the same rules for access.
+
+    Then no access changes that clients have, although rules may match other disks by now.
+    """
+
+    def __init__(self, path: str, access: Access) -> None:
+        self.path = path
+        self.access = access
+        self.same = False
+        self.noted = False
+
+    def compare(self) -> None:
+        try:
+            self.same = read_bytes(self.path) == self.access.noted()
+            if not self.same:
+                os.unlink(self.path)
+        except OSError as e:
+            debug(f"No rules of an earlier run: {reason_of(e)}")
+
+    def note(self) -> None:
+        """Notes the rules, once all that is exported is exported by them."""
+        self.noted = True
+        try:
+            if self.access.rules:
+                write_new_file(self.path, self.access.noted())
+        except OSError as e:
+            debug(f"Failed to note the rules, ignoring: {reason_of(e)}")
+
+    def forget(self) -> None:
+        """Called when nothing is exported any longer."""
+        if self.access.rules and os.path.exists(self.path):
+            os.unlink(self.path)
+
+
+def why_not_opened(problem: OSError) -> str:
+    if problem.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{reason_of(problem)}; it may be write-protected"
+    if problem.errno in (errno.ENOMEDIUM, errno.ENXIO):
+        return NO_MEDIUM
+    return reason_of(problem) + (f" ('{problem.filename}')" if problem.filename else "")
+
+
+def why_failed(disk: Disk, failure: Failure, transport: NvmeTcp) -> str:
+    """Why a disk is not exported, and what to do about it."""
+    while failure.cause:
+        failure = failure.cause
+    problem = failure.error
+    if mapping_of(failure.branch):
+        return why_not_backed(failure, disk)
+    if problem.errno == errno.EEXIST:
+        return f"another program made '{transport.nqn(disk)}'; stop it, or give another --nqn"
+    if problem.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOMEDIUM, errno.ENXIO):
+        return why_not_opened(problem)
+    return transport.explain(failure) or f"{reason_of(problem)} ('{failure.entry.path}')"
+
+
+class Exporter:
+    """Brings what is exported to what the disks ask for: at first, later, after a crash and at the end."""
+
+    def __init__(
+        self,
+        transport: NvmeTcp,
+        inventory: Inventory,
+        memory: Memory | None = None,
+        rehearse: Callable[[dict[str, str]], None] | None = None,
+    ) -> None:
+        self.transport = transport
+        self.inventory = inventory
+        self.memory = memory or Memory()
+        self.ledger = Ledger(f"{RUN}{transport.prefix}.entries")
+        self.tree = Rehearsal(CONFIGFS, self.ledger, rehearse) if rehearse else Tree(CONFIGFS, self.ledger)
+        self.locks = rehearse is None  # whether a disk is only exported once its lock is held
+        self.media = MediumWatch(lambda: self.tree.wake())
+        self.rules = NotedRules(f"{RUN}{transport.prefix}.access", inventory.access)
+        self.started = time.monotonic()
+        self.opened = False  # whether clients may come in
+        self.awaited: list[str] = []  # the disks that this waits for, with the reasons
+        self.changed = False  # something to show has changed
+        self.outdated = False  # what is wanted has changed, although no disk has
+        self.stores = Stores(self.memory, self.tree, inventory)
+        self.courtesy = Courtesy(transport.host)
+
+    def begin(self) -> None:
+        """Goes on with what an earlier run left. Raises UserError and OSError."""
+        self.tree.adopt()
+        self.opened = self.tree.admits()
+        self.rules.compare()
+        self.transport.choose_ports(self.tree.live)
+
+    @staticmethod
+    def set_urgent(urgent: bool) -> None:
+        """Comes before all others, or no longer.
+
+        Not by a nice value, which counts only inside a session (sched(7), "The autogroup feature").
+        """
+        try:
+            os.sched_setscheduler(0, os.SCHED_RR if urgent else os.SCHED_OTHER, os.sched_param(int(urgent)))
+        except OSError as e:
+            debug(f"Failed to change the priority, ignoring: {reason_of(e)}")
+
+    # Wanted, live, difference
+
+    def synchronise(self, *, strict: bool = False) -> None:
+        """Makes the kernel have what the disks ask for.
+
+        `strict`: what fails for a named device raises UserError. At first nothing is exported before all
+        disks that are here can be: a host that reconnects while one is missing loses it.
+        """
+        now = time.monotonic()
+        strict = strict or not self.opened
+        for disk in self.inventory.candidates():
+            disk.left_out = self.transport.why_name(disk)
+        for disk in self.inventory.disks.values():
+            if disk.removable:
+                watch_medium(disk)
+        disks = self.inventory.candidates()
+        allow_files(len(disks))
+        for disk in disks:
+            if disk.fd < 0 and not disk.failed:
+                self.claim(disk, now, strict=strict)
+        if self.inventory.stays.first is None:
+            self.inventory.stays.begin_with(list(self.inventory.disks.values()))
+        self.inventory.begin_stays(d for d in disks if d.fd >= 0)
+        self.changed = True
+        if not self.opened:
+            self.awaited = self.still_awaited(now)
+            if self.awaited:
+                return
+            self.opened = True
+            self.inventory.stays.forget_awaited()
+        # udev looks at each device that is made on the way: that can wait.
+        self.set_urgent(True)
+        try:
+            self.apply(disks, strict=strict)
+        finally:
+            self.set_urgent(False)
+        self.courtesy.note(self.tree.live)
+        try:
+            self.ledger.shorten(self.tree.live.values(), CONFIGFS)
+        except OSError as e:
+            debug(f"Failed to shorten '{self.ledger.path}', ignoring: {reason_of(e)}")
+        if not self.rules.noted and not self.pending():
+            self.rules.note()
+
+    def rehearse(self) -> list[Failure]:
+        """Shows the steps to what is wanted, without waiting for anything; returns what would fail."""
+        try:
+            self.tree.adopt()
+        except OSError as e:
+            debug(f"Nothing of ours is noted as exported: {reason_of(e)}")
+        self.transport.choose_ports(self.tree.live)
+        disks = [d for d in self.inventory.candidates() if not self.transport.why_name(d)]
+        self.inventory.begin_stays(disks)
+        scaffolds = self.transport.scaffolds(self.tree.live)
+        branches, _ = self.wanted(disks)
+        return self.tree.apply(self.tree.plan(branches, scaffolds))
+
+    def pending(self) -> list[Disk]:
+        return [d for d in self.inventory.candidates() if d.waiting and d.fd < 0 and not d.failed]
+
+    def still_awaited(self, now: float) -> list[str]:
+        """The disks without which no client is let in yet, with the reasons."""
+        found = []
+        for disk in self.pending():
+            patience = START_WAIT_SEC if isinstance(disk.waiting, UdevNotDone) else LOCK_WAIT_SEC
+            if now - disk.waiting_since < patience:
+                found.append(f"'{disk.node}' ({disk.waiting})")
+        if now - self.started < RETURN_WAIT_SEC:
+            awaited = self.inventory.stays.awaited.values()
+            found += [f"'{node}' (exported until the last stop)" for _, node in awaited]
+        return found
+
+    def claim(self, disk: Disk, now: float, *, strict: bool) -> None:
+        """Takes a disk's lock, if udev is done with it and nobody holds it; says when that takes long."""
+        if not disk.waiting_since:
+            disk.waiting_since = now
+        waited = now - disk.waiting_since
+        if isinstance(disk.waiting, UdevNotDone) and waited < UDEV_WAIT_SEC:
+            return  # until udev says so, and the disk is read again
+        if other := self.inventory.undecided(disk, now):
+            disk.waiting = f"its access depends on '{other}', which udev is not done with"
+            return
+        told = disk.waiting_named
+        disk.waiting_named = waited > LOCK_WAIT_SEC
+        try:
+            try_lock(disk)
+        except OSError as e:
+            self.give_up(disk, why_not_opened(e), fatal=strict and not self.inventory.all)
+            return
+        if disk.fd >= 0:
+            disk.waiting_since, disk.waiting_named = 0.0, False
+            # To open it has waited for the kernel to read its partition table.
+            self.inventory.decide(disk)
+            disk.waiting = ""
+            if self.rules.same and (access := self.transport.live_access(disk, self.tree.live)):
+                disk.access = access
+        elif disk.waiting_named and not told:
+            warning(
+                f"'{disk.node}' is not exported yet: {disk.waiting}; it will be as soon as that is released"
+            )
+
+    def apply(self, disks: Sequence[Disk], *, strict: bool) -> None:
+        """Makes what these disks ask for, and takes away all else."""
+        self.tree.ended = True
+        while self.tree.ended:
+            # A removal that finishes during this pass raises no further event, but a creation may be waiting
+            # for it.
+            self.tree.collect()
+            self.tree.ended = False
+            self.apply_once(disks, strict=strict)
+
+    def apply_once(self, disks: Sequence[Disk], *, strict: bool) -> None:
+        patience = LOCK_WAIT_SEC if strict else REMOVAL_WAIT_SEC
+        tries = 3  # for what cannot be removed
+        while True:
+            scaffolds = self.transport.scaffolds(self.tree.live)
+            branches, owners = self.wanted(disks)
+            self.share_memory(branches)
+            failures = self.tree.apply(self.tree.plan(branches, scaffolds), patience)
+            if any(self.transport.adapt(failure) for failure in failures):
+                continue
+            self.note_live(failures)
+            tries -= 1
+            for failure in failures:
+                disk = owners.get(failure.branch.root)
+                if disk or not tries or failure.branch.root not in self.tree.live:
+                    self.fail(disk, failure, strict=strict)
+            if not failures or not tries:
+                break
+        if self.memory.filled or live_mappings(self.tree.live, Mapping.SNAPSHOT):
+            self.share_memory()
+        self.media.watch(self.inventory.disks.values())
+        for disk in disks:
+            if disk.fd >= 0:
+                disk.waiting = (
+                    "" if disk.branch else "the kernel is still taking away what was there before it"
+                )
+
+    def wanted(self, disks: Iterable[Disk]) -> tuple[list[Branch], dict[str, Disk]]:
+        """All branches that these disks ask for, and whose they are, by root."""
+        branches = self.transport.common_branches()
+        owners: dict[str, Disk] = {}
+        claimed: dict[tuple[str, str], Disk] = {}
+        # Disks that clients know come first.
+        for disk in sorted(disks, key=lambda d: d.branch is None):
+            if not (found := self.wanted_branches(disk)):
+                continue
+            claims = found[-1].claims
+            if twins := [(kind, claimed[kind, x]) for kind, x in claims if (kind, x) in claimed]:
+                self.leave_out_twin(disk, *twins[0])
+                continue
+            claimed.update(dict.fromkeys(claims, disk))
+            branches += found
+            owners.update((branch.root, disk) for branch in found)
+        return branches, owners
+
+    def wanted_branches(self, disk: Disk) -> list[Branch]:
+        """What makes a disk reachable, last, after what stands between; nothing if it is not to be."""
+        if disk.failed:
+            return []
+        if disk.fd >= 0 or not self.locks:
+            return self.transport.disk_branches(disk)
+        # What an earlier run exported stays while the lock that died with it is waited for.
+        live = self.tree.live.get(self.transport.root(disk))
+        if live is None or live.tag != disk.tag:
+            return []
+        between = self.backing_of(live)
+        return [between, live] if between else [live]
+
+    def backing_of(self, branch: Branch | None) -> Branch | None:
+        """What is live between a disk and a branch that exports it."""
+        needs = [self.tree.live.get(root) for root in branch.needs] if branch else []
+        return next((b for b in needs if branch and b and b.tag == branch.tag), None)
+
+    def note_live(self, failures: Iterable[Failure]) -> None:
+        """Brings up to date what of each disk is live."""
+        failed = {failure.branch.root for failure in failures}
+        for disk in self.inventory.disks.values():
+            root = self.transport.root(disk)
+            gone = root in self.tree.leaving or root in failed
+            disk.branch = None if gone else self.tree.live.get(root)
+            disk.backing = self.backing_of(disk.branch)
+
+    def leave_out_twin(self, disk: Disk, kind: str, other: Disk) -> None:
+        """Keeps a disk out that would have an identity of another one."""
+        disk.left_out = f"its {kind} would be that of '{other.node}', and clients would take it for that one"
+        if advice := self.transport.about_twins(kind):
+            disk.left_out += f"; {advice}"
+        disk.close()
+
+    # The end
+
+    def stop(self) -> bool:
+        """Takes all exports down again; False if some would not go."""
+        self.end_removals()
+        self.media.watch(())
+        if self.opened:
+            # All others are new ones when they return.
+            stays = self.inventory.stays
+            stays.leave(d for d in self.inventory.disks.values() if d.branch and d.lasts())
+        for failure in self.take_away(None):
+            why = f"{reason_of(failure.error)}; remove what is below it"
+            if isinstance(failure.error, IoPending):
+                why = (
+                    "the disk is gone, but its driver has not ended all I/O of clients; when it has, start "
+                    "storagetm and stop it again, or boot this machine"
+                )
+            error(f"Failed to remove '{failure.branch.entries[0].place(CONFIGFS)}': {why}")
+        for disk in self.inventory.disks.values():
+            disk.close()
+        if not self.tree.live:
+            self.ledger.clear()
+            self.rules.forget()
+        self.ledger.close()
+        return not self.tree.live and not any(map(dm_status, Mapping.abandoned))
+
+    def end_removals(self) -> None:
+        """Waits for disks that are being removed, up to a limit.
+
+        All others go at once, but not the ports, which they need: the kernel would wait for the same I/O
+        when it removes them (flush_workqueue() in nvmet_port_release()).
+        """
+        self.tree.ending = True
+        if self.tree.leaving:
+            self.tree.apply(self.tree.plan([]), REMOVAL_WAIT_SEC)
+        while self.tree.leaving:  # a second signal ends this, too
+            time.sleep(LOCK_POLL_SEC[0])
+            self.tree.collect()
+
+    def take_away(self, patience: float | None) -> list[Failure]:
+        """Removes all that there is, with a few tries; returns what still failed."""
+        failures: list[Failure] = []
+        for _ in range(3):
+            self.tree.collect()
+            failures = self.tree.apply(self.tree.plan([]), patience)
+            if not failures:
+                break
+        return failures
+
+    # Failures
+
+    def fail(self, disk: Disk | None, failure: Failure, *, strict: bool) -> None:
+        """Tells the user, once, what could not be done, and leaves the disk alone until it changes."""
+        problem, root = failure.error, failure.branch.root
+        if disk is None:
+            left = root in self.tree.live
+            reason = reason_of(problem)
+            if problem.errno == errno.EEXIST:
+                reason = f"another program made '{os.path.basename(root)}'; stop it, or give another --nqn"
+            place = failure.branch.entries[0].place(CONFIGFS)
+            message = f"Failed to {'remove' if left else 'make'} '{place}': {reason}"
+            if strict and not left:
+                raise UserError(message)
+            error(message)
+        elif not disk.failed:
+            fatal = strict and (not self.inventory.all or failure.entry.dooms(problem))
+            self.give_up(disk, why_failed(disk, failure, self.transport), fatal=fatal)
+
+    def give_up(self, disk: Disk, reason: str, *, fatal: bool) -> None:
+        """Leaves a disk alone until it changes, and says why. Raises UserError if that is `fatal`."""
+        message = f"Failed to export '{disk.node}': {reason}"
+        disk.failed = reason
+        disk.close()
+        if fatal:
+            raise UserError(message)
+        if disk.reported != message:
+            error(message)
+            disk.reported = message
+
+    # What comes up later
+
+    def share_memory(self, wanted: Sequence[Branch] = ()) -> None:
+        """Divides the memory for snapshots; ends the export of disks whose changes are gone.
+
+        To their clients they would be other disks.
+        """
+        before = self.memory.filled
+        for disk in self.stores.divide(wanted):
+            disk.failed = "what clients had changed is lost; start storagetm again to export it without that"
+            disk.close()
+            error(f"'{disk.node}' is no longer exported: {disk.failed}")
+            self.outdated = True
+        if self.memory.filled != before:
+            self.changed = True
+
+    def tell(self) -> None:
+        """Tells hosts again which disks are read-only."""
+        self.courtesy.forget(self.tree.live)
+        self.synchronise()
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 21. The report
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Report:
@@ -5429,22 +6416,11 @@ class Report:
 
     def access_text(self, disk: Disk) -> str:
         """A disk's access as the screen has it."""
-        if disk.access == SNAPSHOT and disk.branch:
-            for mapping in disk.branch.kept(Mapping) if Mapping in disk.branch.kinds else ():
-                used, limit, full = self.memory.filled.get(os.path.basename(mapping.path), (0, 0, ""))
-                if full or limit:
-                    return SNAPSHOT_FULL if full else f"snapshot {100 * used // limit:2} %"
+        if disk.access == SNAPSHOT and disk.branch and (mapping := mapping_of(disk.backing)):
+            used, limit, full = self.memory.filled.get(mapping.name, (0, 0, ""))
+            if full or limit:
+                return SNAPSHOT_FULL if full else f"snapshot {100 * used // limit:2} %"
         return disk.access.upper() if disk.access == READ_WRITE else disk.access
-
-    def serial_text(self, disk: Disk) -> str:
-        """A disk's serial number as clients see it, or else its own: in a shared subsystem they see none."""
-        return disk.serial or disk.id_serial if self.transport.shared else self.transport.serial(disk)
-
-    def for_all(self, address: Address) -> tuple[str, str]:
-        """The command that attaches all disks, and what may be on a line of its own."""
-        if self.transport.shared:
-            return self.transport.connect(address, "connect"), f"-n {typed(self.transport.prefix)}"
-        return self.transport.connect(address, "connect-all"), ""
 
     @property
     def interrupt_text(self) -> str:
@@ -5460,7 +6436,7 @@ class Report:
         if not self.addresses:
             return "Storage target mode: the network is down"
         best = [a for a in self.addresses if a.kind == self.addresses[0].kind]
-        line = min((" ".join(filter(None, self.for_all(a))) for a in best), key=len)
+        line = min((" ".join(filter(None, self.transport.for_all(a))) for a in best), key=len)
         if len(line) > PLYMOUTH_MAX:
             line = min((self.transport.connect(a, "connect-all") for a in best), key=len)
         return line
@@ -5470,16 +6446,14 @@ class Report:
         found = {}
         for address in self.addresses:
             found[f"address {address.text} {address.interface}"] = (
-                f"Attach all disks with: {' '.join(filter(None, self.for_all(address)))}"
+                f"Attach all disks with: {' '.join(filter(None, self.transport.for_all(address)))}"
             )
         if not self.addresses:
             found["network"] = "The network is down: no address yet at which disks could be attached"
         for disk in self.exported:
-            about = size_text(disk.size), disk.model, self.serial_text(disk), disk.access
+            about = size_text(disk.size), disk.model, self.transport.serial_shown(disk), disk.access
             described = ", ".join(filter(None, about))
-            where = self.transport.nqn(disk)
-            if self.transport.shared:
-                where += f", namespace {self.transport.number(disk):#x}"
+            where = self.transport.label(disk)
             found[f"disk {disk.key} {disk.tag}"] = f"Exporting '{disk.node}' ({described}) as {where}"
             found[f"size {disk.key} {disk.tag}"] = f"'{disk.node}' has {disk.size} bytes"
         if self.refused:
@@ -5516,7 +6490,7 @@ class Report:
             all_of_them = "its disk" if count == 1 else f"all {count} disks"
             blocks.append([("", f"To attach {all_of_them}, type as root on the other machine:"), ("", "")])
             for address in self.addresses:
-                command, more = self.for_all(address)
+                command, more = self.transport.for_all(address)
                 lines = [("command", line) for line in folded(command, width, more)]
                 if address.family == AF_INET6 and address.link_local:
                     lines.append(
@@ -5530,23 +6504,20 @@ class Report:
             blocks.append([("alert", line) for line in wrapped(text, width)] + [("", "")])
         elif not count:
             blocks.append([("alert", "No disk is exported; plug one in, and it will be."), ("", "")])
-        elif self.transport.shared:
+        elif self.transport.together:
             blocks.append([("", "Namespaces:"), ("", "")])
         elif self.addresses:
             blocks.append([("", "To attach one disk:"), ("", "")])
         for disk in self.exported:
             lines = [(disk.access, line) for line in self.about(disk, width)]
-            if self.transport.shared:
+            if self.transport.together:
                 blocks.append(lines)
                 continue
             if self.addresses:
-                command = self.transport.connect(self.addresses[0], "connect")
-                lines += [
-                    ("command", line)
-                    for line in folded(command, width, f"-n {typed(self.transport.nqn(disk))}")
-                ]
+                command, more = self.transport.for_one(disk, self.addresses[0])
+                lines += [("command", line) for line in folded(command, width, more)]
             blocks.append([*lines, ("", "")])
-        if self.transport.shared and count:
+        if self.transport.together and count:
             blocks.append([("", "")])
         if self.attached:
             blocks.append([("", line) for line in wrapped(self.attached_text() + ".", width)] + [("", "")])
@@ -5562,14 +6533,14 @@ class Report:
 
     def about(self, disk: Disk, width: int) -> list[str]:
         """What there is to say of an exported disk, in columns. A long path has a line of its own."""
-        number = f"{self.transport.number(disk):#6x} " if self.transport.shared else ""
+        number = f"{self.transport.number(disk):#6x} " if self.transport.together else ""
         middle = f" {size_text(disk.size):>8}  {self.access_text(disk):<13} "
         node, lines = padded(number + disk.node, len(number) + 12), []
         room = min(width - 1, 57) - len(middle)
         if columns(node) > room:
             lines, node = pieces(node.rstrip(), width - 1), " " * min(len(number) + 12, room)
         left = cut(node + middle + disk.model.replace("_", " "), 57)
-        return [*lines, cut(f"{padded(left, 57)}  {self.serial_text(disk)}", width - 1)]
+        return [*lines, cut(f"{padded(left, 57)}  {self.transport.serial_shown(disk)}", width - 1)]
 
     @staticmethod
     def why_not(disk: Disk, why: str, width: int) -> list[str]:
@@ -5586,6 +6557,11 @@ def folded(command: str, width: int, more: str = "") -> list[str]:
     if len(command) + len(more) + 4 < width:
         return [f"  {command} {more}".rstrip()]
     return [f"  {command} \\", f"    {more}"] if more else [f"  {command}"]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 22. Views
+# -----------------------------------------------------------------------------------------------------------
 
 
 class JournalView:
@@ -5965,7 +6941,9 @@ def paginated(blocks: Iterable[list[tuple[str, str]]], width: int, room: int) ->
     return pages
 
 
-# The service
+# -----------------------------------------------------------------------------------------------------------
+# 23. The service
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Service:
@@ -5985,32 +6963,19 @@ class Service:
         self.machine = machine
         self.transport = transport
         self.inventory = inventory
+        self.exporter = Exporter(transport, inventory, memory)
         self.on_consoles = on_consoles  # whether to show the screen on the machine's consoles
-        self.memory = memory or Memory()
         self.refused = refused  # why nothing is exported, if it is not to be
         # Whether the end of this process boots the machine, as it does in our unit. Then what prevents the
         # start is shown instead: it would be there again after the boot, and nobody could have read it.
         self.reboots = reboots
-        self.shared = 0.0  # when the memory was last divided, in seconds of the monotonic clock
-        self.snapshot_news = -1  # descriptor that can be read when device-mapper has news since then
-        self.damaged: set[str] = set()  # mappings whose disks were found to have unreadable sectors
-        self.ledger = Ledger(f"{RUN}{transport.prefix}.entries")
-        self.rules_file = f"{RUN}{transport.prefix}.access"
-        self.same_rules = False  # whether an earlier run that was killed had the same
-        self.rules_noted = False
-        self.tree = Tree(CONFIGFS, self.ledger)
-        self.media = MediumWatch(lambda: self.tree.wake())
         self.sleep_lock = SleepLock()
         self.addresses: list[Address] = []
         self.view = Views(JournalView())
         self.paths: list[str] = []  # of the consoles that it is shown on
         self.named: list[str] = []  # the consoles that the kernel had then, whether they work or not
         self.dirty = True  # something to show has changed
-        self.outdated = False  # what is wanted has changed, although no disk has
         self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
-        self.started = time.monotonic()
-        self.opened = False  # whether clients may come in
-        self.awaited: list[str] = []  # the disks that this waits for, with the reasons
         self.ready = False
         self.running = False  # past all that a start may fail at
         self.stopping = False
@@ -6018,9 +6983,6 @@ class Service:
         self.status = ""
         self.splash = ""
         self.pause = LOCK_POLL_SEC[0]
-        self.untold: set[str] = set()  # what has been said of clients that are not told of the protection
-        self.tell_again = 0.0  # when that is tried again, in seconds of the monotonic clock; 0 for never
-        self.tell_pause = COURTESY_SEC[0]
 
     def run(self) -> int:
         """Returns the exit code. Raises UserError or OSError for what prevents the start, unless it is shown
@@ -6033,7 +6995,7 @@ class Service:
                 if not self.reboots or self.running:
                     raise
                 self.refused = failure_text(e)
-                if self.tree.live:
+                if self.exporter.tree.live:
                     self.refused += "; but what an earlier start exported still is"
         return self.refuse()
 
@@ -6060,11 +7022,8 @@ class Service:
             self.inventory.check_named()
             self.transport.check_names(self.inventory.candidates(), named=not self.inventory.all)
         prepare_kernel()
-        self.ledger.lock()
-        self.tree.adopt()
-        self.opened = self.tree.admits()
-        self.compare_rules()
-        self.transport.choose_ports(self.tree.live)
+        self.exporter.ledger.lock()
+        self.exporter.begin()
         self.inventory.stays.kept = True
         self.catch_signals()
         failed = True
@@ -6082,7 +7041,7 @@ class Service:
             self.addresses = self.network.addresses()
             self.open_view()
             self.running = True
-            self.tree.guard()
+            self.exporter.tree.guard()
             self.loop()
             failed = False
         finally:
@@ -6101,341 +7060,30 @@ class Service:
         for message in self.view.messages if failed else []:
             error(message)
 
-    def compare_rules(self) -> None:
-        """Finds out whether an earlier run that was killed had the same rules.
-
-        Then no access changes that clients have, although rules may match other disks by now.
-        """
-        try:
-            self.same_rules = read_bytes(self.rules_file) == self.inventory.access.noted()
-            if not self.same_rules:
-                os.unlink(self.rules_file)
-        except OSError as e:
-            debug(f"No rules of an earlier run: {reason_of(e)}")
-
-    def note_rules(self) -> None:
-        """Notes the rules, once all that is exported is exported by them."""
-        self.rules_noted = True
-        try:
-            if self.inventory.access.rules:
-                write_new_file(self.rules_file, self.inventory.access.noted())
-        except OSError as e:
-            debug(f"Failed to note the rules, ignoring: {reason_of(e)}")
-
-    @staticmethod
-    def set_urgent(urgent: bool) -> None:
-        """Comes before all others, or no longer.
-
-        Not by a nice value, which counts only inside a session (sched(7), "The autogroup feature").
-        """
-        try:
-            os.sched_setscheduler(0, os.SCHED_RR if urgent else os.SCHED_OTHER, os.sched_param(int(urgent)))
-        except OSError as e:
-            debug(f"Failed to change the priority, ignoring: {reason_of(e)}")
-
-    # Wanted, live, difference
-
     def synchronise(self, *, strict: bool = False) -> None:
-        """Makes configfs as the disks ask for. `strict`: what fails for a named device raises UserError.
-
-        At first it waits for all disks that are here: a host that reconnects while one is missing loses it.
-        """
-        now = time.monotonic()
-        strict = strict or not self.opened
-        for disk in self.inventory.candidates():
-            disk.left_out = self.transport.why_name(disk)
-        for disk in self.inventory.disks.values():
-            if disk.removable:
-                watch_medium(disk)
-        disks = self.inventory.candidates()
-        allow_files(len(disks))
-        for disk in disks:
-            if disk.fd < 0 and not disk.failed:
-                self.claim(disk, now, strict=strict)
-        if self.inventory.stays.first is None:
-            self.inventory.stays.begin_with(list(self.inventory.disks.values()))
-        self.inventory.begin_stays(d for d in disks if d.fd >= 0)
+        """Has exported what the disks ask for; see Exporter.synchronise()."""
         self.dirty = True
-        if not self.opened:
-            self.awaited = self.still_awaited(now)
-            if self.awaited:
-                return
-            self.opened = True
-            self.inventory.stays.forget_awaited()
-        # udev looks at each device that is made on the way: that can wait.
-        self.set_urgent(True)
-        try:
-            self.apply(disks, strict=strict)
-        finally:
-            self.set_urgent(False)
+        self.exporter.synchronise(strict=strict)
+        if not self.exporter.opened:
+            return
         self.sleep_lock.take()
-        self.note_untold()
-        try:
-            self.ledger.shorten(self.tree.live.values(), CONFIGFS)
-        except OSError as e:
-            debug(f"Failed to shorten '{self.ledger.path}', ignoring: {reason_of(e)}")
-        if not self.rules_noted and not self.pending():
-            self.note_rules()
-        if not self.ready and (not self.pending() or now - self.started > LOCK_WAIT_SEC):
+        waited = time.monotonic() - self.exporter.started
+        if not self.ready and (not self.exporter.pending() or waited > LOCK_WAIT_SEC):
             self.ready = True
             notify("READY=1")
             for text in self.idle_rules():
                 warning(text)
 
-    def still_awaited(self, now: float) -> list[str]:
-        """The disks without which no client is let in yet, with the reasons."""
-        found = []
-        for disk in self.pending():
-            patience = START_WAIT_SEC if disk.waiting.startswith("udev") else LOCK_WAIT_SEC
-            if now - disk.waiting_since < patience:
-                found.append(f"'{disk.node}' ({disk.waiting})")
-        if now - self.started < RETURN_WAIT_SEC:
-            awaited = self.inventory.stays.awaited.values()
-            found += [f"'{node}' (exported until the last stop)" for _, node in awaited]
-        return found
-
-    def apply(self, disks: Sequence[Disk], *, strict: bool) -> None:
-        """Makes what these disks ask for, and takes away all else."""
-        self.tree.ended = True
-        while self.tree.ended:
-            # What goes while this is under way is not told of once more, and something may wait for it.
-            self.tree.collect()
-            self.tree.ended = False
-            self.apply_once(disks, strict=strict)
-
-    def apply_once(self, disks: Sequence[Disk], *, strict: bool) -> None:
-        while True:
-            branches = self.transport.common_branches()
-            owners = {}
-            claimed: dict[tuple[str, str], Disk] = {}
-            # Disks that clients know come first.
-            for disk in sorted(disks, key=lambda d: d.branch is None):
-                if (branch := self.wanted_branch(disk)) is None:
-                    continue
-                if twins := [(kind, claimed[kind, x]) for kind, x in branch.claims if (kind, x) in claimed]:
-                    self.leave_out_twin(disk, *twins[0])
-                    continue
-                claimed.update(dict.fromkeys(branch.claims, disk))
-                branches.append(branch)
-                owners[branch.root] = disk
-            patience = LOCK_WAIT_SEC if strict else REMOVAL_WAIT_SEC
-            self.share_memory(branches)
-            passage, branches = self.with_passage(branches)
-            failures = self.tree.reconcile(passage + branches, patience, self.transport.concerns_port)
-            if not any(self.transport.adapt(root, e) for root, e in failures.items()):
-                break
-        if self.memory.filled or self.tree.mappings(Mapping.SNAPSHOT):
-            self.share_memory()
-        for disk in self.inventory.disks.values():
-            root = self.transport.root(disk)
-            gone = root in self.tree.leaving or root in failures
-            disk.branch = None if gone else self.tree.live.get(root)
-        self.media.watch(self.inventory.disks.values())
-        for root, problem in failures.items():
-            self.fail(owners.get(root), root, problem, strict=strict)
-        if passage or any(root in self.tree.live for root in failures):
-            live = [self.tree.live.get(b.root) for b in branches if b.root not in failures]
-            rest = self.kept_passage() + [b for b in live if b]
-            for root, problem in self.take_away(rest, patience).items():
-                self.fail(None, root, problem, strict=False)
-        for disk in disks:
-            if disk.fd >= 0:
-                disk.waiting = (
-                    "" if disk.branch else "the kernel is still taking away what was there before it"
-                )
-
-    def leave_out_twin(self, disk: Disk, kind: str, other: Disk) -> None:
-        """Keeps a disk out that would have an identity of another one."""
-        disk.left_out = f"its {kind} would be that of '{other.node}', and clients would take it for that one"
-        if kind == "UUID" and self.transport.overrides["UUID"]:
-            disk.left_out += "; unset $SYSTEMD_NVME_UUID"
-        disk.close()
-
-    def with_passage(self, branches: list[Branch]) -> tuple[list[Branch], list[Branch]]:
-        """The passage, if one is needed, and what can be made with it."""
-        if not self.tree.lacks(branches, WriteProtection):
-            return self.kept_passage(), branches
-        if self.transport.passage_root() not in self.tree.leaving:
-            self.transport.choose_passage(self.tree.live)
-            return [self.transport.passage_branch(opened=True)], branches
-        # It is going, and the kernel still waits for some disk. What needs it comes after that.
-        now = [self.tree.live.get(b.root) if self.tree.lacks([b], WriteProtection) else b for b in branches]
-        return [], [b for b in now if b]
-
-    def kept_passage(self) -> list[Branch]:
-        """The passage, closed, where it must stay: the kernel removes no port while it waits for a disk."""
-        kept = self.tree.leaving and self.transport.passage_root() in self.tree.live
-        return [self.transport.passage_branch(opened=False)] if kept else []
-
-    def take_away(self, wanted: Sequence[Branch], patience: float | None) -> dict[str, OSError]:
-        """Leaves only what is wanted, with a few tries; returns what still failed, by root."""
-        failures: dict[str, OSError] = {}
-        for _ in range(3):
-            failures = self.tree.reconcile(wanted, patience)
-            if not failures:
-                break
-        return failures
-
-    def share_memory(self, wanted: Sequence[Branch] = ()) -> None:
-        """Divides the memory for snapshots among those that are live and those that are going to be."""
-        self.shared = time.monotonic()
-        live = {m.path: m for m in self.tree.mappings(Mapping.SNAPSHOT)}
-        self.snapshot_news = dm_arm() if live else -1
-        coming = [
-            m
-            for b in wanted
-            if Mapping in b.kinds
-            for m in b.kept(Mapping)
-            if isinstance(m, Mapping) and m.target == Mapping.SNAPSHOT and m.path not in live
-        ]
-        before = self.memory.filled
-        if live or coming or before:
-            self.memory.share(live.values(), coming)
-        for name in self.memory.repaired - self.damaged:
-            self.damaged.add(name)
-            warning(
-                f"A client's write to '{self.mapped_node(name)}' failed, since a sector beside it cannot be "
-                "read, and other I/O may have failed at that moment; what clients changed before is kept"
-            )
-        for name in self.memory.lost:
-            self.lose(name)
-        if not before and self.memory.filled and self.memory.size < self.memory.asked:
-            size, asked = size_text(self.memory.size), size_text(self.memory.asked)
-            warning(f"Snapshots get {size} of memory instead of {asked}: this machine cannot spare more")
-        if self.memory.filled != before:
-            self.dirty = True
-
-    def mapped_disk(self, name: str) -> Disk | None:
-        """The disk that is exported through a mapping."""
-        for disk in self.inventory.disks.values():
-            kept = disk.branch.kept(Mapping) if disk.branch and Mapping in disk.branch.kinds else []
-            if any(e.path.rpartition("/")[2] == name for e in kept):
-                return disk
-        return None
-
-    def mapped_node(self, name: str) -> str:
-        disk = self.mapped_disk(name)
-        return disk.node if disk else name
-
-    def lose(self, name: str) -> None:
-        """Ends the export of a disk whose changes are gone: to its clients it would be another one."""
-        if disk := self.mapped_disk(name):
-            disk.failed = "what clients had changed is lost; start storagetm again to export it without that"
-            disk.close()
-            error(f"'{disk.node}' is no longer exported: {disk.failed}")
-            self.outdated = True
-
-    def claim(self, disk: Disk, now: float, *, strict: bool) -> None:
-        """Takes a disk's lock, if udev is done with it and nobody holds it; says when that takes long."""
-        if not disk.waiting_since:
-            disk.waiting_since = now
-        waited = now - disk.waiting_since
-        if disk.waiting.startswith("udev") and waited < UDEV_WAIT_SEC:
-            return  # until udev says so, and the disk is read again
-        if other := self.inventory.undecided(disk, now):
-            disk.waiting = f"its access depends on '{other}', which udev is not done with"
-            return
-        try:
-            try_lock(disk)
-        except OSError as e:
-            self.fail(disk, self.transport.root(disk), e, strict=strict)
-            return
-        if disk.fd >= 0:
-            disk.waiting_since, disk.waiting_named = 0.0, False
-            # To open it has waited for the kernel to read its partition table.
-            self.inventory.decide(disk)
-            disk.waiting = ""
-            if self.same_rules and (access := self.transport.live_access(disk, self.tree.live)):
-                disk.access = access
-        elif waited > LOCK_WAIT_SEC and not disk.waiting_named:
-            disk.waiting_named = True
-            warning(
-                f"'{disk.node}' is not exported yet: {disk.waiting}; it will be as soon as that is released"
-            )
-
-    def wanted_branch(self, disk: Disk) -> Branch | None:
-        if disk.failed:
-            return None
-        if disk.fd >= 0:
-            return self.transport.disk_branch(disk)
-        # What an earlier run exported stays while the lock that died with it is waited for.
-        live = self.tree.live.get(self.transport.root(disk))
-        return live if live and live.tag == disk.tag else None
-
-    def note_untold(self) -> None:
-        """Says once if clients are not told which disks are read-only, and sets when to try that again."""
-        untold = self.transport.untold
-        if untold:
-            live = {e.path for b in self.tree.live.values() for e in b.kept(WriteProtection)}
-            for path in set(untold) - live:
-                del untold[path]
-        messages = set(map(self.transport.why_untold, untold))
-        for message in sorted(messages - self.untold):
-            warning(message)
-        if self.untold and not messages:
-            info("Clients are told again which disks are read-only")
-        self.untold = messages
-        now = time.monotonic()
-        if not messages:
-            self.tell_again, self.tell_pause = 0.0, COURTESY_SEC[0]
-        elif self.tell_again <= now:
-            self.tell_again = now + self.tell_pause
-            self.tell_pause = min(2 * self.tell_pause, COURTESY_SEC[1])
-
-    def tell(self) -> None:
-        """Tries again what could not be done: as if it had been found like that at the start."""
-        for root, branch in list(self.tree.live.items()):
-            if any(e.path in self.transport.untold for e in branch.kept(WriteProtection)):
-                self.tree.live[root] = Branch(branch.tag, branch.entries, adopted=True)
-        self.synchronise()
-
     def idle_rules(self) -> list[str]:
         """What to say of rules that have matched nothing, once all disks were looked at."""
         return self.inventory.access.idle(self.inventory.disks.values()) if self.ready else []
-
-    def pending(self) -> list[Disk]:
-        return [d for d in self.inventory.candidates() if d.waiting and d.fd < 0 and not d.failed]
-
-    def fail(self, disk: Disk | None, root: str, problem: OSError, *, strict: bool) -> None:
-        """Tells the user, once, what could not be done, and leaves the disk alone until it changes."""
-        reason = reason_of(problem)
-        if problem.errno == errno.EEXIST:
-            name = self.transport.nqn(disk) if disk else os.path.basename(root)
-            reason = f"another program made '{name}'; stop it, or give another --nqn"
-        if disk is None:
-            left = root in self.tree.live
-            message = f"Failed to {'remove' if left else 'make'} '{CONFIGFS}{root}': {reason}"
-            if strict and not left:
-                raise UserError(message)
-            error(message)
-            return
-        if problem.errno == errno.EEXIST:
-            pass
-        elif str(problem.filename).startswith("dm/"):
-            reason = why_not_mapped(problem, disk)
-        elif problem.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            reason += "; it may be write-protected"
-        elif problem.errno in (errno.ENOMEDIUM, errno.ENXIO):
-            reason = NO_MEDIUM
-        elif why := self.transport.why_refused(problem):
-            reason = why
-        elif problem.filename:
-            reason += f" ('{problem.filename}')"
-        message = f"Failed to export '{disk.node}': {reason}"
-        disk.failed = reason
-        disk.close()
-        if strict and (not self.inventory.all or self.transport.concerns_port(problem)):
-            raise UserError(message)
-        if disk.reported != message:
-            error(message)
-            disk.reported = message
 
     # Events
 
     def catch_signals(self) -> None:
         self.signals, wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        self.tree.wake = lambda: wake(wakeup)
+        self.exporter.tree.wake = lambda: wake(wakeup)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGWINCH, signal.SIGCONT):
             signal.signal(number, self.on_signal)
         # A terminal that hangs up ends what is shown on it, not what is exported.
@@ -6444,8 +7092,8 @@ class Service:
     def on_signal(self, number: int, frame: object) -> None:
         if number in (signal.SIGINT, signal.SIGTERM):
             if self.stopping:
-                # Once is enough to stop; a second time is from someone who will not wait for a disk that
-                # hangs.
+                # The first signal stops the program; a second one is from a user who does not want to wait
+                # for a disk that hangs.
                 self.view.close()
                 os._exit(1)
             self.stop_asked = True
@@ -6502,6 +7150,7 @@ class Service:
 
     def loop(self) -> None:
         """Waits for news and acts on it, until a signal says to stop. Nothing wakes it up without reason."""
+        exporter, stores = self.exporter, self.exporter.stores
         poll = select.poll()
         poll.register(self.signals, select.POLLIN)
         if not self.refused:
@@ -6515,6 +7164,8 @@ class Service:
         news = False  # whether device-mapper has news that were not looked at yet
         while not self.stop_asked:
             now = time.monotonic()
+            self.dirty = self.dirty or exporter.changed
+            exporter.changed = False
             if redraws and redraws[0] <= now:
                 redraws.pop(0)
                 self.follow_consoles()
@@ -6531,22 +7182,22 @@ class Service:
             deadlines = redraws[:1]
             if self.dirty:
                 deadlines.append(self.shown + REDRAW_SEC)
-            if not self.refused and (self.pending() or not self.opened):
+            if not self.refused and (exporter.pending() or not exporter.opened):
                 deadlines.append(now + self.pause)
-            if self.tell_again:
-                if self.tell_again <= now:
-                    self.tell()
+            if exporter.courtesy.again:
+                if exporter.courtesy.again <= now:
+                    exporter.tell()
                     now = time.monotonic()
-                deadlines.append(self.tell_again or now)
-            if self.memory.filled and not self.refused:
-                if now - self.shared >= (STORE_POLL_SEC[0] if news else self.memory.pause):
-                    self.share_memory()
+                deadlines.append(exporter.courtesy.again or now)
+            if exporter.memory.filled and not self.refused:
+                if now - stores.divided >= (STORE_POLL_SEC[0] if news else exporter.memory.pause):
+                    exporter.share_memory()
                     news = False
-                deadlines.append(self.shared + (STORE_POLL_SEC[0] if news else self.memory.pause))
-            if self.outdated:
+                deadlines.append(stores.divided + (STORE_POLL_SEC[0] if news else exporter.memory.pause))
+            if exporter.outdated:
                 deadlines.append(now)
             timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
-            events = -1 if news else self.snapshot_news
+            events = -1 if news else stores.news
             ready = self.wait(poll, timeout, events)
             if events >= 0:
                 news = events in ready
@@ -6592,8 +7243,8 @@ class Service:
             self.dirty = True
         if self.clients.socket.fileno() in ready and self.clients.changed():
             self.dirty = True
-        again = bool(self.tree.finished) or self.outdated
-        self.outdated = False
+        again = bool(self.exporter.tree.finished) or self.exporter.outdated
+        self.exporter.outdated = False
         if self.uevents.socket.fileno() in ready:
             names = self.uevents.changed()
             if names is None:
@@ -6605,7 +7256,7 @@ class Service:
         if again:
             self.pause = LOCK_POLL_SEC[0]
             self.synchronise()
-        elif self.pending() or not self.opened:
+        elif self.exporter.pending() or not self.exporter.opened:
             self.pause = min(self.pause * 1.5, LOCK_POLL_SEC[1])
             self.synchronise()
 
@@ -6617,9 +7268,9 @@ class Service:
             self.transport,
             self.addresses,
             disks,
-            self.memory,
+            self.exporter.memory,
             self.refused,
-            self.awaited,
+            self.exporter.awaited,
             self.idle_rules(),
             reboots=self.reboots,
         )
@@ -6641,51 +7292,11 @@ class Service:
         self.stopping = True
         if self.running or not self.reboots:
             notify("STOPPING=1")
-        owed = self.end_removals()
-        self.media.watch(())
-        if self.opened:
-            # All others are new ones when they return.
-            stays = self.inventory.stays
-            stays.leave(d for d in self.inventory.disks.values() if d.branch and d.lasts())
-        failures = self.take_away(self.transport.ports_in(self.tree.live) if owed else [], None)
-        if owed and not failures:
-            failures = self.take_away([], None)
-        for root, problem in failures.items():
-            why = f"{reason_of(problem)}; remove what is below it"
-            if isinstance(problem, IoPending):
-                why = (
-                    "the disk is gone, but its driver has not ended all I/O of clients; when it has, start "
-                    "storagetm and stop it again, or boot this machine"
-                )
-            error(f"Failed to remove '{CONFIGFS}{root}': {why}")
-        for disk in self.inventory.disks.values():
-            disk.close()
-        if not self.tree.live:
-            self.ledger.clear()
-            if self.inventory.access.rules and os.path.exists(self.rules_file):
-                os.unlink(self.rules_file)
-        self.ledger.close()
+        clean = self.exporter.stop()
         self.sleep_lock.release()
         if self.splash:
             plymouth("")
-        return not self.tree.live and not any(map(dm_status, Mapping.abandoned))
-
-    def end_removals(self) -> bool:
-        """Waits for disks that are leaving, but not for ever; returns whether I/O of one was given up.
-
-        All others go at once, but not the ports: the kernel would wait for the same I/O when it removes them
-        (flush_workqueue() in nvmet_port_release()).
-        """
-        self.tree.ending = True
-        if not self.tree.leaving:
-            return False
-        self.tree.reconcile(self.transport.ports_in(self.tree.live), REMOVAL_WAIT_SEC)
-        owed = False
-        while self.tree.leaving:  # a second signal ends this, too
-            time.sleep(LOCK_POLL_SEC[0])
-            problems = self.tree.collect().values()
-            owed = owed or any(isinstance(problem, IoPending) for problem in problems)
-        return owed
+        return clean
 
 
 def wake(fd: int) -> None:
@@ -6695,7 +7306,9 @@ def wake(fd: int) -> None:
         pass  # full: it wakes up anyway
 
 
-# The command line
+# -----------------------------------------------------------------------------------------------------------
+# 24. The command line
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Options:
@@ -6706,6 +7319,7 @@ class Options:
         self.all = 0
         self.nqn = ""
         self.list_devices = False
+        self.modules = False
         self.dry_run = False
         self.json = False
         self.force = False
@@ -6724,7 +7338,7 @@ class Options:
     @property
     def action(self) -> bool:
         """Whether something is to be printed, and nothing exported."""
-        return self.help or self.version or self.list_devices or self.dry_run
+        return self.help or self.version or self.list_devices or self.modules or self.dry_run
 
 
 # Short and long name, what its value is called, what it does. argparse would be the largest import.
@@ -6765,6 +7379,7 @@ OPTIONS = (
     ("", "stacked", "", "Export idle arrays and volumes, and not their disks"),
     ("", "force", "", "Export the named devices even if they are in use"),
     ("", "list-devices", "", "Show what --all would export, what not, and why"),
+    ("", "modules", "", "List the kernel's modules that may be needed"),
     ("", "dry-run", "", "Show each step and do none; needs no root"),
     ("", "json", "", "With --list-devices or --dry-run: as JSON"),
     ("", "kernel-command-line", "", "Take rd.storagetm.OPTION there for --OPTION, too"),
@@ -6795,7 +7410,7 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     """The options of the command line and, where it says so, of the kernel's. Raises UsageError.
 
     With `--kernel-command-line` what makes no sense is in `refused` instead: a service's unit cannot be
-    edited where this is used, and its failure would boot the machine before anyone has read why.
+    edited where this is used, and if it failed, it would reboot the machine before anyone could read why.
     """
     options = Options()
     try:
@@ -6899,30 +7514,8 @@ def parse_rule(text: str) -> tuple[str, str]:
     return glob, mode
 
 
-def split_command_line(raw: bytes) -> list[str]:
-    """The words of the kernel command line, as systemd has them. Takes any bytes.
-
-    Quotes of both kinds may be anywhere in a word and are taken away, a backslash is a backslash, and what
-    is not closed ends with the line.
-    """
-    words: list[str] = []
-    word, quote, begun = "", "", False
-    for c in raw.strip(b"\0\n").decode("utf-8", "replace") + " ":
-        if quote:
-            word, quote = (word, "") if c == quote else (word + c, quote)
-        elif c in "\"'":
-            quote, begun = c, True
-        elif c.isspace():
-            words += [word] if begun else []
-            word, begun = "", False
-        else:
-            word, begun = word + c, True
-    words += [word[:-1]] if quote else []
-    return [printable(w.encode()) for w in words]
-
-
 def options_from_kernel(words: Iterable[str], initrd: bool) -> Options:
-    """The options in `storagetm.NAME[=VALUE]`. With `rd.` in front they only count in an initrd, as all do.
+    """The options in `storagetm.NAME[=VALUE]`. Those with `rd.` in front count in an initrd only.
 
     Raises UsageError for bad values.
     """
@@ -6996,7 +7589,7 @@ def check_arguments(options: Options) -> None:
         raise UsageError(
             "--stacked goes with --all; a device that is named is exported whatever it is made of"
         )
-    if not (options.devices or options.all or options.list_devices):
+    if not (options.devices or options.all or options.list_devices or options.modules):
         raise UsageError("Name a device, or give --all; see --help")
     if any("\0" in d or not d for d in options.devices):
         raise UsageError("A device's name is empty")
@@ -7068,38 +7661,16 @@ def dry_run(options: Options, transport: NvmeTcp, inventory: Inventory) -> int:
     inventory.check_rules()
     for text in inventory.access.idle(inventory.disks.values()):
         warning(text)
-    ledger = Ledger(f"{RUN}{transport.prefix}.entries")
-    tree = Tree(CONFIGFS, ledger, steps.append)
-    try:
-        tree.adopt()
-    except OSError as e:
-        debug(f"Nothing of ours is noted as exported: {reason_of(e)}")
-    transport.choose_ports(tree.live)
-    branches = transport.common_branches()
-    code = 0
-    disks = inventory.candidates()
-    transport.check_names(disks, named=not inventory.all)
-    disks = [d for d in disks if not transport.why_name(d)]
-    inventory.begin_stays(disks)
-    branches += map(transport.disk_branch, disks)
-    passage: list[Branch] = []
-    if tree.lacks(branches, WriteProtection):
-        transport.choose_passage(tree.live)
-        passage = [transport.passage_branch(opened=True)]
-    failures = tree.reconcile(passage + branches)
-    if passage:
-        # It is there only meanwhile.
-        live = [tree.live.get(b.root) for b in branches if b.root not in failures]
-        failures.update(tree.reconcile([b for b in live if b]))
-    for root, problem in failures.items():
-        error(f"Would fail at '{CONFIGFS}{root}': {reason_of(problem)}")
-        code = 1
+    transport.check_names(inventory.candidates(), named=not inventory.all)
+    failures = Exporter(transport, inventory, rehearse=steps.append).rehearse()
+    for failure in (failure for failure in failures if not failure.cause):
+        error(f"Would fail at '{failure.entry.place(CONFIGFS)}': {reason_of(failure.error)}")
     if options.json:
         write_json([{k: v for k, v in step.items() if k != "command"} for step in steps])
     else:
         for step in steps:
             write_output(step["command"])
-    return code
+    return 1 if failures else 0
 
 
 def start(argv: Sequence[str]) -> int:
@@ -7110,6 +7681,9 @@ def start(argv: Sequence[str]) -> int:
         return 0
     if options.version:
         write_output(f"storagetm {__version__}")
+        return 0
+    if options.modules:
+        write_output("\n".join(MODULES))
         return 0
     if not os.path.isdir(SYS + "block"):
         problem = f"'{SYS}' is not mounted, or this kernel has no block devices; mount sysfs there"
@@ -7122,10 +7696,10 @@ def start(argv: Sequence[str]) -> int:
         raise UserError("Only root can export disks; run it as root, or see what it would do with --dry-run")
     machine = Machine()
     access = Access(options.rules, options.mode)
-    transport = NvmeTcp(
+    kind = SharedNvmeTcp if options.subsystem == SHARED else NvmeTcp
+    transport = kind(
         machine,
         options.nqn,
-        shared=options.subsystem == SHARED,
         clients=1 if options.clients < 0 else options.clients,
         writable=access.may_write(),
     )
@@ -7169,7 +7743,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0 after a clean stop, 1 on failure, 2 on wrong usage."""
     if argv is None:
         use_utf8()
-    # With one of these closed, the next file opened would get its number, and all that is meant to be shown.
+    # If standard input, output or error is closed, the next file opened would get its number and the output.
     while (fd := os.open("/dev/null", os.O_RDWR)) <= 2:
         pass
     os.close(fd)

@@ -55,9 +55,9 @@ installkernel() {
     # A machine in this mode is often one that doesn't work, with a disk moved over from another, a USB adapter
     # instead of the network card, a Thunderbolt cable. What is plugged in now says little about that, so even an
     # image for this host gets every driver.
+    # shellcheck disable=SC2046  # One word is one module.
     hostonly='' instmods \
-        configfs nvmet nvmet-tcp \
-        dm-flakey dm-mod dm-snapshot loop \
+        $("$(storagetm_program)" --modules) \
         =drivers/ata =drivers/message =drivers/mmc =drivers/nvme/host =drivers/scsi =drivers/ufs =drivers/usb/storage \
         floppy mtip32xx sd_mod sr_mod virtio_blk virtio_scsi vmd xen-blkfront \
         =drivers/firewire =drivers/hv =drivers/pci/controller =drivers/thunderbolt =drivers/usb/host =drivers/virtio \

@@ -80,9 +80,8 @@ def block_uevent(raw: bytes) -> None:
 
 
 def ledger(raw: bytes) -> None:
-    for root, (branch, inode) in storagetm.Ledger.parse(raw).items():
-        assert branch.root == root
-        assert inode is None or inode >= 0
+    for root, (branch, _) in storagetm.Ledger.parse(raw).items():
+        assert branch.root == branch.entries[0].path == root
         assert not any(".." in entry.path.split("/") for entry in branch.entries)
 
 

@@ -171,50 +171,55 @@ def test_port_range(nqn: str) -> None:
     ],
 )
 def test_uuid(transport: storagetm.NvmeTcp, made: storagetm.Disk, expected: str) -> None:
-    assert transport.uuid(made) == expected
+    assert transport.identities.uuid(made) == expected
 
 
 # Identity
 
 
 def test_model(transport: storagetm.NvmeTcp) -> None:
-    assert transport.model(disk(ID_MODEL="QEMU_NVMe_Ctrl")) == "QEMU_NVMe_Ctrl (debian)"
-    assert transport.model(disk(ID_MODEL="X", ID_MODEL_FROM_DATABASE="Nice X")) == "Nice X (debian)"
-    assert transport.model(disk()) == "debian"
+    assert transport.identities.model(disk(ID_MODEL="QEMU_NVMe_Ctrl")) == "QEMU_NVMe_Ctrl (debian)"
+    assert (
+        transport.identities.model(disk(ID_MODEL="X", ID_MODEL_FROM_DATABASE="Nice X")) == "Nice X (debian)"
+    )
+    assert transport.identities.model(disk()) == "debian"
     transport.machine.os = ""
-    assert transport.model(disk(ID_MODEL="QEMU_NVMe_Ctrl")) == "QEMU_NVMe_Ctrl"
-    assert transport.model(disk()) == ""
-    assert len(transport.model(disk(ID_MODEL="x" * 60))) == 40
+    assert transport.identities.model(disk(ID_MODEL="QEMU_NVMe_Ctrl")) == "QEMU_NVMe_Ctrl"
+    assert transport.identities.model(disk()) == ""
+    assert len(transport.identities.model(disk(ID_MODEL="x" * 60))) == 40
 
 
 def test_firmware(machine: storagetm.Machine) -> None:
-    assert storagetm.NvmeTcp(machine).firmware == "13"
+    assert storagetm.NvmeTcp(machine).identities.firmware == "13"
     machine.os_version = "2024.10.31-rc1"
-    assert storagetm.NvmeTcp(machine).firmware == "2024.10."
+    assert storagetm.NvmeTcp(machine).identities.firmware == "2024.10."
 
 
 @pytest.mark.usefixtures("machine")
 def test_image_id_comes_before_id(tmp_path: Path) -> None:
     (tmp_path / "os-release").write_text("ID=debian\nIMAGE_ID=rescue\nVERSION_ID=13\nIMAGE_VERSION=7\n")
     transport = storagetm.NvmeTcp(storagetm.Machine())
-    assert (transport.model(disk()), transport.firmware) == ("rescue", "7")
+    assert (transport.identities.model(disk()), transport.identities.firmware) == ("rescue", "7")
 
 
 def test_serial(transport: storagetm.NvmeTcp) -> None:
-    assert transport.serial(disk(ID_SERIAL="long", ID_SERIAL_SHORT="short")) == "short"
-    assert transport.serial(disk(ID_SERIAL_SHORT="0123456789" * 3)) == "0123456789" * 2
+    assert transport.identities.serial(disk(ID_SERIAL="long", ID_SERIAL_SHORT="short")) == "short"
+    assert transport.identities.serial(disk(ID_SERIAL_SHORT="0123456789" * 3)) == "0123456789" * 2
 
 
 def test_serial_of_disks_without(transport: storagetm.NvmeTcp) -> None:
     """One for each disk and machine, the same at each start, and one that the kernel takes."""
-    first, second = transport.serial(disk("/dev/vda")), transport.serial(disk("/dev/vdb"))
-    assert first == transport.serial(disk("/dev/vda"))
+    first, second = (
+        transport.identities.serial(disk("/dev/vda")),
+        transport.identities.serial(disk("/dev/vdb")),
+    )
+    assert first == transport.identities.serial(disk("/dev/vda"))
     assert first != second
     for serial in (first, second):
         assert len(serial) == 20
         assert set(serial) <= set("0123456789abcdef")
     transport.machine.id = bytes(16)
-    assert transport.serial(disk("/dev/vda")) != first
+    assert transport.identities.serial(disk("/dev/vda")) != first
 
 
 def test_environment(machine: storagetm.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,10 +229,10 @@ def test_environment(machine: storagetm.Machine, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SYSTEMD_NVME_UUID", "01234567-89AB-cdef-0123-456789abcdef")
     transport = storagetm.NvmeTcp(machine)
     some = disk(ID_SERIAL="DISK-A", ID_SERIAL_SHORT="A", ID_MODEL="M")
-    assert transport.model(some) == "Mine"
-    assert transport.firmware == "F1"
-    assert transport.serial(some) == "S1"
-    assert transport.uuid(some) == "01234567-89ab-cdef-0123-456789abcdef"
+    assert transport.identities.model(some) == "Mine"
+    assert transport.identities.firmware == "F1"
+    assert transport.identities.serial(some) == "S1"
+    assert transport.identities.uuid(some) == "01234567-89ab-cdef-0123-456789abcdef"
 
 
 def test_environment_with_no_uuid(
@@ -235,7 +240,7 @@ def test_environment_with_no_uuid(
 ) -> None:
     monkeypatch.setenv("SYSTEMD_NVME_UUID", "mine")
     transport = storagetm.NvmeTcp(machine)
-    assert transport.uuid(disk(ID_SERIAL="DISK-A")) == "23f6dcb9-5617-4019-9db0-49e2af0000e9"
+    assert transport.identities.uuid(disk(ID_SERIAL="DISK-A")) == "23f6dcb9-5617-4019-9db0-49e2af0000e9"
     assert capfd.readouterr().err == "$SYSTEMD_NVME_UUID is not a UUID, ignoring it\n"
 
 
@@ -513,32 +518,40 @@ def busy(nvmet: Path) -> storagetm.NvmeTcp:
     return transport
 
 
-DISK = "nvmet/subsystems/x"
-
-
-def failed_link(number: int, code: int) -> OSError:
+def failed_link(number: int, code: int) -> storagetm.Failure:
     """What a link to a port may fail with, which is when the kernel begins to listen."""
-    return OSError(code, "reason", f"nvmet/ports/{number}/subsystems/x")
+    link = storagetm.PortLink(f"nvmet/ports/{number}", "nvmet/subsystems/x")
+    branch = storagetm.Branch("254:0 1", [storagetm.Directory("nvmet/subsystems/x"), link])
+    return storagetm.Failure(branch, link, OSError(code, "reason"))
+
+
+def failed_directory(path: str, code: int) -> storagetm.Failure:
+    directory = storagetm.Directory(path)
+    return storagetm.Failure(storagetm.Branch("", [directory]), directory, OSError(code, "reason"))
 
 
 def test_nothing_to_adapt(busy: storagetm.NvmeTcp) -> None:
-    assert not busy.adapt(DISK, OSError(errno.EADDRINUSE, "reason", "nvmet/subsystems/x"))
-    assert not busy.adapt(DISK, failed_link(59936, errno.EIO))
+    assert not busy.adapt(failed_directory("nvmet/subsystems/x", errno.EADDRINUSE))
+    assert not busy.adapt(failed_directory("nvmet/subsystems/x", errno.EEXIST))
+    assert not busy.adapt(failed_directory("nvmet/ports/59936", errno.EIO))
+    assert not busy.adapt(failed_link(59936, errno.EIO))
     # Somebody else's link is no reason for another port.
-    assert not busy.adapt(DISK, failed_link(59936, errno.EEXIST))
+    assert not busy.adapt(failed_link(59936, errno.EEXIST))
+    # What could not be tried for another reason says nothing about a port.
+    link = failed_link(59936, errno.EADDRINUSE)
+    assert not busy.adapt(storagetm.Failure(link.branch, link.entry, link.error, cause=link))
     assert busy.ports == {V4: 59936, V6: 36681}
 
 
 def test_port_is_taken_by_a_program(busy: storagetm.NvmeTcp) -> None:
-    assert busy.adapt(DISK, failed_link(59936, errno.EADDRINUSE))
+    assert busy.adapt(failed_link(59936, errno.EADDRINUSE))
     assert busy.ports[V4] != 59936
     assert busy.ports[V4] % 2 == 0
     assert busy.ports[V6] == 36681
 
 
 def test_port_is_taken_by_an_entry(busy: storagetm.NvmeTcp) -> None:
-    root = "nvmet/ports/36681"
-    assert busy.adapt(root, OSError(errno.EEXIST, "reason", root))
+    assert busy.adapt(failed_directory("nvmet/ports/36681", errno.EEXIST))
     assert busy.ports[V6] != 36681
     assert busy.ports[V6] % 2 == 1
     assert busy.ports[V4] == 59936
@@ -546,16 +559,16 @@ def test_port_is_taken_by_an_entry(busy: storagetm.NvmeTcp) -> None:
 
 @pytest.mark.parametrize("code", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
 def test_address_family_is_off(busy: storagetm.NvmeTcp, code: int) -> None:
-    assert busy.adapt(DISK, failed_link(36681, code))
+    assert busy.adapt(failed_link(36681, code))
     assert busy.ports == {V4: 59936}
     # There has to be one.
-    assert not busy.adapt(DISK, failed_link(59936, code))
+    assert not busy.adapt(failed_link(59936, code))
     assert busy.ports == {V4: 59936}
 
 
 def test_ports_are_not_tried_for_ever(busy: storagetm.NvmeTcp) -> None:
     tries = 0
-    while busy.adapt(DISK, failed_link(busy.ports[V4], errno.EADDRINUSE)):
+    while busy.adapt(failed_link(busy.ports[V4], errno.EADDRINUSE)):
         tries += 1
     assert tries == 16
 
@@ -579,44 +592,36 @@ def test_reachable(busy: storagetm.NvmeTcp) -> None:
 # The wanted tree
 
 
-def test_wanted_tree(busy: storagetm.NvmeTcp) -> None:
+def test_what_a_disk_needs(busy: storagetm.NvmeTcp) -> None:
+    """What is in between is made before it and goes after it, as ports do; the passage is for protection."""
     made = disk(ID_SERIAL="DISK-A", ID_SERIAL_SHORT="A", ID_MODEL="Model")
     made.tag, made.size, made.access = "254:0 1", 1 << 20, storagetm.READ_WRITE
-    nqn = f"nvmet/subsystems/{PREFIX}.vda"
-    branch = busy.disk_branch(made)
-    assert (branch.root, branch.tag, branch.adopted) == (nqn, "254:0 1", False)
-    assert [(type(e).__name__, e.path, e.value) for e in branch.entries] == [
-        ("Directory", nqn, ""),
-        ("Attribute", f"{nqn}/attr_allow_any_host", "1"),
-        ("Attribute", f"{nqn}/attr_cntlid_min", "1024"),
-        ("ClientLimit", f"{nqn}/attr_cntlid_max", "1024"),
-        ("OptionalAttribute", f"{nqn}/attr_model", "Model (debian)"),
-        ("OptionalAttribute", f"{nqn}/attr_firmware", "13"),
-        ("OptionalAttribute", f"{nqn}/attr_serial", "A"),
-        ("Writable", "disk/254:0-1", "vda"),
-        ("Directory", f"{nqn}/namespaces/1", ""),
-        ("Attribute", f"{nqn}/namespaces/1/device_path", "/dev/vda"),
-        ("OptionalAttribute", f"{nqn}/namespaces/1/device_uuid", "23f6dcb9-5617-4019-9db0-49e2af0000e9"),
-        ("Attribute", f"{nqn}/namespaces/1/enable", "1"),
-        ("Trigger", f"{nqn}/namespaces/1/revalidate_size", "1048576"),
-        ("Link", f"nvmet/ports/59936/subsystems/{PREFIX}.vda", nqn),
-        ("Seat", f"{nqn}/seat", ""),
-        ("Link", f"nvmet/ports/36681/subsystems/{PREFIX}.vda", nqn),
-    ]
+    between, branch = busy.disk_branches(made)
+    assert (branch.root, branch.tag, branch.adopted) == (f"nvmet/subsystems/{PREFIX}.vda", "254:0 1", False)
+    assert (between.root, between.tag, between.needs) == ("disk/254:0-1", "254:0 1", ())
+    assert branch.needs == ("disk/254:0-1", "nvmet/ports/59936", "nvmet/ports/36681")
+    assert branch.scaffold == ()
+    made.access = storagetm.READ_ONLY
+    (passage,) = busy.scaffolds({})
+    between, branch = busy.disk_branches(made)
+    assert between.root.startswith("dm/storagetm-vda-")
+    assert branch.needs == (between.root, "nvmet/ports/59936", "nvmet/ports/36681")
+    assert branch.scaffold == (passage.root,)
 
 
 def test_wanted_tree_changes_only_with_the_disk(busy: storagetm.NvmeTcp) -> None:
     made = disk()
-    first = busy.disk_branch(made)
-    assert busy.disk_branch(made) is first
+    between, first = busy.disk_branches(made)
+    assert busy.disk_branches(made)[0] is between
+    assert busy.disk_branches(made)[1] is first
     for name, value in (("size", 1), ("tag", "x"), ("model", "M"), ("serial", "S"), ("id_serial", "I")):
         setattr(made, name, value)
-        changed = busy.disk_branch(made)
+        changed = busy.disk_branches(made)[1]
         assert not changed.same_as(first), name
-        assert busy.disk_branch(made) is changed
+        assert busy.disk_branches(made)[1] is changed
         first = changed
     del busy.ports[V6]
-    assert not busy.disk_branch(made).same_as(first)
+    assert not busy.disk_branches(made)[1].same_as(first)
 
 
 @pytest.mark.parametrize("access", storagetm.ACCESS)
@@ -624,26 +629,6 @@ def test_file_never_has_the_block_size_of_its_file_system(busy: storagetm.NvmeTc
     """There is a device of ours in between, in each mode."""
     made = storagetm.Disk("disk.img", "/run/disk.img")
     made.access, made.block, made.size = access, 512, 1 << 20
-    (mapping,) = busy.disk_branch(made).kept(storagetm.Mapping)
-    assert isinstance(mapping, storagetm.Mapping)
+    mapping = storagetm.mapping_of(busy.disk_branches(made)[0])
+    assert mapping
     assert (mapping.block, mapping.source()) == (512, ("/run/disk.img", 2048))
-
-
-def test_wanted_ports(busy: storagetm.NvmeTcp) -> None:
-    assert [
-        (b.root, [(type(e).__name__, e.path.rpartition("/")[2], e.value) for e in b.entries])
-        for b in busy.common_branches()
-    ] == [
-        (
-            f"nvmet/ports/{number}",
-            [
-                ("Directory", number, ""),
-                ("Attribute", "addr_adrfam", adrfam),
-                ("Attribute", "addr_trtype", "tcp"),
-                ("Attribute", "addr_trsvcid", number),
-                ("Attribute", "addr_traddr", traddr),
-                ("DefaultGroup", "subsystems", ""),
-            ],
-        )
-        for number, adrfam, traddr in (("59936", "ipv4", "0.0.0.0"), ("36681", "ipv6", "::"))
-    ]

@@ -31,17 +31,18 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> storagetm.Servic
         subsystem = f"nvmet/subsystems/quux.{name}"
         entries = [
             storagetm.Directory(subsystem),
-            storagetm.WriteProtection(PATH.format(name), transport),
+            storagetm.WriteProtection(PATH.format(name), transport.host),
         ]
-        made.tree.live[subsystem] = storagetm.Branch("1", entries)
+        made.exporter.tree.live[subsystem] = storagetm.Branch("1", entries)
     return made
 
 
 def protect(service: storagetm.Service) -> None:
     """As Tree.create() does it."""
-    for branch in list(service.tree.live.values()):
-        for entry in branch.kept(storagetm.WriteProtection):
-            entry.make(service.tree.root)
+    for branch in list(service.exporter.tree.live.values()):
+        for entry in branch.entries:
+            if isinstance(entry, storagetm.WriteProtection):
+                entry.make(service.exporter.tree.root)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, problem: OSError | None) -> list[str]:
@@ -73,11 +74,11 @@ def test_firewall(
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
 
-    def synchronise() -> None:
+    def synchronise(**_: bool) -> None:
         protect(service)
-        service.note_untold()
+        service.exporter.courtesy.note(service.exporter.tree.live)
 
-    monkeypatch.setattr(service, "synchronise", synchronise)
+    monkeypatch.setattr(service.exporter, "synchronise", synchronise)
     asked = failing(monkeypatch, problem)
     service.synchronise()
     assert asked == [PATH.format("vda")]
@@ -88,18 +89,18 @@ def test_firewall(
     assert len(asked) == 1
     pauses = []
     for _ in range(10):
-        pauses.append(service.tell_again - now)
-        now = service.tell_again
-        service.tell()
-        assert all(b.adopted for b in service.tree.live.values())
+        pauses.append(service.exporter.courtesy.again - now)
+        now = service.exporter.courtesy.again
+        service.exporter.tell()
+        assert all(b.adopted for b in service.exporter.tree.live.values())
     assert len(asked) == 11
     assert capfd.readouterr().err == ""
     assert pauses == [9, 20, 40, 80, 160, 320, 600, 600, 600, 600]
     failing(monkeypatch, None)
-    now = service.tell_again
-    service.tell()
+    now = service.exporter.courtesy.again
+    service.exporter.tell()
     assert tuple(capfd.readouterr()) == ("Clients are told again which disks are read-only\n", "")
-    assert service.tell_again == 0
+    assert service.exporter.courtesy.again == 0
 
 
 def test_one_disk(
@@ -108,17 +109,17 @@ def test_one_disk(
     """A refusal that is about one disk leaves the others alone."""
     asked = failing(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)))
     protect(service)
-    service.note_untold()
+    service.exporter.courtesy.note(service.exporter.tree.live)
     assert len(asked) == 2
     assert capfd.readouterr().err == "".join(
         f"Failed to tell clients that 'quux.{name}' is read-only: Input/output error; their writes fail\n"
         for name in ("vda", "vdb")
     )
-    assert service.tell_again
-    service.tree.live.clear()
-    service.note_untold()
-    assert not service.transport.untold
-    assert service.tell_again == 0
+    assert service.exporter.courtesy.again
+    service.exporter.tree.live.clear()
+    service.exporter.courtesy.note(service.exporter.tree.live)
+    assert not service.transport.host.untold
+    assert service.exporter.courtesy.again == 0
 
 
 def test_no_loopback_address(
@@ -126,7 +127,7 @@ def test_no_loopback_address(
 ) -> None:
     failing(monkeypatch, OSError(errno.EADDRNOTAVAIL, "x"))
     protect(service)
-    service.note_untold()
+    service.exporter.courtesy.note(service.exporter.tree.live)
     assert "Cannot assign requested address; give 'lo' the address 127.0.0.1. " in capfd.readouterr().err
 
 

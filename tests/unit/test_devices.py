@@ -654,7 +654,7 @@ def test_serials_of_disks_without(unpack: Unpack, inventory: storagetm.Inventory
     transport = storagetm.NvmeTcp(storagetm.Machine())
     nameless = [d for d in inventory.disks.values() if not d.serial]
     assert len(nameless) > 10
-    assert len({transport.serial(d) for d in nameless}) == len(nameless)
+    assert len({transport.identities.serial(d) for d in nameless}) == len(nameless)
 
 
 def test_what_tells_disks_without_serial_apart(unpack: Unpack, inventory: storagetm.Inventory) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,9 @@ instmods() {
 def install_kernel(tmp_path: Path, *modules: str, builtin: str = "") -> tuple[int, str]:
     """The exit status and output of installkernel() for a kernel with these modules."""
     source, image = tmp_path / "lib/modules/6.1-x", tmp_path / "image/lib/modules/6.1-x"
+    program = tmp_path / "storagetm"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {storagetm.__file__} "$@"\n')
+    program.chmod(0o755)
     source.mkdir(parents=True)
     image.mkdir(parents=True)
     for name in modules:
@@ -35,6 +39,7 @@ def install_kernel(tmp_path: Path, *modules: str, builtin: str = "") -> tuple[in
     (source / "modules.builtin").write_text("".join(f"kernel/x/{name}\n" for name in builtin.split()))
     script = (
         f"{DRACUT}\ninitdir={tmp_path}/image srcmods={source} kernel=6.1-x\n. {MODULE}/module-setup.sh\n"
+        f"storagetm_program() {{ echo {program}; }}"
     )
     done = subprocess.run(
         ["bash", "-c", f"{script}\ninstallkernel"], stdout=subprocess.PIPE, check=False, text=True

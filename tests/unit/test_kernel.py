@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -195,12 +196,13 @@ def test_news_of_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lock_holder(tmp_path: Path) -> None:
     path = tmp_path / "disk"
     path.write_bytes(b"")
-    with open(path, "rb") as ours, open(path, "rb") as theirs:
-        assert storagetm.lock_holder(ours.fileno()) == "another process"
+    assert storagetm.lock_holder(f"{path}-gone") == "another process"
+    with open(path, "rb") as theirs:
+        assert storagetm.lock_holder(str(path)) == "another process"
         fcntl.flock(theirs, fcntl.LOCK_EX)
         with open("/proc/self/comm") as comm:
             expected = f"process {os.getpid()} ({comm.read().strip()})"
-        assert storagetm.lock_holder(ours.fileno()) == expected
+        assert storagetm.lock_holder(str(path)) == expected
 
 
 # The kernel's parts
@@ -215,6 +217,8 @@ class Modprobe:
 
     def __call__(self, *argv: str) -> int:
         self.asked.append(argv[-1])
+        # Only what is in the list gets into an initrd.
+        assert argv[-1] in storagetm.MODULES
         return self.returncode
 
 
@@ -274,6 +278,33 @@ def test_kernel_that_has_all(modprobe: Modprobe) -> None:
     os.makedirs(storagetm.SYS + "module/nvmet_tcp")
     storagetm.prepare_kernel()
     assert modprobe.asked == []
+
+
+def test_modules_of_each_access(modprobe: Modprobe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a kind of access needs is asked for, and is in the list of what an initrd gets."""
+    monkeypatch.setattr(storagetm, "DEV", f"{storagetm.SYS}dev/")
+    os.makedirs(storagetm.DEV + "mapper")
+    monkeypatch.setattr(storagetm, "has_target", lambda _: False)
+    disk = storagetm.Disk("disk.img", "/run/disk.img")
+    disk.block = 512
+    for _ in range(2):
+        for access in storagetm.ACCESS:
+            storagetm.lacking_modules(disk, access)
+        open(storagetm.DEV + "mapper/control", "w").close()
+    assert set(modprobe.asked) == {"dm-mod", "dm-flakey", "dm-snapshot", "loop"}
+
+
+def test_unit_loads_what_the_program_needs() -> None:
+    unit = (Path(storagetm.__file__).parent / "units/storagetm.service").read_text()
+    named = {name.replace("_", "-") for name in re.findall(r"modprobe@(\w+)\.service", unit)}
+    # The other one is for the network.
+    assert named == {"nvmet-tcp", "thunderbolt-net"}
+    assert named & set(storagetm.MODULES) == {"nvmet-tcp"}
+
+
+def test_modules(capfd: pytest.CaptureFixture[str]) -> None:
+    assert storagetm.main(["--modules"]) == 0
+    assert capfd.readouterr().out.split() == list(storagetm.MODULES)
 
 
 def test_allow_files() -> None:

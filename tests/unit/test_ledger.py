@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import storagetm
 
-Noted = dict[str, tuple[storagetm.Branch, "int | None"]]
+Noted = dict[str, tuple[storagetm.Branch, str]]
 
 # Paths as configfs may have them: a name has any bytes but NUL and "/", and is neither "." nor "..".
 NAMES = (
@@ -38,7 +38,7 @@ def branches(draw: st.DrawFn) -> storagetm.Branch:
     return storagetm.Branch(draw(TAGS), entries)
 
 
-def summary(noted: Noted) -> dict[str, tuple[str, list[tuple[str, str]], int | None]]:
+def summary(noted: Noted) -> dict[str, tuple[str, list[tuple[str, str]], str]]:
     return {
         root: (branch.tag, [(type(e).__name__, e.path) for e in branch.entries], inode)
         for root, (branch, inode) in noted.items()
@@ -68,7 +68,7 @@ def branch(name: str = "x", tag: str = "t", links: tuple[str, ...] = ("1",)) -> 
 
 
 def test_records(ledger: storagetm.Ledger) -> None:
-    ledger.add(branch(), 5)
+    ledger.add(branch(), "5")
     ledger.remove(branch())
     assert Path(ledger.path).read_bytes() == (
         b"+\0nvmet/subsystems/x\0t\0dnvmet/subsystems/x\0dnvmet/subsystems/x/namespaces/1"
@@ -95,7 +95,7 @@ def write(path: Path, history: list[tuple[str, storagetm.Branch, int]]) -> bytes
             if what == "remove":
                 ledger.remove(made)
             else:
-                ledger.add(made, inode if what == "add with inode" else None)
+                ledger.add(made, str(inode) if what == "add with inode" else "")
     finally:
         ledger.close()
     return path.read_bytes()
@@ -108,18 +108,18 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(histories())
 def test_round_trip(scratch: Path, history: list[tuple[str, storagetm.Branch, int]]) -> None:
-    expected: dict[str, tuple[str, list[tuple[str, str]], int | None]] = {}
+    expected: dict[str, tuple[str, list[tuple[str, str]], str]] = {}
     for what, made, inode in history:
         if what == "remove":
             expected.pop(made.root, None)
             continue
-        known = expected[made.root][2] if made.root in expected else None
+        known = expected[made.root][2] if made.root in expected else ""
         kinds = [
             (type(e).__name__, e.path)
             for e in made.entries
             if isinstance(e, (storagetm.Directory, storagetm.Link))
         ]
-        expected[made.root] = made.tag, kinds, inode if what == "add with inode" else known
+        expected[made.root] = made.tag, kinds, str(inode) if what == "add with inode" else known
     noted = storagetm.Ledger.parse(write(scratch, history))
     assert summary(noted) == expected
     assert all(b.adopted for b, _ in noted.values())
@@ -134,6 +134,48 @@ def test_cut_off_at_every_byte(scratch: Path, history: list[tuple[str, storagetm
         whole = max(end for end in ends if end <= length)
         found = storagetm.Ledger.parse(raw[:length])
         assert summary(found) == summary(storagetm.Ledger.parse(raw[:whole]))
+
+
+def test_needs_are_noted(ledger: storagetm.Ledger) -> None:
+    made = branch()
+    ledger.add(storagetm.Branch("t", made.entries, needs=["dm/storagetm-x-1", "nvmet/ports/1"]))
+    ((found, _),) = storagetm.Ledger.parse(Path(ledger.path).read_bytes()).values()
+    assert found.needs == ("dm/storagetm-x-1", "nvmet/ports/1")
+
+
+PORT = b"+\0nvmet/ports/1\0port\0dnvmet/ports/1\0invmet/ports/1/subsystems\0\n=\0nvmet/ports/1\x007\0\n"
+# As version 1 has written them, with a subsystem for each disk and with one for all.
+PER_DISK = PORT + (
+    b"+\0nvmet/subsystems/x\x00254:0 1\0dnvmet/subsystems/x\0wdisk/254:0-1\0mdm/storagetm-x-1"
+    b"\0dnvmet/subsystems/x/namespaces/1\0lnvmet/ports/1/subsystems/x\0\n"
+    b"=\0nvmet/subsystems/x\x005\0\n"
+)
+SHARED = PORT + (
+    b"+\0nvmet/subsystems/x\0subsystem\0dnvmet/subsystems/x\0invmet/subsystems/x/namespaces"
+    b"\0lnvmet/ports/1/subsystems/x\0\n=\0nvmet/subsystems/x\x004\0\n"
+    b"+\0nvmet/subsystems/x/namespaces/1\x00254:0 1\0mdm/storagetm-x-1"
+    b"\0dnvmet/subsystems/x/namespaces/1\0\n=\0nvmet/subsystems/x/namespaces/1\x005\0\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("raw", "root", "between"),
+    [
+        (PER_DISK, "nvmet/subsystems/x", ["disk/254:0-1", "dm/storagetm-x-1"]),
+        (SHARED, "nvmet/subsystems/x/namespaces/1", ["dm/storagetm-x-1"]),
+    ],
+)
+def test_record_of_an_earlier_version(raw: bytes, root: str, between: list[str]) -> None:
+    """What stands between a disk and its export was in one branch with that, and goes with it."""
+    found = storagetm.Ledger.parse(raw)
+    others = [name for name in found if name not in (root, between[0])]
+    assert [e.path for e in found[between[0]][0].entries] == between
+    branch, identity = found[root]
+    assert (branch.root, branch.tag, branch.needs, identity) == (root, "254:0 1", (between[0],), "5")
+    assert not [e for e in branch.entries if e.path in between]
+    # Made anew, and gone.
+    assert summary(storagetm.Ledger.parse(2 * raw)) == summary(found)
+    assert list(storagetm.Ledger.parse(raw + b"-\0" + root.encode() + b"\0\n")) == others
 
 
 @given(st.binary(max_size=100))
@@ -219,7 +261,7 @@ def test_more_links_do_not_lose_the_inode(ledger: storagetm.Ledger, root: Path) 
     inode = os.stat(root / "nvmet/subsystems/x").st_ino
     ledger.add(branch(links=("1", "2")))
     ((found, noted),) = storagetm.Ledger.parse(Path(ledger.path).read_bytes()).values()
-    assert noted == inode
+    assert noted == str(inode)
     assert len(found.entries) == 4
 
 
@@ -254,11 +296,11 @@ def test_no_place_for_the_file(tmp_path: Path) -> None:
 
 
 def test_a_record_that_was_cut_off_takes_no_other_with_it(ledger: storagetm.Ledger) -> None:
-    ledger.add(branch("a"), 1)
+    ledger.add(branch("a"), "1")
     os.write(ledger.fd, b"+\0nvmet/subsystems/half")
     ledger.close()
     ledger.lock()
-    ledger.add(branch("b"), 2)
+    ledger.add(branch("b"), "2")
     assert list(storagetm.Ledger.parse(Path(ledger.path).read_bytes())) == [
         "nvmet/subsystems/a",
         "nvmet/subsystems/b",
@@ -267,13 +309,13 @@ def test_a_record_that_was_cut_off_takes_no_other_with_it(ledger: storagetm.Ledg
 
 def test_full_disk(ledger: storagetm.Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a record is none, and the ones after it count."""
-    ledger.add(branch("a"), 1)
+    ledger.add(branch("a"), "1")
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[: len(data) // 2]))
     with pytest.raises(OSError, match="No space left"):
-        ledger.add(branch("b"), 2)
+        ledger.add(branch("b"), "2")
     monkeypatch.undo()
-    ledger.add(branch("c"), 3)
+    ledger.add(branch("c"), "3")
     assert list(storagetm.Ledger.parse(Path(ledger.path).read_bytes())) == [
         "nvmet/subsystems/a",
         "nvmet/subsystems/c",
@@ -295,18 +337,18 @@ def test_shorten(ledger: storagetm.Ledger, root: Path) -> None:
     ledger.shorten([branch()], f"{root}/")
     assert Path(ledger.path).read_bytes().count(b"\n") == 2
     assert summary(storagetm.Ledger.parse(Path(ledger.path).read_bytes())) == before
-    ledger.add(branch("more"), 7)
+    ledger.add(branch("more"), "7")
     assert len(storagetm.Ledger.parse(Path(ledger.path).read_bytes())) == 2
     assert ledger.records == 2
 
 
 def test_shorten_that_fails(ledger: storagetm.Ledger, root: Path) -> None:
     """What was there still counts, and can be added to."""
-    ledger.add(branch(), 5)
+    ledger.add(branch(), "5")
     ledger.records = 5000
     with pytest.raises(FileNotFoundError):
         ledger.shorten([branch("missing")], f"{root}/")
-    ledger.add(branch("more"), 7)
+    ledger.add(branch("more"), "7")
     assert list(storagetm.Ledger.parse(Path(ledger.path).read_bytes())) == [
         "nvmet/subsystems/x",
         "nvmet/subsystems/more",

@@ -94,7 +94,11 @@ def test_identities_are_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def identities() -> list[object]:
         transport = storagetm.NvmeTcp(machine, "préfixe")
-        found = [transport.uuid(disk), transport.nguid(disk), transport.serial(disk)]
+        found = [
+            transport.identities.uuid(disk),
+            transport.identities.nguid(disk),
+            transport.identities.serial(disk),
+        ]
         return [*found, transport.port_number(storagetm.AF_INET), storagetm.Mapping.path_for("№", "é")]
 
     before = identities()

@@ -265,7 +265,7 @@ def test_access_that_clients_have(unpack: Unpack) -> None:
     disk = every([]).disks["vdb"]
     for access in storagetm.ACCESS:
         disk.access = access
-        branch = transport.make_disk_branch(disk)
+        branch = transport.disk_branches(disk)[-1]
         assert transport.live_access(disk, {branch.root: branch}) == access
         branch.tag = "other"
         assert transport.live_access(disk, {branch.root: branch}) == ""

@@ -89,9 +89,9 @@ class Run:
         self.service.view.beside_plymouth = False  # that of this computer
         if paths:
             inventory.check_named()
-        self.service.ledger.lock()
-        self.service.tree.adopt()
-        self.service.transport.choose_ports(self.service.tree.live)
+        self.service.exporter.ledger.lock()
+        self.service.exporter.tree.adopt()
+        self.service.transport.choose_ports(self.service.exporter.tree.live)
         if not paths:
             inventory.rescan()
 
@@ -112,7 +112,7 @@ class Run:
         """What remains of a process that was killed: nothing but what is in the kernel."""
         for disk in self.service.inventory.disks.values():
             disk.close()
-        self.service.ledger.close()
+        self.service.exporter.ledger.close()
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_all_disks(start: Start, nvmet: Nvmet, manager: Manager, disks: list[str
     assert run.service.stop()
     assert manager.told() == ["STOPPING=1"]
     assert nvmet.contents() == before
-    assert not os.path.exists(run.service.ledger.path)
+    assert not os.path.exists(run.service.exporter.ledger.path)
     assert all(d.fd < 0 for d in run.service.inventory.disks.values())
 
 
@@ -198,11 +198,8 @@ def test_lost_changes(
     """Without what its clients had changed, a disk is another one to them: it is no longer exported."""
     run = start("/dev/vdb", "/dev/vdc")
     run.service.synchronise(strict=True)
-    branch = run.disk("vdb").branch
-    assert branch
-    branch.entries.append(storagetm.Mapping("dm/storagetm-vdb-1", "snapshot"))
-    branch.kinds.add(storagetm.Mapping)
-    memory = run.service.memory
+    run.disk("vdb").backing = storagetm.Branch("", [storagetm.Mapping("dm/storagetm-vdb-1", "snapshot")])
+    memory = run.service.exporter.memory
     memory.filled = {"storagetm-vdb-1": (0, 1, "")}
 
     def share(*_: object) -> None:
@@ -210,8 +207,8 @@ def test_lost_changes(
 
     monkeypatch.setattr(memory, "share", share)
     monkeypatch.setattr(storagetm, "dm_status", lambda _: None)
-    run.service.share_memory()
-    assert run.service.outdated
+    run.service.exporter.share_memory()
+    assert run.service.exporter.outdated
     memory.lost = set()
     monkeypatch.setattr(memory, "share", lambda *_: None)
     run.service.synchronise()
@@ -226,7 +223,7 @@ def test_lost_changes(
 
 def later(run: Run, seconds: float) -> None:
     """Lets time pass."""
-    run.service.started -= seconds
+    run.service.exporter.started -= seconds
     for disk in run.service.inventory.disks.values():
         if disk.waiting_since:
             disk.waiting_since -= seconds
@@ -246,7 +243,7 @@ def test_start_waits_for_a_lock_for_a_while(
         fcntl.flock(holder, fcntl.LOCK_SH)
         run.service.synchronise(strict=True)
         assert nvmet.calls == []
-        assert [d.name for d in run.service.pending()] == ["vdb"]
+        assert [d.name for d in run.service.exporter.pending()] == ["vdb"]
         assert manager.told() == []
         run.service.show()
         assert "Exporting nothing yet, waiting for '/dev/vdb' (another process holds its lock)\n" in (
@@ -267,7 +264,7 @@ def test_start_waits_for_a_lock_for_a_while(
         )
     run.service.synchronise()
     assert subsystems(nvmet) == disks
-    assert run.service.pending() == []
+    assert run.service.exporter.pending() == []
     assert manager.told() == []
 
 
@@ -357,7 +354,7 @@ def test_start_waits_for_disks_of_the_run_before(
     steps = len(nvmet.calls)
     second.service.synchronise(strict=True)
     assert nvmet.calls[steps:] == []
-    assert second.service.awaited == ["'/dev/sda' (exported until the last stop)"]
+    assert second.service.exporter.awaited == ["'/dev/sda' (exported until the last stop)"]
     plug("4711")
     second.service.inventory.update(["sda"])
     second.service.synchronise()
@@ -374,7 +371,7 @@ def test_start_waits_for_disks_of_the_run_before(
     third.kill()
     fourth = start()
     fourth.service.synchronise(strict=True)
-    assert fourth.service.awaited == []
+    assert fourth.service.exporter.awaited == []
 
 
 def test_another_disk_in_the_slot_is_not_the_awaited_one(
@@ -390,7 +387,7 @@ def test_another_disk_in_the_slot_is_not_the_awaited_one(
     run = start()
     run.service.synchronise(strict=True)
     # What has another disk in its slot already cannot return.
-    assert run.service.awaited == ["'/dev/sdb' (exported until the last stop)"]
+    assert run.service.exporter.awaited == ["'/dev/sdb' (exported until the last stop)"]
     plug("4712")
     entry = machine.path("/run/udev/data/b8:16")
     entry.write_text(entry.read_text().replace("E:ID_SERIAL=", "E:ID_SERIAL=X"))
@@ -468,16 +465,16 @@ def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: C
         if release.is_set():
             released.set()
 
-    nvmet.intercept, run.service.tree.wake = intercept, wake
+    nvmet.intercept, run.service.exporter.tree.wake = intercept, wake
     uevent, entry = machine.path("/sys/class/block/vdb/uevent"), machine.path("/run/udev/data/b254:16")
     uevent.write_text(uevent.read_text().replace("DISKSEQ=2\n", "DISKSEQ=77\n"))
     entry.write_text(entry.read_text().replace("by-diskseq/2\n", "by-diskseq/77\n"))
     run.service.inventory.update(["vdb"])
     run.service.synchronise()
-    assert run.service.tree.leaving == {run.service.transport.root(run.disk("vdb"))}
+    assert run.service.exporter.tree.leaving == {run.service.transport.root(run.disk("vdb"))}
     assert "vdb" not in run.exported
     assert run.disk("vdb").status() == "the kernel is still taking away what was there before it"
-    assert run.service.pending() == []
+    assert run.service.exporter.pending() == []
 
     for path in ("/sys/class/block/vdc", "/sys/block/vdc"):
         machine.path(path).unlink()
@@ -520,7 +517,7 @@ def test_pulled_disk_owes_answers(
     root = run.service.transport.root(run.disk("vdb"))
     pull(run, machine, "vdb", "       1        0")
     assert "vdb" not in run.service.inventory.disks
-    assert run.service.tree.leaving == {root}
+    assert run.service.exporter.tree.leaving == {root}
     assert [c for c in nvmet.calls if "vdb" in c and c.startswith("unlink")] != []
     assert subsystems(nvmet) == disks
     assert not run.service.stop()
@@ -534,7 +531,7 @@ def test_pulled_disk_owes_answers(
         r"^Failed to remove '\S+vdb': the disk is gone, but .*; when it has, start .*$", err, re.M
     )
     assert err.count("\n") == 1
-    assert os.path.exists(run.service.ledger.path)
+    assert os.path.exists(run.service.exporter.ledger.path)
 
     run = start()
     owe(machine, "vdb", "       0        0")
@@ -542,7 +539,7 @@ def test_pulled_disk_owes_answers(
     assert subsystems(nvmet) == run.exported == [name for name in disks if name != "vdb"]
     assert run.service.stop()
     assert nvmet.contents() == before
-    assert not os.path.exists(run.service.ledger.path)
+    assert not os.path.exists(run.service.exporter.ledger.path)
 
 
 def test_pulled_disk_answers_during_the_stop(
@@ -571,8 +568,8 @@ def test_pulled_disk_answers_during_the_stop(
 
 def resized(disk: storagetm.Disk) -> list[str]:
     """The calls that give the device over a disk its new size."""
-    assert disk.branch
-    names = [entry.path for entry in disk.branch.kept(storagetm.Mapping)]
+    mapping = storagetm.mapping_of(disk.backing)
+    names = [mapping.path] if mapping else []
     steps = ["create", "load", "resume", *(["cache"] if disk.access == READ_ONLY else [])]
     written = {"cache": " write through"}
     return [f"{step} {name}{written.get(step, '')}" for name in names for step in steps]
@@ -699,8 +696,10 @@ def test_name_of_device_is_taken(
     start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str], disks: list[str]
 ) -> None:
     run = start()
-    (mapping,) = run.service.transport.disk_branch(run.disk("vdb")).kept(storagetm.Mapping)
-    name = mapping.path.rpartition("/")[2]
+    disk = run.disk("vdb")
+    mapping = storagetm.mapping_of(storagetm.backing(disk, disk.access, run.service.transport.prefix))
+    assert mapping
+    name = mapping.name
     assert nvmet.mapper
     unchanged = nvmet.mapper.make(name)
     run.service.synchronise(strict=True)
@@ -948,7 +947,7 @@ def test_restart_while_udev_looks_at_the_disks(start: Start, nvmet: Nvmet, machi
         fcntl.flock(holder, fcntl.LOCK_SH)
         second = start()
         second.service.synchronise(strict=True)
-        assert [d.name for d in second.service.pending()] == ["vdb"]
+        assert [d.name for d in second.service.exporter.pending()] == ["vdb"]
     second.service.synchronise()
     assert second.disk("vdb").fd >= 0
     calls = without_courtesy(nvmet.calls[before:])

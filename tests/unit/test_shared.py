@@ -21,23 +21,23 @@ def disk(name: str, serial: str = "") -> storagetm.Disk:
 
 def test_too_many_namespaces() -> None:
     """The kernel's reason is one that it also has for open files."""
-    transport = storagetm.NvmeTcp(storagetm.Machine(), "quux", shared=True)
-    problem = OSError(errno.EMFILE, "", "nvmet/subsystems/quux/namespaces/1025/enable")
-    assert "--subsystem=per-disk" in transport.why_refused(problem)
-    transport.shared = False
-    assert transport.why_refused(problem) == ""
-    problem.filename = "/dev/sda"
+    transport = storagetm.SharedNvmeTcp(storagetm.Machine(), "quux")
+    problem = OSError(errno.EMFILE, "", "/dev/sda")
+    entry = storagetm.Attribute("nvmet/subsystems/quux/namespaces/1025/enable", "1")
+    failure = storagetm.Failure(storagetm.Branch("", [entry]), entry, problem)
+    assert "--subsystem=per-disk" in transport.explain(failure)
+    assert storagetm.NvmeTcp(storagetm.Machine(), "quux").explain(failure) == ""
     assert "ulimit" in storagetm.reason_of(problem)
 
 
 def test_nguid() -> None:
     """It lasts, differs from disk to disk, also without serial numbers, and is not the UUID."""
-    transport = storagetm.NvmeTcp(storagetm.Machine(), "quux", shared=True)
+    transport = storagetm.SharedNvmeTcp(storagetm.Machine(), "quux")
     disks = [disk("sda", "ONE"), disk("sdb", "TWO"), disk("nullb0"), disk("nullb1")]
-    found = [transport.nguid(d) for d in disks]
-    assert found == [transport.nguid(d) for d in disks]
+    found = [transport.identities.nguid(d) for d in disks]
+    assert found == [transport.identities.nguid(d) for d in disks]
     assert len(set(found)) == 4
-    assert not set(found) & {transport.uuid(d) for d in disks}
+    assert not set(found) & {transport.identities.uuid(d) for d in disks}
 
 
 def test_option() -> None:
@@ -51,14 +51,14 @@ def test_option() -> None:
 
 def test_shown() -> None:
     """One command attaches all; which namespace is which disk is said."""
-    transport = storagetm.NvmeTcp(storagetm.Machine(), "quux", shared=True)
+    transport = storagetm.SharedNvmeTcp(storagetm.Machine(), "quux")
     transport.ports = {storagetm.AF_INET: 16858}
     disks = [disk("sda", "ONE"), disk("sdb", "TWO")]
     disks[0].serial = "DISK-ONE"
     for number, d in enumerate(disks, 1):
         d.stay = storagetm.Stay(number, "")
         d.size, d.access = 1 << 30, storagetm.READ_ONLY
-        d.branch = transport.disk_branch(d)
+        d.branch = transport.disk_branches(d)[-1]
     address = storagetm.Address(storagetm.AF_INET, "192.0.2.1", "eth0", link_local=False)
     report = storagetm.Report(storagetm.Machine(), transport, [address], disks, storagetm.Memory())
     text = "\n".join(line for block in report.blocks(80) for _, line in block)
@@ -69,8 +69,8 @@ def test_shown() -> None:
     # Clients see no serial numbers of disks, so that one that is made up would tell nobody anything.
     assert re.search("sda .*DISK-ONE", text)
     assert re.search("sdb .*TWO", text)
-    assert transport.serial(disks[1]) not in text
+    assert transport.identities.serial(disks[1]) not in text
     facts = "\n".join(report.facts().values())
     assert "Exporting '/dev/sdb'" in facts
     assert "as quux, namespace 0x2" in facts
-    assert transport.serial(disks[1]) not in facts
+    assert transport.identities.serial(disks[1]) not in facts

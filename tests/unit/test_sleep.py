@@ -58,7 +58,7 @@ def test_awake_while_it_exports(
     stays = storagetm.Stays(storagetm.RUN + "disks", made.id)  # a stop leaves a file beside it
     inventory = storagetm.Inventory((), True, False, stays=stays)
     service = storagetm.Service(made, storagetm.NvmeTcp(made), inventory)
-    service.ledger.lock()
+    service.exporter.ledger.lock()
     service.inventory.rescan()
     service.synchronise(strict=True)
     assert happened(inhibit, "began")
@@ -85,7 +85,7 @@ def test_not_before_clients_are_let_in(
     made = storagetm.Machine()
     service = storagetm.Service(made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False))
     service.inventory.rescan()
-    monkeypatch.setattr(service, "still_awaited", lambda _: ["'/dev/sda' (udev is busy)"])
+    monkeypatch.setattr(service.exporter, "still_awaited", lambda _: ["'/dev/sda' (udev is busy)"])
     service.synchronise(strict=True)
     assert not service.sleep_lock.asked
     assert not Path(f"{inhibit}.began").exists()

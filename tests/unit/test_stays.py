@@ -71,7 +71,12 @@ def identities(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = Tr
     machine = storagetm.Machine.__new__(storagetm.Machine)
     machine.id, machine.os, machine.os_version = SALT, "debian", "13"
     transport = storagetm.NvmeTcp(machine, "quux")
-    return {str(disk.stay.number), transport.uuid(disk), transport.nguid(disk), transport.serial(disk)}
+    return {
+        str(disk.stay.number),
+        transport.identities.uuid(disk),
+        transport.identities.nguid(disk),
+        transport.identities.serial(disk),
+    }
 
 
 def test_disk_with_a_serial_number_keeps_its_number(path: str, boot: Callable[[str], None]) -> None:

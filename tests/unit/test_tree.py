@@ -12,7 +12,7 @@ import tempfile
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,8 +42,8 @@ def transport(ports: dict[int, int], *, shared: bool = False) -> storagetm.NvmeT
     """One that is called nqn.test, without asking this machine who it is."""
     machine = storagetm.Machine.__new__(storagetm.Machine)
     machine.id, machine.os, machine.os_version = bytes(range(16)), "debian", "13"
-    made = storagetm.NvmeTcp(machine, "nqn.test", shared=shared)
-    made.ports = dict(ports)
+    made = (storagetm.SharedNvmeTcp if shared else storagetm.NvmeTcp)(machine, "nqn.test")
+    made.ports.update(ports)
     return made
 
 
@@ -68,7 +68,8 @@ def wanted(
     disks = list(disks)
     for each in disks if shared else ():
         each.stay = storagetm.Stay(1 + zlib.crc32(f"{each.name} {each.tag}".encode()), "")
-    return [*made.common_branches(), *map(made.disk_branch, disks)]
+    made.scaffolds({})
+    return [*made.common_branches(), *(b for d in disks for b in made.disk_branches(d))]
 
 
 def want(names: str, access: str = storagetm.DEFAULT_ACCESS) -> list[storagetm.Branch]:
@@ -78,7 +79,7 @@ def want(names: str, access: str = storagetm.DEFAULT_ACCESS) -> list[storagetm.B
 
 def mapping_of(made: storagetm.Disk) -> str:
     """The name of the device-mapper device over a disk; empty if it has none."""
-    mapping = transport(PORTS).mapping(made, made.access)
+    mapping = storagetm.mapping_of(storagetm.backing(made, made.access, "nqn.test"))
     return mapping.name if mapping else ""
 
 
@@ -92,40 +93,42 @@ class Session:
         self.tree.adopt()
 
     def reconcile(
-        self,
-        branches: Sequence[storagetm.Branch],
-        patience: float | None = None,
-        hopeless: Callable[[OSError], bool] | None = None,
-    ) -> dict[str, OSError]:
-        return reconcile(self.tree, branches, patience, hopeless)
+        self, branches: Sequence[storagetm.Branch], patience: float | None = None
+    ) -> dict[str, storagetm.Failure]:
+        return reconcile(self.tree, branches, patience)
 
     def close(self) -> None:
         self.ledger.close()
 
 
 def reconcile(
-    tree: storagetm.Tree,
-    branches: Sequence[storagetm.Branch],
-    patience: float | None = None,
-    hopeless: Callable[[OSError], bool] | None = None,
-) -> dict[str, OSError]:
-    """As the service does it: with a passage for as long as there are disks to write-protect."""
-    passage: list[storagetm.Branch] = []
-    if tree.lacks(branches, storagetm.WriteProtection):
-        entries = [e for b in branches for e in b.entries]
-        made = next(e.transport for e in entries if isinstance(e, storagetm.WriteProtection))
-        made.choose_passage(tree.live)
-        passage = [made.passage_branch(opened=True)]
-    failures = tree.reconcile([*passage, *branches], patience, hopeless)
-    if passage:
-        live = [tree.live.get(b.root) for b in branches if b.root not in failures]
-        rest: dict[str, OSError] = {}
-        for _ in range(3):
-            rest = tree.reconcile([b for b in live if b], patience)
-            if not rest:
-                break
-        failures.update(rest)
+    tree: storagetm.Tree, branches: Sequence[storagetm.Branch], patience: float | None = None
+) -> dict[str, storagetm.Failure]:
+    """As the exporter does it; what failed, by root. What only failed branches need goes again."""
+    failures: dict[str, storagetm.Failure] = {}
+    for _ in range(3):
+        failed = once(tree, without_failed(branches, failures), patience)
+        failures.update(failed)
+        if not failed:
+            break
     return failures
+
+
+def once(
+    tree: storagetm.Tree, branches: Sequence[storagetm.Branch], patience: float | None = None
+) -> dict[str, storagetm.Failure]:
+    """One plan, done."""
+    entries = [e for b in branches for e in b.entries]
+    courtesy = [e.host for e in entries if isinstance(e, storagetm.WriteProtection)]
+    tree.collect()
+    scaffolds = [courtesy[0].passage_branch(tree.live)] if courtesy else []
+    return {f.branch.root: f for f in tree.apply(tree.plan(branches, scaffolds), patience)}
+
+
+def without_failed(branches: Sequence[storagetm.Branch], failures: Container[str]) -> list[storagetm.Branch]:
+    left = [b for b in branches if b.root not in failures]
+    needed = {root for b in left for root in b.needs}
+    return [b for b in left if b.root in needed or not b.root.startswith(("dm/", "disk/"))]
 
 
 def kernel(base: Path, monkeypatch: pytest.MonkeyPatch) -> Nvmet:
@@ -149,10 +152,10 @@ def mapper(nvmet: Nvmet) -> DeviceMapper:
 
 
 @pytest.fixture
-def run(nvmet: Nvmet, tmp_path: Path) -> Callable[..., dict[str, OSError]]:
+def run(nvmet: Nvmet, tmp_path: Path) -> Callable[..., dict[str, storagetm.Failure]]:
     """One run of the program that has a tree brought to what is wanted, and is gone without a trace."""
 
-    def run_once(branches: Sequence[storagetm.Branch]) -> dict[str, OSError]:
+    def run_once(branches: Sequence[storagetm.Branch]) -> dict[str, storagetm.Failure]:
         session = Session(nvmet, tmp_path / "x.entries")
         try:
             return session.reconcile(branches)
@@ -162,7 +165,7 @@ def run(nvmet: Nvmet, tmp_path: Path) -> Callable[..., dict[str, OSError]]:
     return run_once
 
 
-Run = Callable[[Sequence[storagetm.Branch]], "dict[str, OSError]"]
+Run = Callable[[Sequence[storagetm.Branch]], "dict[str, storagetm.Failure]"]
 
 
 def changes(nvmet: Nvmet, function: Callable[[], object]) -> list[str]:
@@ -228,7 +231,7 @@ def test_create(nvmet: Nvmet, run: Run, access: str) -> None:
         f"{subsystem}/namespaces/1/buffered_io": "0",
         f"{subsystem}/namespaces/1/device_nguid": "0",
         f"{subsystem}/namespaces/1/device_path": f"/dev/mapper/{mapping_of(a)}" if between else "/dev/a",
-        f"{subsystem}/namespaces/1/device_uuid": transport(PORTS).uuid(a),
+        f"{subsystem}/namespaces/1/device_uuid": transport(PORTS).identities.uuid(a),
         f"{subsystem}/namespaces/1/enable": "1",
         f"{subsystem}/namespaces/1/revalidate_size": "0",
     }
@@ -243,11 +246,11 @@ def test_visible_last(nvmet: Nvmet, run: Run, access: str) -> None:
         assert made[-5] == "protect nvmet/subsystems/nqn.test.a/namespaces/1"
         made = [call for call in made if not is_courtesy(call)]
     assert [c.split()[0] for c in made[-2:]] == ["symlink", "symlink"]
-    assert made[-3].endswith("/enable 1")
+    assert made[-4].endswith("/enable 1")
     gone = [c.split()[0] for c in changes(nvmet, lambda: run([]))]
     between = [] if access == READ_WRITE else ["remove"]
-    # Both links, both ports, and then the namespace before what it is made of.
-    assert gone == ["unlink", "unlink", "rmdir", "rmdir", "rmdir", *between, "rmdir"]
+    # Both links, the namespace before the subsystem, and then what they need.
+    assert gone == ["unlink", "unlink", "rmdir", "rmdir", "rmdir", "rmdir", *between]
 
 
 @in_each_access
@@ -297,12 +300,12 @@ def test_kernel_that_cannot_keep_other_clients_away(
     monkeypatch.setattr(stand_in, "SUBSYSTEM", ("attr_allow_any_host",))
     failures = run(want("a", access))
     (problem,) = failures.values()
-    assert "see --clients=any" in transport(PORTS).why_refused(problem)
+    assert "see --clients=any" in transport(PORTS).explain(problem)
     assert run([]) == {}
     assert nvmet.contents() == before
     made = transport(PORTS)
     made.clients = 0
-    assert run([*made.common_branches(), made.disk_branch(disk("a", access=access))]) == {}
+    assert run([*made.common_branches(), *made.disk_branches(disk("a", access=access))]) == {}
 
 
 # Changes
@@ -373,8 +376,9 @@ def test_made_anew(nvmet: Nvmet, run: Run, tag: str, model: str, access: str) ->
     assert "rmdir nvmet/subsystems/nqn.test.a" in calls
     assert "mkdir nvmet/subsystems/nqn.test.a" in calls
     if access != READ_WRITE:
-        assert f"remove dm/{mapping_of(old)}" in calls
-        assert f"create dm/{mapping_of(new)}" in calls
+        # Only with another disk is there another device in between.
+        assert (f"remove dm/{mapping_of(old)}" in calls) == (tag != old.tag)
+        assert (f"create dm/{mapping_of(new)}" in calls) == (tag != old.tag)
     assert not [c for c in calls if name_of(c) == "b" and "revalidate_size" not in c and not is_courtesy(c)]
     assert nvmet.contents()["nvmet/subsystems/nqn.test.a/attr_model"] == f"{model} (debian)"
 
@@ -436,7 +440,9 @@ def test_restart_finds_all_as_it_should_be(nvmet: Nvmet, run: Run, access: str) 
     run(want("abc", access))
     complete = nvmet.contents()
     again = [c for c in changes(nvmet, lambda: run(want("abc", access))) if not is_courtesy(c)]
-    assert again == [f"write nvmet/subsystems/nqn.test.{n}/namespaces/1/revalidate_size 1" for n in "abc"]
+    assert sorted(again) == [
+        f"write nvmet/subsystems/nqn.test.{n}/namespaces/1/revalidate_size 1" for n in "abc"
+    ]
     assert nvmet.contents() == complete
 
 
@@ -451,12 +457,17 @@ def test_attribute_that_somebody_has_changed(nvmet: Nvmet, run: Run) -> None:
 
 STEPS = {
     # Two ports, and disks with two links each.
-    READ_WRITE: 2 * 5 + 2 * 13,
+    READ_WRITE: 2 * 5 + 2 * 14,
     # The device, its store, its table.
-    SNAPSHOT: 2 * 5 + 2 * (4 + 13),
+    SNAPSHOT: 2 * 5 + 2 * (4 + 14),
     # The device with its table and without its cache, no limit of clients, write protection; the passage.
-    READ_ONLY: 2 * 5 + 2 * (4 + 11 + 3) + 5 + 3,
+    READ_ONLY: 2 * 5 + 2 * (4 + 12 + 3) + 5 + 3,
 }
+
+
+def check_steps(number: int, access: str) -> None:
+    """Whether there were so many; of two that ask for a free loop device at once, one asks once more."""
+    assert number == STEPS[access] or (access == SNAPSHOT and STEPS[access] < number <= STEPS[access] + 2)
 
 
 def check_recovery(
@@ -467,6 +478,32 @@ def check_recovery(
     assert nvmet.contents() == complete
     assert run([]) == {}
     assert nvmet.contents() == before
+
+
+def test_what_lets_clients_in(nvmet: Nvmet, run: Run, tmp_path: Path) -> None:
+    """A port that was only there for ourselves when a run was killed does not."""
+    calls = changes(nvmet, lambda: run(want("a", READ_ONLY)))
+    for kept, opened in (("", False), ("protect", False), ("symlink nvmet/ports/4420", True)):
+        run([])
+        number = next(i for i, c in enumerate(calls) if c.startswith(kept)) + 1 if kept else 0
+        assert nvmet.run_and_kill_at(number, lambda: run(want("a", READ_ONLY)))
+        session = Session(nvmet, tmp_path / "x.entries")
+        assert session.tree.admits() == opened
+        session.close()
+    run([])
+
+
+@in_each_access
+def test_port_is_changed_by_others(nvmet: Nvmet, run: Run, access: str) -> None:
+    """It is made anew; disks are linked there again, and stay what they are."""
+    run(want("ab", access))
+    complete = nvmet.contents()
+    inode = nvmet.path("nvmet/subsystems/nqn.test.a").stat().st_ino
+    nvmet.path("nvmet/ports/4421/addr_traddr").write_text("::1\n")
+    made = changes(nvmet, lambda: run(want("ab", access)))
+    assert nvmet.contents() == complete
+    assert nvmet.path("nvmet/subsystems/nqn.test.a").stat().st_ino == inode
+    assert not [c for c in made if c.startswith(("mkdir", "rmdir", "remove")) and name_of(c)]
 
 
 @in_each_access
@@ -480,7 +517,7 @@ def test_crash_while_creating(nvmet: Nvmet, run: Run, access: str) -> None:
     while nvmet.run_and_kill_at(number, lambda: run(want("ab", access))):
         check_recovery(nvmet, run, before, complete, access)
         number += 1
-    assert number == STEPS[access]
+    check_steps(number, access)
 
 
 @in_each_access
@@ -505,7 +542,7 @@ def test_crash_and_all_is_to_go(nvmet: Nvmet, run: Run, access: str) -> None:
         assert run([]) == {}
         assert nvmet.contents() == before
         number += 1
-    assert number == STEPS[access]
+    check_steps(number, access)
 
 
 @in_each_access
@@ -642,7 +679,7 @@ def test_failure_while_creating(nvmet: Nvmet, run: Run, access: str) -> None:
             assert nvmet.contents().items() <= complete.items()
         else:
             failed = next(iter(failures))
-            assert failures[failed].errno == errno.EIO
+            assert failures[failed].error.errno == errno.EIO
             assert not nvmet.path(failed).exists()
             if failed.startswith("nvmet/subsystems"):
                 assert len(failures) == 1
@@ -659,13 +696,16 @@ def test_failure_names_the_entry(nvmet: Nvmet, run: Run, access: str) -> None:
         nvmet.fail_at(number)
         failures = run(want("a", access))
         if is_courtesy(call):
-            assert {e.filename for e in failures.values()} <= {call.split()[1]}
+            assert {f.entry.path for f in failures.values()} <= {
+                call.split()[1],
+                f"nvmet/ports/{transport({}).port_number(0)}/subsystems",
+            }
             nvmet.succeed()
             run([])
             continue
-        (failure,) = [e for e in failures.values() if e.errno == errno.EIO]
+        (failure,) = [f for f in failures.values() if f.error.errno == errno.EIO and not f.cause]
         where = call.split()[1]
-        assert failure.filename == (
+        assert failure.entry.path == (
             where if "loop/" not in where else f"dm/{mapping_of(disk('a', access=access))}"
         )
         nvmet.succeed()
@@ -680,10 +720,11 @@ def test_failure_while_removing(nvmet: Nvmet, tmp_path: Path, access: str) -> No
         session = Session(nvmet, tmp_path / "x.entries")
         session.reconcile(want("ab", access))
         nvmet.fail_at(number)
-        failures = session.reconcile([])
+        failures = once(session.tree, [])
         nvmet.succeed()
         assert failures
-        assert set(session.tree.live) == set(failures)
+        needed = {root for failure in failures.values() for root in failure.branch.needs}
+        assert set(failures) <= set(session.tree.live) <= needed | set(failures)
         assert session.reconcile([]) == {}
         assert session.tree.live == {}
         assert nvmet.contents() == before
@@ -699,7 +740,7 @@ def test_failure_while_patching(nvmet: Nvmet, tmp_path: Path, access: str) -> No
     nvmet.fail_at(5 + 1 + (5 + 3 if access == READ_ONLY else 0))
     failures = session.reconcile(more)
     assert list(failures) == ["nvmet/subsystems/nqn.test.a"]
-    assert failures["nvmet/subsystems/nqn.test.a"].filename == "nvmet/ports/4421/subsystems/nqn.test.a"
+    assert failures["nvmet/subsystems/nqn.test.a"].entry.path == "nvmet/ports/4421/subsystems/nqn.test.a"
     nvmet.succeed()
     assert session.reconcile(more) == {}
     assert "nvmet/ports/4421/subsystems/nqn.test.a" in nvmet.contents()
@@ -707,19 +748,20 @@ def test_failure_while_patching(nvmet: Nvmet, tmp_path: Path, access: str) -> No
 
 
 @in_each_access
-def test_hopeless_failure(nvmet: Nvmet, run: Run, tmp_path: Path, access: str) -> None:
-    calls = changes(nvmet, lambda: run(want("abc", access)))
-    run([])
-    links = [i for i, call in enumerate(calls) if call.startswith("symlink") and not is_courtesy(call)]
+def test_hopeless_failure(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
+    def intercept(number: int) -> None:
+        if nvmet.calls[number].startswith("symlink") and not is_courtesy(nvmet.calls[number]):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
     session = Session(nvmet, tmp_path / "x.entries")
-    nvmet.fail_at(links[0], errno.EADDRINUSE)
-    failures = session.reconcile(want("abc", access), None, storagetm.NvmeTcp.concerns_port)
+    nvmet.intercept = intercept
+    failures = once(session.tree, want("abc", access))
     assert list(failures) == ["nvmet/subsystems/nqn.test.a"]
     assert "nvmet/subsystems/nqn.test.a" not in session.tree.live
     # Of the others, nothing was linked, and that is made up for.
     assert not any(nvmet.path("nvmet/ports/4421/subsystems").iterdir())
     nvmet.succeed()
-    assert session.reconcile(want("abc", access), None, storagetm.NvmeTcp.concerns_port) == {}
+    assert session.reconcile(want("abc", access)) == {}
     for number in PORTS.values():
         assert len(list(nvmet.path(f"nvmet/ports/{number}/subsystems").iterdir())) == 3
     session.close()
@@ -765,7 +807,7 @@ def test_removal_beside_others_that_hangs(nvmet: Nvmet, tmp_path: Path, access: 
     made = transport({V4: 2}, shared=True)
 
     def wanted_of(*disks: storagetm.Disk) -> list[storagetm.Branch]:
-        return [*made.common_branches(), *map(made.disk_branch, disks)]
+        return [*made.common_branches(), *(b for d in disks for b in made.disk_branches(d))]
 
     stays, goes, comes = (disk(name, access=access) for name in "abc")
     goes.stay, comes.stay = storagetm.Stay(2, ""), storagetm.Stay(3, "")
@@ -840,7 +882,7 @@ def test_others(nvmet: Nvmet, run: Run, access: str) -> None:
 def test_others_with_our_names(nvmet: Nvmet, run: Run, path: str, access: str) -> None:
     unchanged = foreign(nvmet, path)
     failures = run(want("abc", access))
-    assert failures[path].errno == errno.EEXIST
+    assert failures[path].error.errno == errno.EEXIST
     assert unchanged() or path.startswith("nvmet/ports")
     run(want("abc", access))
     run([])
@@ -859,11 +901,12 @@ def test_others_with_our_names_in_device_mapper(nvmet: Nvmet, run: Run, access: 
     unchanged = mapper(nvmet).make(*((name, "x") if ours == "name" else ("x", name)))
     theirs = nvmet.contents().items() - before.items()
     failures = run(want("abc", access))
-    assert [(root, e.errno) for root, e in failures.items()] == [
-        ("nvmet/subsystems/nqn.test.b", errno.EBUSY)
+    assert [(root, f.error.errno, bool(f.cause)) for root, f in failures.items()] == [
+        (f"dm/{name}", errno.EBUSY, False),
+        ("nvmet/subsystems/nqn.test.b", errno.EBUSY, True),
     ]
     assert nvmet.contents() == expected | dict(theirs)
-    assert failures["nvmet/subsystems/nqn.test.b"].filename == f"dm/{name}"
+    assert failures[f"dm/{name}"].entry.path == f"dm/{name}"
     run([])
     assert unchanged()
     assert nvmet.contents() == before | dict(theirs)
@@ -899,7 +942,7 @@ def test_taken_away_by_others(nvmet: Nvmet, run: Run, access: str) -> None:
 
 def planned(nvmet: Nvmet, ledger: Path, branches: Sequence[storagetm.Branch]) -> list[dict[str, str]]:
     steps: list[dict[str, str]] = []
-    tree = storagetm.Tree(f"{nvmet.root}/", storagetm.Ledger(str(ledger)), steps.append)
+    tree = storagetm.Rehearsal(f"{nvmet.root}/", storagetm.Ledger(str(ledger)), steps.append)
     if ledger.exists():
         tree.adopt()
     assert reconcile(tree, branches) == {}
@@ -1156,10 +1199,6 @@ class AnyOrder(RuleBasedStateMachine):
     def is_foreign(self, path: str) -> bool:
         return any(path == f or path.startswith(f"{f}/") for f in self.foreign)
 
-    def is_refused(self, branch: storagetm.Branch) -> bool:
-        """Whether others have its name, or that of a device that it needs."""
-        return any(map(self.is_foreign, [branch.root, *(e.path for e in branch.kept(storagetm.Mapping))]))
-
     def open(self) -> Session:
         if self.session is None:
             self.session = Session(self.nvmet, self.ledger)
@@ -1174,10 +1213,11 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(branches=WANTED)
     def reconcile(self, branches: list[storagetm.Branch]) -> None:
         failures = self.open().reconcile(branches)
-        refused = [b for b in branches if self.is_refused(b) or b.is_inside(failures)]
+        refused = [b for b in branches if self.is_foreign(b.root) or not failures.keys().isdisjoint(b.needs)]
         assert failures.keys() == {b.root for b in refused}
-        assert set(self.open().tree.live) == {b.root for b in branches} - set(failures)
-        self.check([b for b in branches if b not in refused])
+        left = without_failed(branches, failures)
+        assert set(self.open().tree.live) == {b.root for b in left}
+        self.check(left)
         if not refused:
             assert changes(self.nvmet, lambda: self.open().reconcile(branches)) == []
 
@@ -1213,7 +1253,7 @@ class AnyOrder(RuleBasedStateMachine):
             return
         # configfs gives no inode number twice; the file system of this directory may.
         noted = storagetm.Ledger.parse(self.ledger.read_bytes()) if self.ledger.exists() else {}
-        numbers = {inode for _, inode in noted.values()}
+        numbers = {int(inode) for _, inode in noted.values() if inode.isdecimal()}
         spare = 0
         while True:
             decoy = self.nvmet.path(f"nvmet/subsystems/decoy{spare}")

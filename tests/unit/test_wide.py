@@ -106,7 +106,7 @@ def test_path_leaves_size_and_access(screen: storagetm.Screen, node: str, width:
 
 def test_path_in_a_shared_subsystem(screen: storagetm.Screen) -> None:
     machine = Named()
-    transport = storagetm.NvmeTcp(machine, "quux", shared=True)
+    transport = storagetm.SharedNvmeTcp(machine, "quux")
     transport.ports = {storagetm.AF_INET: 59936}
     long = LONG[: 79 - len("   0x1 ")]
     disks = [named(long, 1), named("/dev/vda", 2)]
@@ -225,7 +225,7 @@ def test_each_command_can_be_typed(
 ) -> None:
     """Off the screen, a terminal that is dumb, the journal and Plymouth."""
     machine = Named()
-    transport = storagetm.NvmeTcp(machine, "büro", shared=shared)
+    transport = (storagetm.SharedNvmeTcp if shared else storagetm.NvmeTcp)(machine, "büro")
     transport.ports = {storagetm.AF_INET: 59936}
     shown = storagetm.Report(machine, transport, addresses(), [named("/srv/日本.img")])
     expected = os.fsencode("büro" if shared else "büro.日本.img")
@@ -250,7 +250,7 @@ def test_each_command_can_be_typed(
 def test_plymouth_gets_no_half_command() -> None:
     """What is too long for its protocol is replaced by what also attaches all disks."""
     machine = Named()
-    transport = storagetm.NvmeTcp(machine, "nqn." + "x" * 215, shared=True)
+    transport = storagetm.SharedNvmeTcp(machine, "nqn." + "x" * 215)
     transport.ports = {storagetm.AF_INET: 59936}
     shown = storagetm.Report(machine, transport, addresses(), [disk("vda")])
     assert shown.for_plymouth() == "nvme connect-all -t tcp -a 192.0.2.1 -s 59936"

@@ -19,6 +19,7 @@ from tests.vm.initiator import Reader, attached, where, write_content
 from tests.vm.nvmet import NVMET, Service, exporting, left_over
 
 SCRIPT = Path(__file__).parent / "guest/crash.py"
+EARLIER = Path(__file__).parent / "guest/storagetm-earlier"
 INSTALLED = "/usr/local/bin/storagetm"
 KILLS = 3
 SIZE = 4 << 20  # of a disk that is read, in bytes
@@ -104,7 +105,7 @@ def test_every_step(target: Machine, boot: BootMachine) -> None:
         machine.put("/run/harness/crash.py", SCRIPT)
         processes.append(machine.start_process(["python3", "/run/harness/crash.py", *command, "/dev/vdb"]))
     for process, (_, _, kinds, counts) in zip(processes, runs):
-        assert process.wait(1200) == 0, process.output
+        assert process.wait(3000) == 0, process.output
         print(process.output)
         result = json.loads(process.output.splitlines()[-1])
         assert result["wrong"] == []
@@ -158,6 +159,44 @@ def test_killed_while_read(target: Machine, client: Machine, tmp_path: Path) -> 
         f"{KILLS + 1} times killed and started; the client read {result['size'] / 1e6:.0f} MB, "
         f"longest read {result['longest']:.2f} s."
     )
+
+
+def test_earlier_version_is_taken_over(target: Machine, client: Machine, tmp_path: Path) -> None:
+    """Killed with a client attached, and replaced: the client notices nothing, and all goes in the end.
+
+    The earlier version had what stands between a disk and its export in one record with that.
+    """
+    path = tmp_path / "read.raw"
+    write_content(path, 3, SIZE)
+    target.add_disk(Disk("read", path=path, serial="DISK-READ"))
+    arguments = ["--all", "--access=DISK-ALPHA:snapshot", "--access=DISK-BETA:read-write"]
+    try:
+        node = f"/dev/{wait_name(target, 'DISK-READ')}"
+        target.run("udevadm settle --timeout=120")
+        target.put("/run/harness/earlier.pyz", EARLIER, mode=0o755)
+        service = Service(target, arguments, program="/run/harness/earlier.pyz")
+        before = service.start()
+        wanted, numbers, mappings = nvmet.tree(target), inodes(target), target.run("dmsetup table").stdout
+        assert mappings.count("storagetm-") > 2
+        with attached(client, *where(wanted, node)) as attachment:
+            reader = Reader(client, attachment.node, 3, SIZE)
+            reader.wait_progress()
+            for _ in range(2):
+                killed(service)
+                reader.wait_progress()
+                service = Service(target, arguments)
+                service.start()
+                assert nvmet.tree(target) == wanted
+                assert inodes(target) == numbers
+                assert target.run("dmsetup table").stdout == mappings
+                reader.wait_progress()
+            reader.stop()
+            attachment.check()
+        assert service.stop() == before
+    finally:
+        target.remove_disk("read", timeout=120)
+    assert left_over(target) == []
+    assert "storagetm-" not in target.run("dmsetup table").stdout
 
 
 def test_second_instance(target: Machine) -> None:

@@ -315,7 +315,7 @@ def test_locked_disk(target: Machine, held: str) -> None:
         assert starting.wait(120) == 0, service.output
         assert {"vdb", "sda", "nvme0n1"} <= nvmet.exported(target)
         assert name not in nvmet.exported(target)
-        wait_line(service, f"^'{held}' is not exported yet: another process holds its lock")
+        wait_line(service, f"^'{held}' is not exported yet: process [0-9]+ \\(.+\\) holds its lock")
         status = service.show("StatusText")
         times = [int(service.show(f"{t}TimestampMonotonic")) for t in ("ExecMainStart", "ActiveEnter")]
         lock.kill(group=True)

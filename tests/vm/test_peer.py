@@ -323,6 +323,8 @@ LISTENER = """
 import socket, time
 for family, address, port in ((socket.AF_INET, "0.0.0.0", 16858), (socket.AF_INET6, "::", 29423)):
     s = socket.socket(family)
+    # Connections of clients that others have served there may not have ended for good.
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
         s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     s.bind((address, port))
