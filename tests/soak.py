@@ -78,8 +78,9 @@ class Soak:
         return sorted(self.disks).index(name) + 1
 
     def start(self, kind: str) -> None:
-        arguments = ["--all", f"--nqn={NQN}", f"--subsystem={kind}", "--access=SOAK-RW*:read-write"]
-        self.service = Service(self.target, [*arguments, "--access=SOAK-SNAP*:snapshot"], program=TOOL)
+        arguments = ["--all", f"--nqn={NQN}", f"--subsystem={kind}", f"--clients={len(self.clients)}"]
+        access = ["--access=SOAK-RW*:read-write", "--access=SOAK-SNAP*:snapshot"]
+        self.service = Service(self.target, [*arguments, *access], program=TOOL)
         self.service.start()
 
     def kill(self, kind: str) -> None:
