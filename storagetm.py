@@ -3626,7 +3626,9 @@ class Ledger:
             self.append("=", branch.root, identity)
 
     def confirm(self, branch: Branch, root: str) -> None:
-        self.append("=", branch.root, branch.entries[0].identity(root))
+        """Notes that the first entry of a branch is made, unless its name says well enough whose it is."""
+        if branch.entries[0].LETTER not in self.BETWEEN:
+            self.append("=", branch.root, branch.entries[0].identity(root))
 
     def remove(self, branch: Branch) -> None:
         self.append("-", branch.root)
