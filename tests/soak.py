@@ -145,6 +145,8 @@ class Soak:
 
     def phase(self, kind: str, seconds: float) -> None:
         """Some minutes with one kind of subsystem."""
+        # Disks with the serial numbers of others that are gone would have identities of their own.
+        self.target.run("rm -f /run/storagetm/*.disks*")
         for name in self.disks:
             write_content(self.file(name), self.seed(name), SIZE)
             self.target.add_disk(Disk(name, path=self.file(name), serial=f"SOAK-{name}"))
