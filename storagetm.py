@@ -3769,19 +3769,22 @@ class Plan:
         return self.stale.intersection(have.needs, want.needs)
 
     def is_uprooted(self, want: Branch) -> bool:
-        """Whether it cannot stay where something is taken away that it needs."""
-        return not all(any(self.hung(want, root)) for root in self.lost_needs(want))
+        """Whether it cannot stay where something is taken away that it needs.
+
+        It can if all that it has in there may be made again while clients use it.
+        """
+        inside = [self.inside(want, root) for root in self.lost_needs(want)]
+        return not all(entries and all(e.LIVE for e in entries) for entries in inside)
 
     @staticmethod
-    def hung(want: Branch, root: str) -> list[bool]:
-        """Of what a branch has in another one, whether it may be taken away and made again."""
-        inside = [e.LIVE for e in want.entries if e.path.startswith(root + "/")]
-        return inside if all(inside) else []
+    def inside(want: Branch, root: str) -> list[Entry]:
+        """The entries of a branch that are in another one."""
+        return [e for e in want.entries if e.path.startswith(root + "/")]
 
     def hang_anew(self, want: Branch) -> None:
         """Has a branch that stays let go of what is taken away that it needs, and take hold of it again."""
         for root in self.lost_needs(want):
-            inside = [e for e in want.entries if e.path.startswith(root + "/")]
+            inside = self.inside(want, root)
             patch = self.patched.setdefault(want.root, Patch(want, [], []))
             patch.stale += [e for e in inside if e not in patch.stale]
             patch.missing += [e for e in inside if e not in patch.missing]
@@ -3871,7 +3874,9 @@ class Tree:
         for scaffold in plan.scaffolds:
             self.raise_scaffold(scaffold, failures)
         crowded = self.crowded()
-        creations = [b for b in plan.creations if not any(e.crowd() in crowded for e in b.entries)]
+        # What has the name of one of these could not be removed, or is still being removed.
+        free = [b for b in plan.creations if b.root not in self.live]
+        creations = [b for b in free if not any(e.crowd() in crowded for e in b.entries)]
         patches = {patch.branch.root: patch for patch in plan.patches}
         changed = [*creations, *(patch.branch for patch in plan.patches)]
         for level in in_levels(changed):
@@ -3934,7 +3939,6 @@ class Tree:
         stands = all(root in self.live for root in branch.needs)
         if patch:
             self.amend(patch, failures)
-        # What has its name could not be removed, or is being removed.
         elif branch.root not in self.live and stands and not self.is_doomed(failures):
             self.create(branch, failures)
 
@@ -4074,7 +4078,7 @@ class Tree:
                 problems[branch.root] = Failure(branch, branch.entries[0], e)
             self.finished.append((branch, problems.get(branch.root)))
 
-        if not self.threads or (patience is None and len(branches) <= 4):
+        if not branches or not self.threads or (patience is None and len(branches) <= 4):
             for branch in branches:
                 unmake(branch)
         else:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -794,6 +795,35 @@ def test_removal_that_hangs(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     assert woken.wait(60)
     assert session.reconcile(new, 0.5) == {}
     assert session.tree.leaving == set()
+    assert session.tree.live["nvmet/subsystems/nqn.test.b"].tag == "new"
+    session.close()
+
+
+@in_each_access
+def test_removal_that_hangs_where_another_is_to_come(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
+    """Nobody is let in to what is half gone, and nothing waits for what has to stay meanwhile."""
+    release, woken = threading.Event(), threading.Event()
+    session = Session(nvmet, tmp_path / "x.entries")
+    session.tree.wake = woken.set
+    session.reconcile(want("ab", access))
+
+    def intercept(number: int) -> None:
+        if nvmet.calls[number] == "rmdir nvmet/subsystems/nqn.test.b/namespaces/1":
+            assert release.wait(60)
+
+    nvmet.intercept = intercept
+    new = wanted([disk("a", access=access), disk("b", tag="new", access=access)])
+    calls = changes(nvmet, lambda: session.reconcile(new, 0.5))
+    assert session.tree.leaving == {"nvmet/subsystems/nqn.test.b"}
+    assert not [c for c in calls if c.startswith("symlink") and not is_courtesy(c)]
+    began = time.monotonic()
+    session.reconcile(new, 20)
+    assert time.monotonic() - began < 10
+    woken.clear()
+    release.set()
+    assert woken.wait(60)
+    assert session.reconcile(new, 0.5) == {}
+    assert nvmet.path("nvmet/ports/4421/subsystems/nqn.test.b").exists()
     assert session.tree.live["nvmet/subsystems/nqn.test.b"].tag == "new"
     session.close()
 
