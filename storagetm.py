@@ -6615,11 +6615,6 @@ class PlainView(JournalView):
             self.gone = True
             debug(f"Failed to write to the terminal, ignoring: {reason_of(e)}")
 
-    def close(self) -> None:
-        if self.terminal not in (-1, 1):
-            os.close(self.terminal)
-            self.terminal = -1
-
 
 class Screen:
     """A full screen on a terminal, redrawn in place. Space and `b` turn pages, where there are several.
@@ -6826,10 +6821,6 @@ class Screen:
                 debug(f"Failed to put back the terminal's settings, ignoring: {e}")
         if self.level:
             self.level.restore()
-        # Consoles are opened again and again while they are out of order.
-        for fd in {self.terminal, self.settings} - {-1, 1}:
-            os.close(fd)
-        self.terminal, self.keys, self.settings, self.saved, self.level = -1, -1, -1, None, None
 
 
 class Views:

@@ -269,7 +269,6 @@ def test_console_that_works_later(
     before = service.view
     service.follow_consoles()
     assert service.view is before
-    descriptors = set(os.listdir("/proc/self/fd"))
 
     with monkeypatch.context() as hung_up:
         hung_up.setattr(os, "write", Mock(side_effect=OSError(errno.EIO, "hung up")))
@@ -279,7 +278,6 @@ def test_console_that_works_later(
     assert service.lost_consoles() == set()
     service.view.show(shown)
     assert b"connect-all -t tcp -a 192.0.2.1" in output(serial, b".vda")
-    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
     assert capfd.readouterr().out.count("Attach all disks with:") <= 1
 
 
