@@ -110,20 +110,20 @@ test-reach: deps storagetm.pyz  ## Further tests in emulated machines, most of t
 
 bench: storagetm.pyz  ## All comparisons with systemd-storagetm; writes docs/benchmarks.md; takes an hour or two
 	@tests/install-deps bench
-	$(VENV)/python -m tests.bench
+	$(VENV)/python -m tests.programs.bench
 
 soak: deps storagetm.pyz  ## 20 minutes of load with everything around it changing; MINUTES=N for more or less
-	$(VENV)/python -m tests.soak $(if $(MINUTES),--minutes=$(MINUTES))
+	$(VENV)/python -m tests.programs.soak $(if $(MINUTES),--minutes=$(MINUTES))
 
 fuzz:  ## 10 minutes of made-up input for each parser; SECONDS_EACH=N for more or less
 	@tests/install-deps fuzz
-	$(VENV)/python -m tests.fuzz $(if $(SECONDS_EACH),--seconds=$(SECONDS_EACH))
+	$(VENV)/python -m tests.programs.fuzz $(if $(SECONDS_EACH),--seconds=$(SECONDS_EACH))
 
 shell: deps storagetm.pyz  ## A root shell in an emulated machine, with the tool and two disks; IMAGE=bookworm or sid for others
 	$(VENV)/python -m tests.harness.shell $(if $(IMAGE),--release=$(IMAGE)) storagetm.pyz
 
 demo: deps storagetm.pyz  ## Boot a target and a client, and show what the tool does; INTERACTIVE=1 to look for yourself
-	INTERACTIVE=$(INTERACTIVE) $(VENV)/python -m tests.demo
+	INTERACTIVE=$(INTERACTIVE) $(VENV)/python -m tests.programs.demo
 
 clean:  ## Remove what was built; the images in the cache stay
 	rm -rf build storagetm.pyz .hypothesis .mypy_cache .pytest_cache .ruff_cache

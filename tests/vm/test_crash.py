@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import bench
 from tests.harness.machine import Disk, Machine
+from tests.programs import bench
 from tests.vm import nvmet
 from tests.vm.conftest import TOOL, BootMachine
 from tests.vm.disks import card_reader, expected_uuid, uuids, wait_name

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests import bench
 from tests.harness.machine import Nic, Wire
+from tests.programs import bench
 from tests.vm import nvmet
 from tests.vm.conftest import BootMachine
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Makes docs/screen.png: a machine in storage target mode, as it looks to somebody in front of it.
 
-    .venv/bin/python -m tests.screenshot [FILE]
+    .venv/bin/python -m tests.programs.screenshot [FILE]
 
 The machine boots from an initrd like that of `make demo`. Its disks are empty files, whose sizes, models and
 serial numbers are made up.

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests import bench_initrd
 from tests.harness import images
 from tests.harness.images import PROJECT
 from tests.harness.machine import Machine, Nic, Wire, boot_all
+from tests.programs import bench_initrd
 
 PEER = "/usr/lib/systemd/systemd-storagetm"
 MEASURE = "/root/measure.py"

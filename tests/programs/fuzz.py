@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`make fuzz`: whatever reads data from outside gets inputs that atheris makes up, guided by coverage.
 
-    python -m tests.fuzz [--seconds=600] [--jobs=N] [PARSER...]
+    python -m tests.programs.fuzz [--seconds=600] [--jobs=N] [PARSER...]
 
 Each parser runs in a process of its own and begins with what real machines have said. No input may make it
 raise anything but what its callers expect, take seconds, or break what is asserted here. An input that does
@@ -236,7 +236,7 @@ def run(name: str, seconds: int) -> bool:
     (place / "corpus").mkdir(parents=True)
     for number, seed in enumerate(seeds(name)):
         (place / "corpus" / f"seed-{number}").write_bytes(seed)
-    command = [sys.executable, "-m", "tests.fuzz", "--one", f"--seconds={seconds}", name]
+    command = [sys.executable, "-m", "tests.programs.fuzz", "--one", f"--seconds={seconds}", name]
     begin = time.monotonic()
     output = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
     (place / "output").write_bytes(output)
