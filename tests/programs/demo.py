@@ -8,6 +8,7 @@ was on them. With INTERACTIVE=1 in the environment both machines stay on the ter
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import re
@@ -188,6 +189,7 @@ def demonstrate(directory: Path, *, interactive: bool) -> bool:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory(prefix="storagetm-demo-") as directory:
         try:
             same = demonstrate(

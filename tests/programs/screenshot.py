@@ -9,7 +9,7 @@ serial numbers are made up.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -42,7 +42,9 @@ DISKS = (
 
 
 def main() -> None:
-    output = Path(sys.argv[1]) if len(sys.argv) > 1 else PROJECT / "docs" / "screen.png"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path, nargs="?", default=PROJECT / "docs" / "screen.png")
+    output: Path = parser.parse_args().output
     image = images.build("trixie")["trixie"]
     with tempfile.TemporaryDirectory() as name:
         options = ["-smbios", f"type=1,product={PRODUCT}"]
