@@ -15,8 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from tests.harness import images
@@ -24,6 +25,7 @@ from tests.harness.images import PROJECT
 from tests.harness.machine import Machine, Nic, Wire, boot_all
 from tests.programs import bench_initrd
 
+TEMPLATE = Path(__file__).with_name("benchmarks.md.template")
 PEER = "/usr/lib/systemd/systemd-storagetm"
 MEASURE = "/root/measure.py"
 CLIENT = "/root/client.py"
@@ -266,6 +268,21 @@ def draw(results: Sequence[dict[str, Any]], disks: Sequence[int], quantity: str,
     pyplot.close(figure)
 
 
+def starts_and_stops(
+    machine: Machine, runs: int, numbers: Sequence[int], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The results of all cases, a run of each after the other."""
+    results = []
+    cases = [(disks, "rest") for disks in numbers] + [(d, "probing") for d in numbers if d == 256]
+    for disks, state in cases:
+        say(f"{disks} disks, udev {'at rest' if state == 'rest' else 'probing'}")
+        names = [*COMMANDS, *SHARES] if state == "rest" else list(COMMANDS)
+        for _ in range(runs if disks <= MANY else 1):
+            results += measure(machine, 1, disks, state, names)
+            say("  " + ", ".join(f"{r['name']} {r['ready']:.3f} s" for r in results[-len(names) :]))
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="of each case (default: %(default)s)")
@@ -279,98 +296,43 @@ def main() -> int:
 
     image = images.build("trixie")["trixie"]
     say("booting an emulated machine")
-    results = []
     with Machine("bench", image, memory=4096, steady=True, nics=[Nic(Wire(), 0)]) as machine:
         boot_all(machine)
         install(machine)
         install_replay(machine)
-        cases = [(disks, "rest") for disks in args.disks] + [(d, "probing") for d in args.disks if d == 256]
-        for disks, state in cases:
-            say(f"{disks} disks, udev {'at rest' if state == 'rest' else 'probing'}")
-            names = [*COMMANDS, *SHARES] if state == "rest" else list(COMMANDS)
-            for _ in range(args.runs if disks <= MANY else 1):
-                results += measure(machine, 1, disks, state, names)
-                say("  " + ", ".join(f"{r['name']} {r['ready']:.3f} s" for r in results[-len(names) :]))
+        results = starts_and_stops(machine, args.runs, args.disks, say)
+        # What the template has names for: lines, or what stands in one.
+        parts: dict[str, object] = {}
         say("reads through each kind of access")
-        access = reads(machine, args.runs)
+        parts["reads"] = reads(machine, args.runs)
         say("attaching 64 disks")
-        attaching = attachments(machine, args.runs, 64)
+        parts["attachments"] = attachments(machine, args.runs, 64)
         most, addresses = max(1000, *args.disks), 500
         say(f"many changes beside {most} disks")
-        changed = changes(much_at_once(machine, most, 10, addresses), most, addresses)
-        kernel = machine.run("uname -r").stdout.strip()
-        version = machine.run([PEER, "--version"]).stdout.split("\n")[0]
-        python = machine.run("python3 --version").stdout.strip()
+        parts["changes"] = changes(much_at_once(machine, most, 10, addresses), most, addresses)
+        parts["kernel"] = machine.run("uname -r").stdout.strip()
+        parts["systemd"] = machine.run([PEER, "--version"]).stdout.split("\n")[0]
+        parts["python"] = machine.run("python3 --version").stdout.strip()
     say("what an initrd gets")
-    initrd_sizes = bench_initrd.sizes(image)
+    parts["initrd_sizes"] = bench_initrd.sizes(image)
     say("starts in an initrd")
-    initrd_starts = bench_initrd.start_times(image, args.runs)
+    parts["initrd_starts"] = bench_initrd.start_times(image, args.runs)
     for quantity in ("ready", "stop"):
         draw(results, args.disks, quantity, args.output / f"benchmarks-{quantity}.svg")
-    size = (PROJECT / "storagetm.pyz").stat().st_size
-    parts = [
-        "# Benchmarks",
-        "",
-        f"Written by `make bench` on {time.strftime('%Y-%m-%d')}. All times are those of an emulated "
-        f"machine (QEMU on {platform.machine()}, one processor, 4 GiB) whose clock counts instructions, 2 "
-        "ns for each: they compare, and say nothing of how fast a real machine is. Medians of "
-        f"{args.runs} runs, with the lowest and the highest value; one run with more than {MANY} disks.",
-        "",
-        f"Linux {kernel}, {version}, {python}, storagetm.pyz {size} bytes.",
-        "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {name} | `{command} --all` |" for name, command in COMMANDS.items()),
-        "| kernel | the steps of `storagetm --dry-run` in configfs and device-mapper, done by "
-        "tests/harness/guest/replay.c |",
-        "",
-        "## Start and stop",
-        "",
-        "![From the start to READY=1](benchmarks-ready.svg)",
-        "",
-        "![From SIGTERM to the end](benchmarks-stop.svg)",
-        "",
-        "The disks are null_blk's. systemd-storagetm exports them read-write.",
-        "",
-        *table(results, list(COMMANDS)),
-        "",
-        "What READY=1 is made up of, and what of the time to stop is the kernel's:",
-        "",
-        *shares(results, args.disks),
-        "",
-        "## Reads",
-        "",
-        "One disk that takes 50 microseconds for a read, attached over the loopback interface, one read "
-        "after the other.",
-        "",
-        *access,
-        "",
-        "## Attaching many disks",
-        "",
-        "A client on the same machine, by kind of subsystem (`--subsystem=`).",
-        "",
-        *attaching,
-        "",
-        "## Many changes in a short time",
-        "",
-        "Read-only, on a terminal of 50 lines. Of 200 plugs a second as many as null_blk is able to do.",
-        "",
-        *changed,
-        "",
-        "## In the initrd",
-        "",
-        "Files that dracut puts into an image for this host (`--hostonly`), compressed by zstd at level 19; "
-        "one that systemd-storagetm needs may be there for systemd anyway.",
-        "",
-        *initrd_sizes,
-        "",
-        "From the unit's start to READY=1 in the booted initrd, while udev and networkd start, too:",
-        "",
-        *initrd_starts,
-    ]
-    path = args.output / "benchmarks.md"
-    path.write_text("\n".join(parts) + "\n")
-    print(path.read_text())
+    parts |= {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": platform.machine(),
+        "runs": args.runs,
+        "many": MANY,
+        "size": (PROJECT / "storagetm.pyz").stat().st_size,
+        "commands": [f"| {name} | `{command} --all` |" for name, command in COMMANDS.items()],
+        "starts": table(results, list(COMMANDS)),
+        "shares": shares(results, args.disks),
+    }
+    lines = {name: "\n".join(part) if isinstance(part, list) else part for name, part in parts.items()}
+    text = Template(TEMPLATE.read_text()).substitute(lines)
+    (args.output / "benchmarks.md").write_text(text)
+    print(text)
     return 0
 
 
