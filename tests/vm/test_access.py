@@ -25,6 +25,7 @@ from tests.vm.nvmet import NVMET, Service, exporting, left_over
 HOSTILE = Path(__file__).parent / "guest/hostile.py"
 FIREWALL = Path(__file__).parent / "guest/firewall.py"
 COMMANDS = 20000
+FEW_COMMANDS = 300  # but enough to change a disk that is exported read-write
 SIZE = 8 * MIB  # of the disk that is attacked, in bytes
 NQN = "quux"  # before the disks' names
 PORT = 16858  # that follows from it
@@ -96,7 +97,7 @@ def test_hostile_client(target: Machine, client: Machine, prey: tuple[str, Path]
     assert digest(path) == before
     # The same does change a disk that may be changed.
     with exporting(target, f"--nqn={NQN}", "--read-write", node):
-        assert outcomes(client.run(hostile(client, node, 300)).stdout)[DONE]
+        assert outcomes(client.run(hostile(client, node, FEW_COMMANDS)).stdout)[DONE]
     assert digest(path) != before
 
 
@@ -107,16 +108,24 @@ def test_hostile_client_at_any_moment(target: Machine, client: Machine, prey: tu
     client.run("rm -f /run/enough")
     attack = client.start_process(hostile(client, node, 0))
     attack.wait_output("begun")
+
+    def commands() -> int:
+        return max(map(int, re.findall(r"^commands: (\d+)\n", attack.output, re.MULTILINE)), default=0)
+
+    def wait_for_harm() -> None:
+        enough = commands() + FEW_COMMANDS
+        client.wait_until(lambda: commands() >= enough)
+
     for _ in range(4):
         service = Service(target, [f"--nqn={NQN}", node])
         service.start()
-        time.sleep(3)
+        wait_for_harm()
         service.kill("KILL")
         target.wait_run(f"systemctl is-failed --quiet {service.unit}")
         target.run(f"systemctl reset-failed {service.unit}")
         service = Service(target, [f"--nqn={NQN}", node])
         service.start()
-        time.sleep(3)
+        wait_for_harm()
         assert service.stop() == set()
     client.put("/run/enough", b"")
     assert attack.wait(60) == 0, attack.output

@@ -7,8 +7,9 @@
 It speaks NVMe/TCP itself, so that no kernel of its own keeps it from anything. On an admin and an I/O
 queue it takes Namespace Write Protect back, and sends every opcode that there is, with data, all over the
 disk, and every feature and every admin command with several values. It connects anew whenever the target has
-had enough. It ends after so many commands, or with 0 as COMMANDS when /run/enough is there. Prints how often
-each answer came, as JSON: {"count": N, "connections": N, "outcomes": {"io 0x2020": N, ...}}.
+had enough. It ends after so many commands, or with 0 as COMMANDS when /run/enough is there. Prints again and
+again how many commands there were so far, as "commands: N", and in the end how often each answer came, as
+JSON: {"count": N, "connections": N, "outcomes": {"io 0x2020": N, ...}}.
 """
 
 from __future__ import annotations
@@ -207,6 +208,7 @@ class Hostile:
                     self.count += len(batch)
                     for status, _ in queue.answers(len(batch)):
                         self.outcomes[f"{name} {status:#x}"] += 1
+            print(f"commands: {self.count}", flush=True)
 
 
 def main() -> None:
