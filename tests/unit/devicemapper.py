@@ -23,8 +23,8 @@ import pytest
 
 import storagetm
 from storagetm import dm_ioctl, dm_target_spec, loop_config, loop_info64
+from tests.unit.configfs import Nvmet
 from tests.unit.conftest import CapturedMachine
-from tests.unit.nvmet import Nvmet
 
 MAJOR = 252
 LOOP_MAJOR = 7

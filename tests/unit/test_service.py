@@ -16,9 +16,9 @@ import pytest
 
 import storagetm
 from storagetm import READ_ONLY, READ_WRITE, SNAPSHOT
+from tests.unit.configfs import Nvmet, is_courtesy
 from tests.unit.conftest import CapturedMachine
 from tests.unit.devicemapper import captured_kernel
-from tests.unit.nvmet import Nvmet, is_courtesy
 
 PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
 WRITABLE = ["nvme0n1", "sda", "sdb", "sdc", "vdb", "vdc", "vdd", "vde"]

@@ -23,10 +23,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import storagetm
 from storagetm import READ_ONLY, READ_WRITE, SNAPSHOT
-from tests.unit import nvmet as stand_in
+from tests.unit import configfs as stand_in
+from tests.unit.configfs import Nvmet
 from tests.unit.conftest import MEMORY
 from tests.unit.devicemapper import DeviceMapper
-from tests.unit.nvmet import Nvmet
 
 V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
 PORTS = {V4: 4420, V6: 4421}
