@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import storagetm
+from storagetm import SNAPSHOT
 
 SCRIPT = Path(storagetm.__file__)
 MAN_PAGE = SCRIPT.parent / "docs" / "storagetm.8"
@@ -226,6 +227,47 @@ def test_no_sysfs(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (places / "sys/block").rmdir()
     assert storagetm.main(["--list-devices"]) == 1
     assert f"'{places}/sys/' is not mounted" in capfd.readouterr().err
+
+
+# Kinds of access
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1048576", 1 << 20), ("1024K", 1 << 20), ("1m", 1 << 20), ("3G", 3 << 30), ("2T", 2 << 40)],
+)
+def test_size(text: str, size: int) -> None:
+    assert storagetm.parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "G", "lots", "-1G", "1.5G", "1GB", "1023K", "0", "9" * 30, "99999999999T", "½G", "٣G"]
+)
+def test_bad_size(text: str) -> None:
+    with pytest.raises(storagetm.UsageError, match="--snapshot="):
+        storagetm.parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--read-only", "--read-write"], "--read-write and --read-only do not go together"),
+        (["--snapshot", "--read-only"], "--read-only and --snapshot do not go together"),
+        (["--snapshot="], "--snapshot= is empty"),
+        (["--access=x"], "is not GLOB:MODE"),
+        (["--access"], "needs a value"),
+        (["--read-write=yes"], "takes no value"),
+    ],
+)
+def test_usage(arguments: list[str], message: str) -> None:
+    with pytest.raises(storagetm.UsageError, match=message):
+        storagetm.parse_arguments(["/dev/sda"][: message != "needs a value"] + arguments)
+
+
+def test_snapshot_takes_no_device_for_its_size() -> None:
+    options = storagetm.parse_arguments(["--snapshot", "/dev/sda"])
+    assert (options.mode, options.store, options.devices) == (SNAPSHOT, 0, ["/dev/sda"])
+    assert storagetm.parse_arguments(["--snapshot=2M", "/dev/sda"]).store == 2 << 20
 
 
 # What it tells

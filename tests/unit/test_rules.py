@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Rules for access: what else than the disk itself they match, and what becomes of those that match nothing.
+"""Rules for access: what they match, and what becomes of those that match nothing.
 
-On captured machines; see conftest.py.
+Most are on captured machines; see conftest.py.
 """
 
 from __future__ import annotations
@@ -33,6 +33,69 @@ def every(rules: Rules, mode: str = READ_WRITE) -> storagetm.Inventory:
 
 def accesses(inventory: storagetm.Inventory) -> dict[str, str]:
     return {disk.name: disk.access for disk in inventory.candidates()}
+
+
+# One rule and one disk
+
+
+def disk(node: str, *links: str, serial: str = "", model: str = "") -> storagetm.Disk:
+    made = storagetm.Disk(node.rpartition("/")[2], node, node.rpartition("/")[2])
+    made.serial, made.model = serial, model
+    made.udev_entry = b"".join(b"S:%s\n" % link.removeprefix("/dev/").encode() for link in links)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("glob", "matches"),
+    [
+        ("/dev/sda", True),
+        ("/dev/sd*", True),
+        ("/dev/sd?", True),
+        ("/dev/sd[b-z]", False),
+        ("sda", False),
+        ("/dev/disk/by-path/pci-0000:00:1f.2-ata-1", True),
+        ("*ata-1", True),
+        ("WD-123*", True),
+        ("wd-123*", False),
+        ("WDC_WD40*", True),
+        ("WDC WD40*", True),
+        ("WDC_WD40EFRX_WD-1234", True),
+        ("", False),
+    ],
+)
+def test_what_a_rule_matches(glob: str, matches: bool) -> None:
+    found = disk(
+        "/dev/sda", "/dev/disk/by-path/pci-0000:00:1f.2-ata-1", serial="WD-1234", model="WDC_WD40EFRX"
+    )
+    found.id_serial = "WDC_WD40EFRX_WD-1234"
+    access = storagetm.Access([(glob, READ_WRITE)], SNAPSHOT)
+    assert access.of(found) == (READ_WRITE if matches else SNAPSHOT)
+
+
+def test_first_rule_counts() -> None:
+    access = storagetm.Access([("/dev/sda", SNAPSHOT), ("/dev/sd*", READ_WRITE), ("*", READ_ONLY)])
+    assert [access.of(disk(n)) for n in ("/dev/sda", "/dev/sdb", "/dev/vda")] == [
+        SNAPSHOT,
+        READ_WRITE,
+        READ_ONLY,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("/dev/sda:read-write", ("/dev/sda", READ_WRITE)),
+        ("/dev/disk/by-path/pci-0000:00:1f.2*:snapshot", ("/dev/disk/by-path/pci-0000:00:1f.2*", SNAPSHOT)),
+    ],
+)
+def test_rule(text: str, rule: tuple[str, str]) -> None:
+    assert storagetm.parse_rule(text) == rule
+
+
+@pytest.mark.parametrize("text", ["", "/dev/sda", "/dev/sda:", ":read-write", "/dev/sda:rw", "read-only"])
+def test_bad_rule(text: str) -> None:
+    with pytest.raises(storagetm.UsageError, match="--access="):
+        storagetm.parse_rule(text)
 
 
 # What they match

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The kernel command line: its words, which of them are options, and which of these count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import storagetm
+from storagetm import READ_ONLY, READ_WRITE, SNAPSHOT
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A /proc and an /etc of the test's own."""
+    for name in ("ETC", "PROC"):
+        monkeypatch.setattr(storagetm, name, f"{tmp_path}/")
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"quiet  root=/dev/sda1\tro\n", ["quiet", "root=/dev/sda1", "ro"]),
+        (b'a="b c" d', ["a=b c", "d"]),
+        (b'"a=b c" d', ["a=b c", "d"]),
+        (b"a='b \"c' d", ['a=b "c', "d"]),
+        (b'a=b"c d"e', ["a=bc de"]),
+        (b'a\\ b "" c\\"d', ["a\\", "b", "", "c\\d"]),
+        (b'a "b c', ["a", "b c"]),
+        (b"", []),
+    ],
+)
+def test_words(raw: bytes, words: list[str]) -> None:
+    assert storagetm.split_command_line(raw) == words
+
+
+@given(st.binary(max_size=200))
+@example(b'storagetm.access="')
+@example(b"rd.storagetm.=\xff rd.storagetm.snapshot=9M storagetm. rd.=x =")
+def test_any_bytes_as_command_line(raw: bytes) -> None:
+    for text in (raw, b"rd.storagetm." + raw, b"storagetm.access=" + raw):
+        try:
+            found = storagetm.options_from_kernel(storagetm.split_command_line(text), True)
+        except storagetm.UsageError:
+            continue
+        assert found.mode in ("", *storagetm.ACCESS)
+
+
+def options(*words: str, initrd: bool = True) -> storagetm.Options:
+    return storagetm.options_from_kernel(words, initrd)
+
+
+def test_options_from_kernel(capfd: pytest.CaptureFixture[str]) -> None:
+    found = options(
+        "rd.storagetm.snapshot=2M",
+        "storagetm.access=/dev/sda:read-write",
+        "rd.storagetm.nqn=quux",
+        "rd.storagetm.kernel_command_line",
+        "rd.storagetm.colour=red",
+        "rd.systemd.unit=x",
+    )
+    assert (found.mode, found.store, found.nqn) == (SNAPSHOT, 2 << 20, "quux")
+    assert found.rules == [("/dev/sda", READ_WRITE)]
+    error = capfd.readouterr().err
+    assert "Unknown option 'rd.storagetm.colour' on the kernel command line, ignoring it" in error
+    assert "rd.storagetm.kernel_command_line" in error
+    # Underscores and dashes are the same, as everywhere on the kernel command line.
+    assert options("rd.storagetm.read_write").mode == READ_WRITE
+
+
+def test_initrd_options_count_there_only() -> None:
+    assert options("rd.storagetm.read-write", initrd=False).mode == ""
+    assert options("storagetm.read-write", initrd=False).mode == READ_WRITE
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("snapshot=lots", "snapshot=", "access=/dev/sda", "access", "read-write=1", "nqn=a/b", "nqn="),
+        # What prints something and ends, which nobody could read there.
+        *("help", "version", "list-devices", "list_devices", "dry-run", "json"),
+    ],
+)
+def test_bad_options_from_kernel(word: str) -> None:
+    with pytest.raises(storagetm.UsageError, match=r"^Kernel command line: .*; correct it$"):
+        options(f"rd.storagetm.{word}")
+
+
+def test_own_options_come_first() -> None:
+    own = storagetm.parse_arguments(["--all", "--read-only", "--access=a:snapshot"])
+    storagetm.add_options(own, options("rd.storagetm.read-write", "rd.storagetm.access=b:read-write"))
+    assert (own.mode, own.rules) == (READ_ONLY, [("a", SNAPSHOT)])
+    own = storagetm.parse_arguments(["--all", "--access=a:snapshot"])
+    storagetm.add_options(own, options("rd.storagetm.read-write", "rd.storagetm.access=b:read-only"))
+    assert (own.mode, own.rules) == (READ_WRITE, [("a", SNAPSHOT), ("b", READ_ONLY)])
+
+
+@pytest.mark.parametrize(
+    ("line", "mode", "refused"),
+    [
+        (b"quiet storagetm.read-write", READ_WRITE, ""),
+        (b"quiet storagetm.snapshot=x", "", "Kernel command line: storagetm.snapshot=x is no size"),
+        (
+            b"storagetm.json",
+            "",
+            "Kernel command line: 'storagetm.json' prints text and exports nothing, which only helps in a "
+            "shell; correct it",
+        ),
+        (b"storagetm.list-devices", "", "Kernel command line: 'storagetm.list-devices' prints text"),
+    ],
+)
+@pytest.mark.usefixtures("places")
+def test_only_where_asked_for(line: bytes, mode: str, refused: str) -> None:
+    with open(storagetm.PROC + "cmdline", "wb") as file:
+        file.write(line)
+    found = storagetm.parse_arguments(["--all", "--kernel-command-line"])
+    assert found.mode == mode
+    assert found.refused.startswith(refused)
+    assert bool(found.refused) == bool(refused)
+    assert not found.action
+    assert storagetm.parse_arguments(["--all"]).mode == ""
+
+
+@pytest.mark.parametrize("arguments", [["--colour", "--all"], ["--all", "sda"], [], ["--snapshot=x"]])
+@pytest.mark.usefixtures("places")
+def test_unit_with_bad_options(arguments: list[str]) -> None:
+    """A drop-in of the unit may make no sense, either."""
+    for argv in (["--kernel-command-line", *arguments], [*arguments, "--kernel-command-line"]):
+        found = storagetm.parse_arguments(argv)
+        assert found.refused
+        assert found.kernel_command_line
+    with pytest.raises(storagetm.UsageError):
+        storagetm.parse_arguments(arguments)
+
+
+@pytest.mark.usefixtures("places")
+def test_action_in_a_shell() -> None:
+    """Who asks for text there gets it, or the error, and no service."""
+    argv = ["--kernel-command-line", "--list-devices"]
+    assert storagetm.parse_arguments(argv).list_devices
+    with pytest.raises(storagetm.UsageError):
+        storagetm.parse_arguments([*argv, "sda"])

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The host that asks for write protection: what it says on the wire, and what it takes for an answer."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import storagetm
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[storagetm.NvmeHost, socket.socket]]:
+    """A host that is connected to somebody who is not a target."""
+    ours, theirs = socket.socketpair()
+    host = storagetm.NvmeHost.__new__(storagetm.NvmeHost)
+    host.number = 0
+    host.buffer = b""
+    host.socket = ours
+    ours.settimeout(1)
+    with ours, theirs:
+        yield host, theirs
+
+
+def response(number: int, status: int = 0, result: int = 0) -> bytes:
+    body = struct.pack("<QHHHH", result, 0, 0, number, status << 1)
+    return struct.pack("<BBBBI", 5, 0, 24, 0, 24) + body
+
+
+def test_write_protect_on_the_wire(ends: tuple[storagetm.NvmeHost, socket.socket]) -> None:
+    host, target = ends
+    target.sendall(response(1))
+    host.set_write_protect(1)
+    sent = target.recv(4096)
+    assert len(sent) == 72
+    assert struct.unpack("<BBBBI", sent[:8]) == (4, 0, 72, 0, 72)
+    opcode, flags, number, namespace = struct.unpack("<BBHI", sent[8:16])
+    assert (opcode, flags, number, namespace) == (0x09, 0x40, 1, 1)
+    assert struct.unpack("<II", sent[48:56]) == (0x84, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        (response(1, status=0x2002), errno.EIO),
+        (response(2), errno.EPROTO),
+        (struct.pack("<BBBBI", 5, 0, 24, 0, 20) + bytes(12), errno.EPROTO),
+        (struct.pack("<BBBBI", 5, 0, 24, 0, 1 << 31), errno.EPROTO),
+        (struct.pack("<BBBBI", 3, 0, 24, 0, 24) + bytes(16), errno.EPROTO),
+        (struct.pack("<BBBBI", 5, 1, 24, 0, 24) + bytes(16), errno.EPROTO),
+        (b"", errno.ECONNRESET),
+        (response(1)[:10], errno.ECONNRESET),
+    ],
+)
+def test_malformed_answer(
+    ends: tuple[storagetm.NvmeHost, socket.socket], answer: bytes, number: int
+) -> None:
+    host, target = ends
+    target.sendall(answer)
+    target.shutdown(socket.SHUT_WR)
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        host.set_write_protect(1)
+    assert caught.value.errno == number
+
+
+def test_late_answer(ends: tuple[storagetm.NvmeHost, socket.socket]) -> None:
+    host, _ = ends
+    host.socket.settimeout(0.05)
+    with pytest.raises(OSError, match="timed out"):
+        host.set_write_protect(1)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_from_a_target(raw: bytes) -> None:
+    """A whole session, from the first PDU on, with somebody who says this."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        # It may have hung up already: no longer connected, or reset.
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(raw)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(65536):
+                pass
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        with pytest.raises(OSError):  # noqa: PT011
+            storagetm.NvmeHost(listener.getsockname(), "nqn.test", "0" * 32)
+    finally:
+        thread.join()
+        listener.close()
