@@ -39,7 +39,7 @@ def parsed(*arguments: str) -> dict[str, object]:
 # What it means
 
 
-def test_devices() -> None:
+def test_what_is_no_option_is_a_device() -> None:
     assert parsed("/dev/vda", "disk.img") == {"devices": ["/dev/vda", "disk.img"]}
     assert parsed("-") == {"devices": ["-"]}
 
@@ -52,7 +52,7 @@ def test_options_and_devices_in_any_order() -> None:
 
 
 @given(st.data())
-def test_any_order(data: st.DataObject) -> None:
+def test_order_counts_among_devices_only(data: st.DataObject) -> None:
     parts = [("/dev/vda",), ("x.img",), ("--nqn", "n"), ("--force",), ("--dry-run",), ("--json",)]
     order = data.draw(st.permutations(parts))
     devices = [p[0] for p in order if not p[0].startswith("-")]
@@ -65,7 +65,7 @@ def test_any_order(data: st.DataObject) -> None:
     }
 
 
-def test_all() -> None:
+def test_all_may_be_given_twice() -> None:
     assert parsed("--all") == parsed("-a") == {"all": 1}
     assert (
         parsed("-aa")
@@ -76,11 +76,11 @@ def test_all() -> None:
     )
 
 
-def test_end_of_options() -> None:
+def test_what_comes_after_two_dashes_is_a_device() -> None:
     assert parsed("--force", "--", "--all", "-x", "--") == {"devices": ["--all", "-x", "--"], "force": True}
 
 
-def test_abbreviations() -> None:
+def test_options_may_be_abbreviated() -> None:
     assert parsed("--al") == {"all": 1}
     assert parsed("--n=x", "--al", "--dry") == {"nqn": "x", "all": 1, "dry_run": True}
     assert parsed("--l", "--j") == {"list_devices": True, "json": True}
@@ -88,7 +88,7 @@ def test_abbreviations() -> None:
     assert parsed("--nqn", "--all", "d") == {"nqn": "--all", "devices": ["d"]}
 
 
-def test_value_with_equals_sign() -> None:
+def test_value_may_have_an_equals_sign() -> None:
     assert parsed("--nqn=a=b", "d")["nqn"] == "a=b"
 
 
@@ -107,7 +107,7 @@ def test_help_and_version_ask_for_nothing_else() -> None:
         st.text(st.characters(exclude_characters="\0")) | st.sampled_from(["--all", "-a", "--nqn", "--"])
     )
 )
-def test_any_arguments(arguments: list[str]) -> None:
+def test_any_arguments_are_understood_or_refused(arguments: list[str]) -> None:
     try:
         storagetm.parse_arguments(arguments)
     except storagetm.UsageError as e:
@@ -151,7 +151,7 @@ REFUSED: list[tuple[list[str | bytes], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)
-def test_refused(arguments: list[str | bytes], message: str) -> None:
+def test_refusal_says_why(arguments: list[str | bytes], message: str) -> None:
     with pytest.raises(storagetm.UsageError) as caught:
         storagetm.parse_arguments([os.fsdecode(a) for a in arguments])
     assert str(caught.value) == message
@@ -162,7 +162,7 @@ def test_refused(arguments: list[str | bytes], message: str) -> None:
     "arguments",
     [[], ["--all", "/dev/vda"], ["--nonsense"], ["--all", b"--nqn=\xff"], ["--all", "--nqn=a/b"]],
 )
-def test_refused_by_the_real_program(arguments: list[str | bytes]) -> None:
+def test_real_program_refuses_in_the_same_words(arguments: list[str | bytes]) -> None:
     result = run(*arguments)
     assert result.returncode == 2
     assert result.stdout == b""
@@ -170,7 +170,7 @@ def test_refused_by_the_real_program(arguments: list[str | bytes]) -> None:
     assert result.stderr.decode() == message[0] + "\n"
 
 
-def test_longest_nqn() -> None:
+def test_longest_nqn_is_taken() -> None:
     assert parsed("--all", f"--nqn={LONGEST}")["nqn"] == LONGEST
 
 
@@ -187,7 +187,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_nqn_too_long_for_a_disk(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nqn_too_long_for_a_disk_is_refused(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Together with the longest name, before anything is done."""
     (places / "d").write_bytes(bytes(512))
     (places / "longer.img").write_bytes(bytes(512))
@@ -213,7 +213,7 @@ def test_service_checks_names_too(places: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("places")
-def test_not_root(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_root_can_export(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert storagetm.main(["--all"]) == 1
     assert capfd.readouterr().err == (
@@ -223,7 +223,7 @@ def test_not_root(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[
     assert storagetm.main(["--list-devices"]) == 0
 
 
-def test_no_sysfs(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_missing_sysfs_is_named(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (places / "sys/block").rmdir()
     assert storagetm.main(["--list-devices"]) == 1
     assert f"'{places}/sys/' is not mounted" in capfd.readouterr().err
@@ -236,14 +236,14 @@ def test_no_sysfs(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ("text", "size"),
     [("1048576", 1 << 20), ("1024K", 1 << 20), ("1m", 1 << 20), ("3G", 3 << 30), ("2T", 2 << 40)],
 )
-def test_size(text: str, size: int) -> None:
+def test_size_may_have_a_unit(text: str, size: int) -> None:
     assert storagetm.parse_size(text) == size
 
 
 @pytest.mark.parametrize(
     "text", ["", "G", "lots", "-1G", "1.5G", "1GB", "1023K", "0", "9" * 30, "99999999999T", "½G", "٣G"]
 )
-def test_bad_size(text: str) -> None:
+def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(storagetm.UsageError, match="--snapshot="):
         storagetm.parse_size(text)
 
@@ -259,7 +259,7 @@ def test_bad_size(text: str) -> None:
         (["--read-write=yes"], "takes no value"),
     ],
 )
-def test_usage(arguments: list[str], message: str) -> None:
+def test_options_for_access_that_make_no_sense_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(storagetm.UsageError, match=message):
         storagetm.parse_arguments(["/dev/sda"][: message != "needs a value"] + arguments)
 
@@ -273,7 +273,7 @@ def test_snapshot_takes_no_device_for_its_size() -> None:
 # What it tells
 
 
-def test_help() -> None:
+def test_help_has_each_option() -> None:
     result = run("--help")
     assert result.returncode == 0
     assert result.stderr == b""
@@ -286,7 +286,7 @@ def test_help() -> None:
     assert run("-h").stdout == result.stdout
 
 
-def test_version() -> None:
+def test_version_is_printed() -> None:
     result = run("--version")
     assert (result.returncode, result.stdout, result.stderr) == (
         0,
@@ -296,12 +296,12 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize("name", [o[1] for o in storagetm.OPTIONS])
-def test_man_page(name: str) -> None:
+def test_man_page_has_each_option(name: str) -> None:
     page = MAN_PAGE.read_text().replace("\\-", "-")
     assert re.search(rf"--{name}\b", page)
 
 
-def test_output_that_nobody_reads() -> None:
+def test_closed_output_is_no_failure() -> None:
     """A closed standard output is no failure and no traceback."""
     result = subprocess.run(
         ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-IS", SCRIPT, "--help"],

@@ -74,7 +74,7 @@ def disk(node: str = "/dev/vda", **properties: str) -> storagetm.Disk:
 # Primitives
 
 
-def test_siphash_reference_vectors() -> None:
+def test_siphash_agrees_with_reference_vectors() -> None:
     key = bytes(range(16))
     for length, expected in enumerate(SIPHASH_VECTORS):
         assert storagetm.siphash24(key, bytes(range(length))).to_bytes(8, "little").hex() == expected, length
@@ -83,16 +83,16 @@ def test_siphash_reference_vectors() -> None:
 
 
 @given(st.binary(max_size=64), st.binary(max_size=300))
-def test_hmac(key: bytes, message: bytes) -> None:
+def test_hmac_is_that_of_the_library(key: bytes, message: bytes) -> None:
     assert storagetm.hmac_sha256(key, message) == hmac.new(key, message, "sha256").digest()
 
 
 @given(st.binary(max_size=300))
-def test_sha256(data: bytes) -> None:
+def test_sha256_is_that_of_the_library(data: bytes) -> None:
     assert vars(storagetm)["sha256"](data).digest() == hashlib.sha256(data).digest()
 
 
-def test_sha256_without_the_private_modules() -> None:
+def test_sha256_needs_no_private_module() -> None:
     """Another Python may lack them all; the name then is hashlib's."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['_sha2'] = sys.modules['_sha256'] = None;"
@@ -103,7 +103,7 @@ def test_sha256_without_the_private_modules() -> None:
 
 
 @given(st.binary(min_size=16, max_size=32))
-def test_uuid4(digest: bytes) -> None:
+def test_digest_becomes_a_uuid_of_version_4(digest: bytes) -> None:
     made = uuid.UUID(hex=storagetm.uuid4_from(digest))
     assert (made.version, made.variant) == (4, uuid.RFC_4122)
     assert made.bytes[:6] + made.bytes[9:] == digest[:6] + digest[9:16]
@@ -123,19 +123,19 @@ def test_uuid4(digest: bytes) -> None:
         ("", False),
     ],
 )
-def test_is_id128(text: str, expected: bool) -> None:
+def test_only_what_is_an_id128_is_taken_for_one(text: str, expected: bool) -> None:
     assert storagetm.is_id128(text) is expected
 
 
 # Vectors
 
 
-def test_prefix(transport: storagetm.NvmeTcp) -> None:
+def test_prefix_follows_from_the_machine_id(transport: storagetm.NvmeTcp) -> None:
     assert transport.prefix == PREFIX
     assert transport.nqn(disk("/dev/vda")) == PREFIX + ".vda"
 
 
-def test_app_specific_id(machine: storagetm.Machine) -> None:
+def test_app_specific_id_is_as_systemd_makes_it(machine: storagetm.Machine) -> None:
     # What systemd-storagetm takes as the serial number of every disk that has none of its own.
     assert machine.app_specific("397f4dbf1ebf466db3cb45b80d495bc1")[:20] == "0e06ea54baca4c67a335"
 
@@ -148,14 +148,14 @@ def test_app_specific_id(machine: storagetm.Machine) -> None:
         ("nqn.2023-10.io.systemd:storagetm.099edbb9e5114193a828c46d31d9228f", 63558, 55673),
     ],
 )
-def test_ports(machine: storagetm.Machine, nqn: str, ipv4: int, ipv6: int) -> None:
+def test_ports_follow_from_the_prefix(machine: storagetm.Machine, nqn: str, ipv4: int, ipv6: int) -> None:
     transport = storagetm.NvmeTcp(machine, nqn)
     assert transport.port_number(storagetm.AF_INET) == ipv4
     assert transport.port_number(storagetm.AF_INET6) == ipv6
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=50))
-def test_port_range(nqn: str) -> None:
+def test_ports_are_in_range_for_any_prefix(nqn: str) -> None:
     transport = storagetm.NvmeTcp.__new__(storagetm.NvmeTcp)
     transport.prefix = nqn
     assert transport.port_number(storagetm.AF_INET) in range(1024, 65535, 2)
@@ -170,14 +170,16 @@ def test_port_range(nqn: str) -> None:
         (storagetm.Disk("disk.img", "/var/tmp/disk.img"), "56ff4049-df8e-4fca-aa73-09aabc53d99b"),
     ],
 )
-def test_uuid(transport: storagetm.NvmeTcp, made: storagetm.Disk, expected: str) -> None:
+def test_uuid_is_as_systemd_makes_it(
+    transport: storagetm.NvmeTcp, made: storagetm.Disk, expected: str
+) -> None:
     assert transport.identities.uuid(made) == expected
 
 
 # Identity
 
 
-def test_model(transport: storagetm.NvmeTcp) -> None:
+def test_model_is_the_disks_with_the_systems_behind(transport: storagetm.NvmeTcp) -> None:
     assert transport.identities.model(disk(ID_MODEL="QEMU_NVMe_Ctrl")) == "QEMU_NVMe_Ctrl (debian)"
     assert (
         transport.identities.model(disk(ID_MODEL="X", ID_MODEL_FROM_DATABASE="Nice X")) == "Nice X (debian)"
@@ -189,7 +191,7 @@ def test_model(transport: storagetm.NvmeTcp) -> None:
     assert len(transport.identities.model(disk(ID_MODEL="x" * 60))) == 40
 
 
-def test_firmware(machine: storagetm.Machine) -> None:
+def test_firmware_is_the_systems_version_cut_to_fit(machine: storagetm.Machine) -> None:
     assert storagetm.NvmeTcp(machine).identities.firmware == "13"
     machine.os_version = "2024.10.31-rc1"
     assert storagetm.NvmeTcp(machine).identities.firmware == "2024.10."
@@ -202,12 +204,12 @@ def test_image_id_comes_before_id(tmp_path: Path) -> None:
     assert (transport.identities.model(disk()), transport.identities.firmware) == ("rescue", "7")
 
 
-def test_serial(transport: storagetm.NvmeTcp) -> None:
+def test_serial_is_the_short_one_cut_to_fit(transport: storagetm.NvmeTcp) -> None:
     assert transport.identities.serial(disk(ID_SERIAL="long", ID_SERIAL_SHORT="short")) == "short"
     assert transport.identities.serial(disk(ID_SERIAL_SHORT="0123456789" * 3)) == "0123456789" * 2
 
 
-def test_serial_of_disks_without(transport: storagetm.NvmeTcp) -> None:
+def test_disk_without_a_serial_gets_its_own(transport: storagetm.NvmeTcp) -> None:
     """One for each disk and machine, the same at each start, and one that the kernel takes."""
     first, second = (
         transport.identities.serial(disk("/dev/vda")),
@@ -222,7 +224,9 @@ def test_serial_of_disks_without(transport: storagetm.NvmeTcp) -> None:
     assert transport.identities.serial(disk("/dev/vda")) != first
 
 
-def test_environment(machine: storagetm.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_overrides_identities(
+    machine: storagetm.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SYSTEMD_NVME_MODEL", "Mine")
     monkeypatch.setenv("SYSTEMD_NVME_FIRMWARE", "F1")
     monkeypatch.setenv("SYSTEMD_NVME_SERIAL", "S1")
@@ -235,7 +239,7 @@ def test_environment(machine: storagetm.Machine, monkeypatch: pytest.MonkeyPatch
     assert transport.identities.uuid(some) == "01234567-89ab-cdef-0123-456789abcdef"
 
 
-def test_environment_with_no_uuid(
+def test_variable_that_is_no_uuid_is_ignored(
     machine: storagetm.Machine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SYSTEMD_NVME_UUID", "mine")
@@ -258,7 +262,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("content", [None, "", "uninitialized\n", "0" * 32, MACHINE_ID + "00"])
-def test_firmware_uuid_for_machine_id(
+def test_firmware_uuid_replaces_a_bad_machine_id(
     places: Path, content: str | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:
@@ -268,13 +272,13 @@ def test_firmware_uuid_for_machine_id(
     assert "using the firmware's UUID instead" in capfd.readouterr().err
 
 
-def test_device_tree_uuid_for_machine_id(places: Path) -> None:
+def test_device_tree_uuid_replaces_a_missing_machine_id(places: Path) -> None:
     (places / "proc/device-tree").mkdir(parents=True)
     (places / "proc/device-tree/vm,uuid").write_bytes(b"01234567-89ab-cdef-0123-456789abcdef\0")
     assert storagetm.Machine.machine_id() == bytes.fromhex(MACHINE_ID)
 
 
-def test_random_machine_id(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_random_machine_id_outlasts_a_restart(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """It is the same after a restart, or what was exported before would not be found again."""
     first = storagetm.Machine.machine_id()
     assert storagetm.is_id128(first.hex())
@@ -285,7 +289,7 @@ def test_random_machine_id(places: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert storagetm.Machine.machine_id() != first
 
 
-def test_random_machine_id_that_cannot_be_kept(places: Path) -> None:
+def test_random_machine_id_that_cannot_be_kept_changes(places: Path) -> None:
     (places / "run").write_text("no directory")
     assert storagetm.Machine.machine_id() != storagetm.Machine.machine_id()
 
@@ -306,7 +310,9 @@ def test_random_machine_id_that_cannot_be_kept(places: Path) -> None:
         "Not Settable",
     ],
 )
-def test_uuid_of_many_machines(places: Path, shared: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_uuid_of_many_machines_is_no_identity(
+    places: Path, shared: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A firmware's UUID that nobody has set is no identity, nor is a machine ID that systemd made of it."""
     (places / "sys/class/dmi/id/product_uuid").write_text(shared + "\n")
     found = storagetm.Machine.machine_id().hex()
@@ -327,7 +333,7 @@ def test_uuid_of_many_machines(places: Path, shared: str, capfd: pytest.CaptureF
         "A3B5C7D9-0123-4567-89AB-CDEF00112233",
     ],
 )
-def test_uuid_of_one_machine(places: Path, own: str) -> None:
+def test_uuid_of_one_machine_is_its_identity(places: Path, own: str) -> None:
     (places / "sys/class/dmi/id/product_uuid").write_text(own + "\n")
     assert storagetm.Machine.machine_id().hex() == own.replace("-", "").lower()
 
@@ -368,7 +374,7 @@ def machine_hardware(places: Path) -> Hardware:
     return Hardware(places)
 
 
-def test_image_of_this_machine(machine_hardware: Hardware) -> None:
+def test_image_of_this_machine_goes_by_the_machine_id(machine_hardware: Hardware) -> None:
     for own, serials in ((UUIDS[0], {}), (UUIDS[0], {"board": "B1"}), ("", {"board": "B1"}), ("", {})):
         machine_hardware.has(own, **serials)
         machine_hardware.make_image()
@@ -380,7 +386,7 @@ def test_image_of_this_machine(machine_hardware: Hardware) -> None:
     assert machine_hardware.uses_machine_id
 
 
-def test_image_of_another_machine(
+def test_image_of_another_machine_goes_by_the_firmware(
     machine_hardware: Hardware, places: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A client would take its disks for the other's, so it goes by its own firmware's name."""
@@ -400,7 +406,7 @@ def test_image_of_another_machine(
     assert "at the next boot; make an image on this machine to fix them" in capfd.readouterr().err
 
 
-def test_image_that_may_be_anyones(machine_hardware: Hardware, places: Path) -> None:
+def test_image_that_may_be_anyones_goes_by_the_machine_id(machine_hardware: Hardware, places: Path) -> None:
     """What cannot be told apart is left as it is."""
     machine_hardware.has(UUIDS[0])
     machine_hardware.make_image()
@@ -419,7 +425,7 @@ def test_image_that_may_be_anyones(machine_hardware: Hardware, places: Path) -> 
     assert machine_hardware.uses_machine_id
 
 
-def test_machine_name(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_a_name_is_this_machine(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (places / "etc/machine-id").write_text(MACHINE_ID)
     machine = storagetm.Machine()
     names = iter(("workstation", "localhost", "(none)", "localhost"))
@@ -456,21 +462,21 @@ V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
 
 
 @pytest.mark.usefixtures("nvmet")
-def test_choose_ports() -> None:
+def test_ports_of_the_contract_come_first() -> None:
     transport = storagetm.NvmeTcp(storagetm.Machine())
     transport.choose_ports({})
     assert transport.ports == {V4: 59936, V6: 36681}
 
 
 @pytest.mark.usefixtures("nvmet")
-def test_choose_ports_without_ipv6(places: Path) -> None:
+def test_without_ipv6_there_is_one_port(places: Path) -> None:
     (places / "proc/net/if_inet6").unlink()
     transport = storagetm.NvmeTcp(storagetm.Machine())
     transport.choose_ports({})
     assert transport.ports == {V4: 59936}
 
 
-def test_choose_ports_of_an_earlier_run(nvmet: Path) -> None:
+def test_ports_of_an_earlier_run_are_taken_again(nvmet: Path) -> None:
     """They are taken again although their directories are there: they are ours."""
     (nvmet / "1234").mkdir()
     (nvmet / "59936").mkdir()
@@ -481,7 +487,7 @@ def test_choose_ports_of_an_earlier_run(nvmet: Path) -> None:
     assert transport.ports == {V4: 1234, V6: 4321}
 
 
-def test_choose_other_ports(nvmet: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ports_that_are_taken_are_replaced(nvmet: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (nvmet / "59936").mkdir()
     (nvmet / "36681").mkdir()
     transport = storagetm.NvmeTcp(storagetm.Machine())
@@ -492,7 +498,7 @@ def test_choose_other_ports(nvmet: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert "Port 59936 is taken, using" in capfd.readouterr().err
 
 
-def test_no_port_is_free(nvmet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_for_a_free_port_ends(nvmet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (nvmet / "59936").mkdir()
     taken = random.Random(1)
     numbers = []
@@ -530,7 +536,7 @@ def failed_directory(path: str, code: int) -> storagetm.Failure:
     return storagetm.Failure(storagetm.Branch("", [directory]), directory, OSError(code, "reason"))
 
 
-def test_nothing_to_adapt(busy: storagetm.NvmeTcp) -> None:
+def test_other_failures_change_no_port(busy: storagetm.NvmeTcp) -> None:
     assert not busy.adapt(failed_directory("nvmet/subsystems/x", errno.EADDRINUSE))
     assert not busy.adapt(failed_directory("nvmet/subsystems/x", errno.EEXIST))
     assert not busy.adapt(failed_directory("nvmet/ports/59936", errno.EIO))
@@ -543,14 +549,14 @@ def test_nothing_to_adapt(busy: storagetm.NvmeTcp) -> None:
     assert busy.ports == {V4: 59936, V6: 36681}
 
 
-def test_port_is_taken_by_a_program(busy: storagetm.NvmeTcp) -> None:
+def test_port_taken_by_a_program_is_replaced(busy: storagetm.NvmeTcp) -> None:
     assert busy.adapt(failed_link(59936, errno.EADDRINUSE))
     assert busy.ports[V4] != 59936
     assert busy.ports[V4] % 2 == 0
     assert busy.ports[V6] == 36681
 
 
-def test_port_is_taken_by_an_entry(busy: storagetm.NvmeTcp) -> None:
+def test_port_taken_by_an_entry_is_replaced(busy: storagetm.NvmeTcp) -> None:
     assert busy.adapt(failed_directory("nvmet/ports/36681", errno.EEXIST))
     assert busy.ports[V6] != 36681
     assert busy.ports[V6] % 2 == 1
@@ -558,7 +564,7 @@ def test_port_is_taken_by_an_entry(busy: storagetm.NvmeTcp) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
-def test_address_family_is_off(busy: storagetm.NvmeTcp, code: int) -> None:
+def test_address_family_that_is_off_is_left_out(busy: storagetm.NvmeTcp, code: int) -> None:
     assert busy.adapt(failed_link(36681, code))
     assert busy.ports == {V4: 59936}
     # There has to be one.
@@ -573,7 +579,7 @@ def test_ports_are_not_tried_for_ever(busy: storagetm.NvmeTcp) -> None:
     assert tries == 16
 
 
-def test_reachable(busy: storagetm.NvmeTcp) -> None:
+def test_only_families_with_a_port_are_reachable(busy: storagetm.NvmeTcp) -> None:
     addresses = [
         storagetm.Address(V4, "192.0.2.1", "eth0", False),
         storagetm.Address(V6, "fe80::1", "eth0", True),
@@ -592,7 +598,7 @@ def test_reachable(busy: storagetm.NvmeTcp) -> None:
 # The wanted tree
 
 
-def test_what_a_disk_needs(busy: storagetm.NvmeTcp) -> None:
+def test_disk_needs_what_is_between_and_its_ports(busy: storagetm.NvmeTcp) -> None:
     """What is in between is made before it and goes after it, as ports do; the passage is for protection."""
     made = disk(ID_SERIAL="DISK-A", ID_SERIAL_SHORT="A", ID_MODEL="Model")
     made.tag, made.size, made.access = "254:0 1", 1 << 20, storagetm.READ_WRITE

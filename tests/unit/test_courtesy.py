@@ -64,7 +64,7 @@ BLOCKED = (
 
 
 @pytest.mark.parametrize("problem", [OSError("timed out"), OSError(errno.ETIMEDOUT, "x")])
-def test_firewall(
+def test_refusal_is_said_once_and_tried_again_later(
     service: storagetm.Service,
     problem: OSError,
     monkeypatch: pytest.MonkeyPatch,
@@ -103,7 +103,7 @@ def test_firewall(
     assert service.exporter.courtesy.again == 0
 
 
-def test_one_disk(
+def test_refusal_about_one_disk_leaves_others_alone(
     service: storagetm.Service, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A refusal that is about one disk leaves the others alone."""
@@ -122,7 +122,7 @@ def test_one_disk(
     assert service.exporter.courtesy.again == 0
 
 
-def test_no_loopback_address(
+def test_missing_loopback_address_is_named(
     service: storagetm.Service, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     failing(monkeypatch, OSError(errno.EADDRNOTAVAIL, "x"))
@@ -131,7 +131,7 @@ def test_no_loopback_address(
     assert "Cannot assign requested address; give 'lo' the address 127.0.0.1. " in capfd.readouterr().err
 
 
-def test_connection_that_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not waited for as long as for an answer of a busy kernel."""
     monkeypatch.setattr(storagetm.NvmeHost, "CONNECT_SEC", 0.1)
     with socket.socket() as full:
@@ -179,7 +179,7 @@ def chain(family: int, hook: int | None, policy: int, rules: int) -> bytes:
         (b"", False),
     ],
 )
-def test_input_filter(body: bytes, expected: bool) -> None:
+def test_only_a_chain_that_may_drop_input_is_a_filter(body: bytes, expected: bool) -> None:
     assert storagetm.is_input_filter(body) is expected
 
 
@@ -188,7 +188,7 @@ def test_input_filter_takes_any_bytes(raw: bytes) -> None:
     storagetm.is_input_filter(raw)
 
 
-def test_firewall_of_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_older_iptables_are_a_firewall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables of the older iptables, whose names the kernel lists; a module is never loaded to ask."""
     for name in ("PROC", "SYS"):
         monkeypatch.setattr(storagetm, name, f"{tmp_path}/")
@@ -201,7 +201,7 @@ def test_firewall_of_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert storagetm.filters_input()
 
 
-def test_firewall_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_an_answer_may_show_a_firewall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PROC", "SYS"):
         monkeypatch.setattr(storagetm, name, f"{tmp_path}/")
     (tmp_path / "module/nf_tables").mkdir(parents=True)
@@ -217,7 +217,7 @@ def test_firewall_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monke
     assert storagetm.filters_input()
 
 
-def test_ports_are_named() -> None:
+def test_ports_to_let_in_are_named() -> None:
     shown = report([disk("vda")])
     shown.firewall = shown.transport.firewall_text()
     text = "This machine has a firewall, which must let in TCP ports 59936 and 36681"

@@ -108,7 +108,7 @@ def named(*paths: str, force: bool = False) -> storagetm.Inventory:
 # What --all takes
 
 
-def test_what_is_in_between(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_what_is_in_between_is_no_disk(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     """Loop devices of nothing and what is ours between a disk and its export are not told of."""
     machine = unpack("trixie-assembled")
     loop = machine.path("/sys/class/block/loop0")
@@ -133,7 +133,9 @@ def test_what_is_in_between(unpack: Unpack, inventory: storagetm.Inventory) -> N
 
 
 @pytest.mark.parametrize("above", ["dm-1", "md0"])
-def test_what_stands_on_an_export(unpack: Unpack, inventory: storagetm.Inventory, above: str) -> None:
+def test_what_stands_on_an_export_is_no_disk(
+    unpack: Unpack, inventory: storagetm.Inventory, above: str
+) -> None:
     """No array or volume that was made of what is between a disk and its export is a disk, named or not."""
     machine = unpack("trixie-assembled")
     mapping = machine.path("/sys/devices/virtual/block/dm-9")
@@ -154,7 +156,9 @@ def test_what_stands_on_an_export(unpack: Unpack, inventory: storagetm.Inventory
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_reasons(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> None:
+def test_each_disk_is_left_out_for_its_reason(
+    unpack: Unpack, inventory: storagetm.Inventory, name: str
+) -> None:
     unpack(name)
     inventory.rescan()
     assert reasons(inventory) == REASONS[name]
@@ -163,7 +167,7 @@ def test_reasons(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> N
 
 
 @pytest.mark.parametrize("access", [storagetm.READ_ONLY, storagetm.SNAPSHOT])
-def test_reasons_where_nothing_is_written(unpack: Unpack, access: str) -> None:
+def test_write_protection_matters_only_where_disks_are_written(unpack: Unpack, access: str) -> None:
     """Then disks that are write-protected are exported as well."""
     unpack("trixie-fresh")
     inventory = storagetm.Inventory((), True, False, storagetm.Access((), access))
@@ -172,7 +176,9 @@ def test_reasons_where_nothing_is_written(unpack: Unpack, access: str) -> None:
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_reasons_without_udev(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> None:
+def test_reasons_are_the_same_without_udev(
+    unpack: Unpack, inventory: storagetm.Inventory, name: str
+) -> None:
     shutil.rmtree(unpack(name).path("/run/udev"))
     inventory.rescan()
     assert reasons(inventory) == REASONS[name]
@@ -180,7 +186,7 @@ def test_reasons_without_udev(unpack: Unpack, inventory: storagetm.Inventory, na
 
 
 @pytest.mark.parametrize("name", ["trixie-used", "attached-multipath-stacked"])
-def test_even_what_is_in_use(unpack: Unpack, name: str) -> None:
+def test_all_twice_exports_even_what_is_in_use(unpack: Unpack, name: str) -> None:
     """Given twice, --all minds no use, but nothing becomes a disk of its own or local by that."""
     unpack(name)
     inventory = storagetm.Inventory((), True, True, to_be_written())
@@ -191,7 +197,7 @@ def test_even_what_is_in_use(unpack: Unpack, name: str) -> None:
     assert reasons(inventory) == expected
 
 
-def test_stacked(unpack: Unpack) -> None:
+def test_stacked_exports_what_is_made_of_disks(unpack: Unpack) -> None:
     """What is made of disks is exported instead of these, and never both."""
     unpack("trixie-assembled")
     inventory = storagetm.Inventory((), True, False, to_be_written(), stacked=True)
@@ -224,7 +230,7 @@ def test_exported_first_stays_exported(unpack: Unpack, first: str) -> None:
     assert disk.left_out
 
 
-def test_named_with_data_in_common(unpack: Unpack) -> None:
+def test_disks_with_data_in_common_are_refused(unpack: Unpack) -> None:
     unpack("trixie-assembled")
     for paths in (("/dev/vdc", "/dev/dm-1"), ("/dev/dm-1", "/dev/vdd"), ("/dev/vdb", "/dev/vdb1")):
         upper, lower = sorted(paths, key=lambda p: (not p.endswith("1"), p))
@@ -269,7 +275,7 @@ class Multipath:
             machine.write(f"/run/udev/data/b{number}", "")
 
 
-def test_multipath(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_multipath_disk_is_exported_and_no_path(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     """The disk is exported, neither its partition nor any path to it is."""
     Multipath(unpack("trixie-fresh"))
     inventory.rescan()
@@ -280,7 +286,7 @@ def test_multipath(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     assert inventory.disks["dm-8"].lasts()
 
 
-def test_multipath_in_use(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_multipath_disk_in_use_is_left_out(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     machine = unpack("trixie-fresh")
     Multipath(machine)
     info = machine.path("/proc/self/mountinfo")
@@ -293,7 +299,7 @@ def test_multipath_in_use(unpack: Unpack, inventory: storagetm.Inventory) -> Non
 
 
 @pytest.mark.parametrize("access", storagetm.ACCESS)
-def test_candidates(unpack: Unpack, access: str) -> None:
+def test_candidates_are_sorted(unpack: Unpack, access: str) -> None:
     unpack("trixie-fresh")
     inventory = storagetm.Inventory((), True, False, storagetm.Access((), access))
     inventory.rescan()
@@ -330,7 +336,7 @@ def test_nothing_is_opened_for_writing(unpack: Unpack, inventory: storagetm.Inve
     assert not [path for path, flags in machine.opened if flags & os.O_ACCMODE != os.O_RDONLY]
 
 
-def test_medium_inserted(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_inserted_medium_is_found(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     machine = unpack("trixie-fresh")
     inventory.rescan()
     assert inventory.disks["sr1"].size == 0
@@ -345,7 +351,7 @@ def test_medium_inserted(unpack: Unpack, inventory: storagetm.Inventory) -> None
     assert inventory.disks["sr1"].left_out == ""
 
 
-def test_empty_card_reader(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_empty_card_reader_is_left_out(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     machine = unpack("trixie-fresh")
     machine.attribute("sdc", "removable", "1")
     machine.answers["8:32"]["plain"] = "ENOMEDIUM"
@@ -356,13 +362,13 @@ def test_empty_card_reader(unpack: Unpack, inventory: storagetm.Inventory) -> No
     assert inventory.disks["sdc"].left_out == ""
 
 
-def test_size_0(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_disk_of_size_0_is_left_out(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     unpack("trixie-fresh").attribute("vdb", "size", "0")
     inventory.rescan()
     assert inventory.disks["vdb"].left_out == "it has size 0"
 
 
-def test_disk_that_is_going(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_disk_that_is_going_has_gone(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     """The kernel waits for its I/O before it removes its directory; for us it has gone."""
     machine = unpack("trixie-partitioned")
     inventory.rescan()
@@ -377,7 +383,7 @@ def test_disk_that_is_going(unpack: Unpack, inventory: storagetm.Inventory) -> N
     assert "vdb" not in inventory.disks
 
 
-def test_what_has_gone(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_tag_tells_whether_a_disk_has_gone(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     """A disk, a partition by its disk, and never a file."""
     machine = unpack("trixie-partitioned")
     inventory.rescan()
@@ -403,7 +409,7 @@ def without_line(machine: CapturedMachine, path: str, part: str) -> None:
     machine.write(path, "\n".join(rest))
 
 
-def test_swap_on_a_partition(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_swap_on_a_partition_is_use(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     machine = unpack("trixie-used")
     without_line(machine, "/proc/self/mountinfo", "/mnt/alpha1")
     inventory.rescan()
@@ -415,7 +421,7 @@ def test_swap_on_a_partition(unpack: Unpack, inventory: storagetm.Inventory) -> 
     assert inventory.disks["vdb"].left_out == "it is in use: '/dev/vdb2' is active swap"
 
 
-def test_mounted_through_a_loop_device(unpack: Unpack) -> None:
+def test_file_mounted_through_a_loop_device_is_in_use(unpack: Unpack) -> None:
     """The file behind it is refused, and so would be the disk, were it not mounted itself."""
     machine = unpack("trixie-used")
     without_line(machine, "/proc/self/mountinfo", "/mnt/alpha1 ")
@@ -426,7 +432,7 @@ def test_mounted_through_a_loop_device(unpack: Unpack) -> None:
     assert storagetm.Usage().of("sda") == "'/dev/loop0' is mounted on '/mnt/alpha1/loop'"
 
 
-def test_use_through_each_layer(unpack: Unpack) -> None:
+def test_use_is_seen_through_each_layer(unpack: Unpack) -> None:
     unpack("trixie-used")
     usage = storagetm.Usage()
     end = "'/dev/dm-1' (group-volume) is mounted on '/mnt/on the stack'"
@@ -442,7 +448,7 @@ def test_layers_in_a_circle_end(unpack: Unpack) -> None:
     assert storagetm.Usage().of("vdc") == ""
 
 
-def test_mount_told_by_its_source(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_mount_is_told_by_its_source(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     """btrfs mounts have device numbers of their own."""
     machine = unpack("trixie-used")
     without_line(machine, "/proc/self/mountinfo", "/mnt/btrfs")
@@ -458,7 +464,7 @@ def test_mount_told_by_its_source(unpack: Unpack, inventory: storagetm.Inventory
     assert inventory.disks["vde"].left_out == "it is in use: '/dev/vde' is part of a mounted btrfs"
 
 
-def test_use_that_cannot_be_determined(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_what_might_be_in_use_is_left_out(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     """What might be in use is left out."""
     machine = unpack("trixie-fresh")
     machine.answers["254:16"]["exclusive"] = "EBUSY"
@@ -471,7 +477,7 @@ def test_use_that_cannot_be_determined(unpack: Unpack, inventory: storagetm.Inve
     )
 
 
-def test_nothing_is_known_of_mounts(
+def test_without_mountinfo_all_is_left_out(
     unpack: Unpack, inventory: storagetm.Inventory, capfd: pytest.CaptureFixture[str]
 ) -> None:
     unpack("trixie-fresh").path("/proc/self/mountinfo").unlink()
@@ -481,7 +487,7 @@ def test_nothing_is_known_of_mounts(
     assert "Failed to find out which disks are in use: No such file" in capfd.readouterr().err
 
 
-def test_claim_that_cannot_be_determined(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_failed_claim_counts_as_use(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     machine = unpack("trixie-fresh")
     machine.answers["254:16"]["exclusive"] = "EIO"
     inventory.rescan()
@@ -519,7 +525,7 @@ def move(machine: CapturedMachine, sysname: str, place: str) -> None:
         ("pci0000:00/0000:00:03.0/sessions/host5/target5:0:0/5:0:0:0", ""),
     ],
 )
-def test_place_in_the_device_tree(
+def test_place_in_the_device_tree_tells_network_disks(
     unpack: Unpack, inventory: storagetm.Inventory, place: str, expected: str
 ) -> None:
     move(unpack("trixie-fresh"), "sda", place)
@@ -536,12 +542,12 @@ def test_place_in_the_device_tree(
         ("etherd!e1.1", "ATA over Ethernet"),
     ],
 )
-def test_network_disks_by_name(unpack: Unpack, sysname: str, what: str) -> None:
+def test_names_tell_network_disks(unpack: Unpack, sysname: str, what: str) -> None:
     unpack("trixie-fresh")
     assert storagetm.why_network(sysname) == f"comes over the network ({what})"
 
 
-def test_bcache_of_a_network_disk(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_bcache_of_a_network_disk_is_one(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     machine = unpack("trixie-fresh")
     place = machine.path("/sys/devices/virtual/block/bcache0")
     for name in ("holders", "slaves"):
@@ -568,7 +574,7 @@ def test_bcache_of_a_network_disk(unpack: Unpack, inventory: storagetm.Inventory
         ("", "it may come over the network (its NVMe controller does not say)"),
     ],
 )
-def test_nvme_transports(
+def test_transport_of_nvme_tells_network_disks(
     unpack: Unpack, inventory: storagetm.Inventory, transport: str, expected: str
 ) -> None:
     machine = unpack("trixie-fresh")
@@ -577,7 +583,7 @@ def test_nvme_transports(
     assert inventory.disks["nvme0n1"].left_out == expected
 
 
-def test_nvme_controller_that_is_gone(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_nvme_controller_that_is_gone_may_be_remote(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     """The last path of a multipath disk."""
     machine = unpack("attached-multipath")
     subsystem = machine.path("/sys/class/block/nvme1n1").resolve().parent
@@ -614,20 +620,22 @@ def identities(inventory: storagetm.Inventory) -> dict[str, tuple[str, str, str]
 
 
 @pytest.mark.parametrize("name", ["trixie-fresh", "bookworm-used"])
-def test_identity_from_udev(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> None:
+def test_identities_come_from_udev(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> None:
     unpack(name)
     inventory.rescan()
     assert identities(inventory) == UDEV
 
 
 @pytest.mark.parametrize("name", ["trixie-fresh", "bookworm-used"])
-def test_identity_from_sysfs(unpack: Unpack, inventory: storagetm.Inventory, name: str) -> None:
+def test_identities_come_from_sysfs_without_udev(
+    unpack: Unpack, inventory: storagetm.Inventory, name: str
+) -> None:
     shutil.rmtree(unpack(name).path("/run/udev"))
     inventory.rescan()
     assert identities(inventory) == SYSFS
 
 
-def test_identity_of_an_sd_card(unpack: Unpack) -> None:
+def test_sd_card_is_identified_by_its_serial_alone(unpack: Unpack) -> None:
     """As udev has it from the kernel: the serial number alone."""
     machine = unpack("trixie-fresh")
     for name, value in (("name", "SC32G"), ("serial", "0x12345678"), ("type", "SD")):
@@ -640,7 +648,7 @@ def test_identity_of_an_sd_card(unpack: Unpack) -> None:
     assert (disk.model, disk.serial, disk.id_serial) == ("SC32G", "0x12345678", "0x12345678")
 
 
-def test_size_and_tag(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_size_and_tag_come_from_sysfs(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     unpack("trixie-fresh")
     inventory.rescan()
     assert inventory.disks["vde"].size == 256 << 20
@@ -648,7 +656,7 @@ def test_size_and_tag(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     assert inventory.disks["vdf"].read_only
 
 
-def test_serials_of_disks_without(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_disks_without_a_serial_get_different_ones(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     unpack("trixie-used")
     inventory.rescan()
     transport = storagetm.NvmeTcp(storagetm.Machine())
@@ -657,7 +665,7 @@ def test_serials_of_disks_without(unpack: Unpack, inventory: storagetm.Inventory
     assert len({transport.identities.serial(d) for d in nameless}) == len(nameless)
 
 
-def test_what_tells_disks_without_serial_apart(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_what_a_disk_has_tells_it_before_its_place(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     """What belongs to the disk comes before its place, and both before its name."""
     machine = unpack("trixie-used")
     inventory.rescan()
@@ -691,7 +699,7 @@ def test_udev_is_waited_for(unpack: Unpack, inventory: storagetm.Inventory) -> N
     assert disk.waiting == ""
 
 
-def test_disk_is_gone(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_disk_that_is_gone_is_closed(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     machine = unpack("trixie-fresh")
     inventory.rescan()
     disk = inventory.disks["vdb"]
@@ -706,7 +714,7 @@ def test_disk_is_gone(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     assert "vdc" not in inventory.disks
 
 
-def test_disk_is_new(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_new_disk_is_found(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     machine = unpack("trixie-fresh")
     link = machine.path("/sys/block/vdb")
     target = os.readlink(link)
@@ -720,7 +728,9 @@ def test_disk_is_new(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     assert ".." not in inventory.disks
 
 
-def test_another_disk_with_the_same_name(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_another_disk_with_the_same_name_starts_afresh(
+    unpack: Unpack, inventory: storagetm.Inventory
+) -> None:
     """The lock is that of the disk that was there before."""
     machine = unpack("trixie-fresh")
     inventory.rescan()
@@ -739,7 +749,7 @@ def test_another_disk_with_the_same_name(unpack: Unpack, inventory: storagetm.In
 
 
 @pytest.mark.parametrize(("attribute", "value"), [("size", "4096"), ("ro", "1")])
-def test_failed_disk_changes(
+def test_failed_disk_is_tried_again_once_it_changes(
     unpack: Unpack, inventory: storagetm.Inventory, attribute: str, value: str
 ) -> None:
     machine = unpack("trixie-fresh")
@@ -751,7 +761,7 @@ def test_failed_disk_changes(
     assert disk.failed == ""
 
 
-def test_exported_disk_comes_into_use(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_exported_disk_that_comes_into_use_stays(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     """It stays exported, since clients are writing to it; but one that is empty goes."""
     machine = unpack("trixie-fresh")
     inventory.rescan()
@@ -768,7 +778,7 @@ def test_exported_disk_comes_into_use(unpack: Unpack, inventory: storagetm.Inven
     assert disk.fd < 0
 
 
-def test_use_ends(unpack: Unpack, inventory: storagetm.Inventory) -> None:
+def test_end_of_use_is_seen_at_the_next_uevent(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     """No uevent tells of that; the next one about any disk is the occasion."""
     machine = unpack("trixie-used")
     inventory.rescan()
@@ -784,7 +794,7 @@ def test_use_ends(unpack: Unpack, inventory: storagetm.Inventory) -> None:
 # Named on the command line
 
 
-def test_named(unpack: Unpack) -> None:
+def test_named_disk_has_the_name_that_was_given(unpack: Unpack) -> None:
     unpack("trixie-fresh")
     inventory = named("/dev/vdc", "/dev/disk/by-id/virtio-DISK-ALPHA")
     assert [(d.name, d.node) for d in inventory.candidates()] == [
@@ -793,7 +803,7 @@ def test_named(unpack: Unpack) -> None:
     ]
 
 
-def test_named_twice(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
+def test_disk_named_twice_is_exported_once(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
     unpack("trixie-fresh")
     inventory = named("/dev/vdb", "/dev/disk/by-id/virtio-DISK-ALPHA")
     assert [d.node for d in inventory.candidates()] == ["/dev/vdb"]
@@ -827,7 +837,9 @@ ANYWAY = "; stop that use first, or give --force"
         ("/", "it is a directory, no block device or regular file"),
     ],
 )
-def test_named_in_vain(unpack: Unpack, path: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_disk_that_cannot_be_exported_is_refused(
+    unpack: Unpack, path: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine = unpack("trixie-used")
     # That file is not here; what matters is what the kernel has to say about it.
     monkeypatch.setattr(os, "access", lambda *_: True)
@@ -846,7 +858,7 @@ def test_named_in_vain(unpack: Unpack, path: str, reason: str, monkeypatch: pyte
     assert caught.value.code == 1
 
 
-def test_named_by_force(unpack: Unpack) -> None:
+def test_force_exports_what_is_in_use(unpack: Unpack) -> None:
     unpack("trixie-used")
     inventory = named("/dev/vdc", "/dev/vdb1", force=True)
     assert [d.name for d in inventory.candidates()] == ["vdc", "vdb1"]
@@ -854,27 +866,27 @@ def test_named_by_force(unpack: Unpack) -> None:
         named("/dev/vdf", force=True)
 
 
-def test_named_although_of_the_network(unpack: Unpack) -> None:
+def test_named_disk_may_come_over_the_network(unpack: Unpack) -> None:
     """Only --all leaves that out."""
     unpack("attached-multipath")
     assert [d.name for d in named("/dev/nvme1n1").candidates()] == ["nvme1n1"]
 
 
-def test_node_that_is_left_over(unpack: Unpack) -> None:
+def test_node_that_is_left_over_is_refused(unpack: Unpack) -> None:
     machine = unpack("trixie-fresh")
     machine.path("/sys/dev/block/254:16").unlink()
     with pytest.raises(storagetm.UserError, match="No such device; its node is left over"):
         named("/dev/vdb")
 
 
-def test_node_without_permission(unpack: Unpack) -> None:
+def test_node_without_permission_is_refused(unpack: Unpack) -> None:
     unpack("trixie-fresh").answers["254:16"]["nonblock"] = "EACCES"
     with pytest.raises(storagetm.UserError) as caught:
         named("/dev/vdb")
     assert str(caught.value) == "Failed to export '/dev/vdb': Permission denied"
 
 
-def test_named_disk_is_gone_and_comes_back(unpack: Unpack) -> None:
+def test_named_disk_may_go_and_come_back(unpack: Unpack) -> None:
     machine = unpack("trixie-fresh")
     inventory = named("/dev/vdb", "/dev/vdc")
     link = machine.path("/sys/class/block/vdb")
@@ -892,7 +904,7 @@ def test_named_disk_is_gone_and_comes_back(unpack: Unpack) -> None:
 # Files
 
 
-def test_files(unpack: Unpack, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_file_is_a_disk(unpack: Unpack, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     unpack("trixie-fresh")
     image = tmp_path / "disk image.img"
     image.write_bytes(bytes(1 << 20))
@@ -911,7 +923,7 @@ def test_files(unpack: Unpack, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert inventory.candidates() == []
 
 
-def test_files_with_the_same_name(unpack: Unpack, tmp_path: Path) -> None:
+def test_files_with_the_same_name_are_refused(unpack: Unpack, tmp_path: Path) -> None:
     unpack("trixie-fresh")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -927,7 +939,7 @@ def test_files_with_the_same_name(unpack: Unpack, tmp_path: Path) -> None:
         (b"a\nb", "its name has control characters; rename it"),
     ],
 )
-def test_files_with_bad_names(unpack: Unpack, tmp_path: Path, name: bytes, reason: str) -> None:
+def test_files_with_bad_names_are_refused(unpack: Unpack, tmp_path: Path, name: bytes, reason: str) -> None:
     unpack("trixie-fresh")
     path = tmp_path / os.fsdecode(name)
     path.write_bytes(bytes(512))
@@ -936,14 +948,14 @@ def test_files_with_bad_names(unpack: Unpack, tmp_path: Path, name: bytes, reaso
     assert str(caught.value).endswith(reason)
 
 
-def test_empty_file(unpack: Unpack, tmp_path: Path) -> None:
+def test_empty_file_is_refused(unpack: Unpack, tmp_path: Path) -> None:
     unpack("trixie-fresh")
     (tmp_path / "empty").write_bytes(b"")
     with pytest.raises(storagetm.UserError, match="it has size 0"):
         named(str(tmp_path / "empty"))
 
 
-def test_swap_file(unpack: Unpack, tmp_path: Path) -> None:
+def test_swap_file_is_refused(unpack: Unpack, tmp_path: Path) -> None:
     machine = unpack("trixie-fresh")
     path = tmp_path / "swap"
     path.write_bytes(bytes(4096))
@@ -964,7 +976,7 @@ def file_disk(tmp_path: Path) -> Iterator[storagetm.Disk]:
     disk.close()
 
 
-def test_lock(file_disk: storagetm.Disk) -> None:
+def test_lock_keeps_others_out_until_it_is_closed(file_disk: storagetm.Disk) -> None:
     storagetm.try_lock(file_disk)
     assert file_disk.fd >= 0
     with open(file_disk.node, "rb") as other:
@@ -984,7 +996,7 @@ def test_lock(file_disk: storagetm.Disk) -> None:
     assert file_disk.waiting == ""
 
 
-def test_lock_of_what_is_gone(file_disk: storagetm.Disk) -> None:
+def test_lock_of_what_is_gone_fails(file_disk: storagetm.Disk) -> None:
     os.unlink(file_disk.node)
     with pytest.raises(OSError, match="No such file") as caught:
         storagetm.try_lock(file_disk)
@@ -995,7 +1007,9 @@ def test_lock_of_what_is_gone(file_disk: storagetm.Disk) -> None:
 
 
 @pytest.mark.parametrize("access", storagetm.ACCESS)
-def test_list_devices(unpack: Unpack, capfd: pytest.CaptureFixture[str], access: str) -> None:
+def test_list_says_what_would_be_exported(
+    unpack: Unpack, capfd: pytest.CaptureFixture[str], access: str
+) -> None:
     unpack("trixie-used")
     assert storagetm.main(["--list-devices", f"--{access}"]) == 0
     lines = capfd.readouterr().out.split("\n")
@@ -1007,7 +1021,7 @@ def test_list_devices(unpack: Unpack, capfd: pytest.CaptureFixture[str], access:
         assert shown[f"/dev/{name}"] == (access if exported else f"no: {why}")
 
 
-def test_list_devices_as_json(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
+def test_list_is_there_as_json(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
     unpack("trixie-used")
     assert storagetm.main(["--list-devices", "--json", "--read-write"]) == 0
     listed = {d["node"]: d for d in json.loads(capfd.readouterr().out)}
@@ -1025,7 +1039,7 @@ def test_list_devices_as_json(unpack: Unpack, capfd: pytest.CaptureFixture[str])
     assert {n for n, d in listed.items() if d["export"]} == {"/dev/sda", "/dev/sdb"}
 
 
-def test_list_devices_of_a_forced_run(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
+def test_list_of_a_forced_run_has_what_is_in_use(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
     unpack("trixie-used")
     assert storagetm.main(["--list-devices", "--json", "-aa"]) == 0
     listed = {d["node"]: d for d in json.loads(capfd.readouterr().out)}
@@ -1048,7 +1062,9 @@ def image(path: Path, size: int, *headers: int) -> Path:
 @pytest.mark.parametrize(
     ("headers", "expected"), [((), 512), ((512,), 512), ((4096,), 4096), ((512, 4096), 512), ((8192,), 512)]
 )
-def test_sectors_of_an_image(tmp_path: Path, headers: tuple[int, ...], expected: int) -> None:
+def test_gpt_decides_about_the_sectors_of_an_image(
+    tmp_path: Path, headers: tuple[int, ...], expected: int
+) -> None:
     """What its GPT was made for decides, never the file system that it is on."""
     assert storagetm.image_sectors(str(image(tmp_path / "image", 1 << 20, *headers))) == expected
     for size in (0, 511, 513, 519, 4097):
@@ -1085,7 +1101,7 @@ def test_bytes_behind_the_last_sector_are_named(
 @pytest.mark.parametrize(
     ("size", "reason"), [(0, "it has size 0"), (300, "it has 300 bytes, less than one sector of 512")]
 )
-def test_file_without_a_whole_sector(tmp_path: Path, size: int, reason: str) -> None:
+def test_file_without_a_whole_sector_is_refused(tmp_path: Path, size: int, reason: str) -> None:
     path = str(image(tmp_path / "image", size))
     with pytest.raises(storagetm.UserError, match=f"Failed to export '{path}': {reason}"):
         named(path)

@@ -51,7 +51,7 @@ ALL = ("nvmet-tcp.ko.xz", "dm-mod.ko", "dm-flakey.ko.zst", "dm-snapshot.ko", "lo
 
 
 @pytest.mark.parametrize("missing", ["nvmet-tcp", "dm-mod", "dm-flakey"])
-def test_kernel_that_cannot_do_it(missing: str, tmp_path: Path) -> None:
+def test_kernel_that_cannot_do_it_is_refused(missing: str, tmp_path: Path) -> None:
     code, output = install_kernel(tmp_path, *(name for name in ALL if not name.startswith(missing)))
     assert code == 1
     assert output == (
@@ -61,11 +61,11 @@ def test_kernel_that_cannot_do_it(missing: str, tmp_path: Path) -> None:
     )
 
 
-def test_kernel_that_can(tmp_path: Path) -> None:
+def test_kernel_that_can_do_it_is_taken(tmp_path: Path) -> None:
     assert install_kernel(tmp_path, *ALL) == (0, "")
 
 
-def test_built_in(tmp_path: Path) -> None:
+def test_built_in_modules_count(tmp_path: Path) -> None:
     """Names in modules.builtin have dashes and underscores as the makefiles have them."""
     builtin = "nvmet-tcp.ko dm_mod.ko dm_flakey.ko dm-snapshot.ko loop.ko"
     assert install_kernel(tmp_path, builtin=builtin) == (0, "")
@@ -77,7 +77,7 @@ def test_built_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["dm-snapshot", "loop"])
-def test_kernel_without_snapshots(missing: str, tmp_path: Path) -> None:
+def test_kernel_without_snapshots_gets_a_warning(missing: str, tmp_path: Path) -> None:
     code, output = install_kernel(tmp_path, *(name for name in ALL if not name.startswith(missing)))
     assert code == 0
     assert output.startswith("warning: storagetm: the kernel 6.1-x has no module 'loop' or no 'dm-snapshot'")
@@ -108,7 +108,9 @@ LINK_LOCAL = "\n[Network]\nLinkLocalAddressing=yes\n"
         ("rd.systemd.unit=storage-target-mode.target.x ip=dhcp", False),
     ],
 )
-def test_dhcp_on_a_cable(network: str, added: bool, line: str, mode: bool, tmp_path: Path) -> None:
+def test_dhcp_gets_a_link_local_address_as_well(
+    network: str, added: bool, line: str, mode: bool, tmp_path: Path
+) -> None:
     """What asks for an IPv4 address by DHCP takes a link-local one as well, in this mode."""
     (tmp_path / "cmdline").write_text(line + "\n")
     before = f"# Generated\n[Match]\nName=eth0\n\n[Network]\n{network}\n\n[DHCP]\n"
@@ -124,7 +126,7 @@ def test_dhcp_on_a_cable(network: str, added: bool, line: str, mode: bool, tmp_p
     assert (tmp_path / "90-eth0.netdev").read_text() == before
 
 
-def test_dhcp_without_any_file(tmp_path: Path) -> None:
+def test_no_file_is_made_where_there_was_none(tmp_path: Path) -> None:
     (tmp_path / "cmdline").write_text("rd.systemd.unit=storage-target-mode.target\n")
     script = (MODULE / "dhcp-link-local").read_text()
     script = script.replace("/run/systemd/network", str(tmp_path)).replace("/proc", str(tmp_path))

@@ -60,16 +60,16 @@ def interfaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("interfaces")
 @pytest.mark.parametrize("name", KINDS)
-def test_kind(name: str) -> None:
+def test_each_kind_of_interface_is_told(name: str) -> None:
     assert storagetm.interface_kind(name) == KINDS[name]
 
 
 @pytest.mark.usefixtures("interfaces")
-def test_kind_of_what_is_gone() -> None:
+def test_interface_that_is_gone_is_software() -> None:
     assert storagetm.interface_kind("eth9") == SOFTWARE
 
 
-def test_kind_of_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_in_a_loop_of_interfaces_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """sysfs never has one; a kernel with a fault in it does not hang us."""
     monkeypatch.setattr(storagetm, "SYS", f"{tmp_path}/")
     (tmp_path / "class/net/a").mkdir(parents=True)
@@ -92,7 +92,7 @@ def attribute(kind: int, raw: bytes) -> bytes:
 
 
 @pytest.mark.usefixtures("interfaces")
-def test_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_come_first_and_ports_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters before the rest, even with less convenient addresses; ports last, and of these only IPv4."""
     local = b"\xfe\x80" + bytes(13)
     links = [link(i, name) for i, name in enumerate(INTERFACES, 1)]
@@ -122,7 +122,7 @@ def test_order(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_the_best_one_is_shown() -> None:
+def test_best_address_is_shown() -> None:
     """With each disk, and by Plymouth, though the other address is shorter."""
     cable = storagetm.Address(V6, "fe80::5054:ff:fe12:3456", "enp1s0", True)
     bridge = storagetm.Address(V4, "172.17.0.1", "docker0", False)

@@ -21,7 +21,7 @@ import storagetm
 from tests.unit.conftest import CapturedMachine
 
 
-def test_read_bytes(tmp_path: Path) -> None:
+def test_file_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * 200_000)
     assert storagetm.read_bytes(str(path)) == b"x" * 200_000
@@ -29,7 +29,7 @@ def test_read_bytes(tmp_path: Path) -> None:
         storagetm.read_bytes(str(tmp_path / "missing"))
 
 
-def test_read_attribute(tmp_path: Path) -> None:
+def test_attribute_is_read_as_printable_text(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"  QEMU\x1b HARDDISK \n")
     assert storagetm.read_attribute(str(path)) == "QEMU? HARDDISK"
@@ -37,7 +37,7 @@ def test_read_attribute(tmp_path: Path) -> None:
     assert storagetm.read_attribute(str(tmp_path)) == ""
 
 
-def test_write_attribute(tmp_path: Path) -> None:
+def test_write_to_an_attribute_makes_no_file(tmp_path: Path) -> None:
     """Never makes a file: in configfs that would be another error than the kernel's own."""
     path = tmp_path / "file"
     with pytest.raises(FileNotFoundError):
@@ -57,7 +57,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_write_new_file(tmp_path: Path) -> None:
+def test_new_file_replaces_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for content in (b"one", b"2"):
         storagetm.write_new_file(str(path), content)
@@ -66,13 +66,13 @@ def test_write_new_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_run_program() -> None:
+def test_status_of_a_program_is_returned() -> None:
     assert storagetm.run_program("true") == 0
     assert storagetm.run_program("false") == 1
     assert storagetm.run_program("storagetm-no-such-program") == 127
 
 
-def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_manager_is_told_if_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (f"{tmp_path}/notify", f"@storagetm-test-{os.getpid()}"):
         monkeypatch.setenv("NOTIFY_SOCKET", name)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -89,7 +89,7 @@ def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storagetm.notify("READY=1")
 
 
-def test_closed_output() -> None:
+def test_closed_output_ends_nothing() -> None:
     code = "import storagetm; storagetm.info('x'); storagetm.error('y')"
     script = f'cd "$1"; exec "$2" -c "{code}" >&- 2>&-'
     command = ["sh", "-c", script, "sh", str(Path(storagetm.__file__).parent), sys.executable]
@@ -103,11 +103,11 @@ def test_closed_output() -> None:
     ("structure", "size"),
     [(storagetm.nlmsghdr, 16), (storagetm.ifinfomsg, 16), (storagetm.ifaddrmsg, 8), (storagetm.rtattr, 4)],
 )
-def test_structures(structure: type[ctypes.Structure], size: int) -> None:
+def test_structures_have_the_kernels_sizes(structure: type[ctypes.Structure], size: int) -> None:
     assert ctypes.sizeof(structure) == size
 
 
-def test_addresses_of_this_machine() -> None:
+def test_addresses_of_this_machine_can_be_connected_to() -> None:
     """The real kernel's, whatever they are: never loopback, and each as text that can be connected to."""
     network = storagetm.Network()
     try:
@@ -122,7 +122,7 @@ def test_addresses_of_this_machine() -> None:
         assert socket.inet_pton(address.family, address.text)
 
 
-def test_uevents_socket() -> None:
+def test_uevents_can_be_received() -> None:
     uevents = storagetm.Uevents()
     try:
         # Nobody can say what happens to this computer's disks meanwhile.
@@ -131,7 +131,7 @@ def test_uevents_socket() -> None:
         uevents.socket.close()
 
 
-def test_dump_that_the_kernel_refuses() -> None:
+def test_refused_dump_raises() -> None:
     with pytest.raises(OSError, match=r"\[Errno \d+\]"):
         storagetm.Network.dump(9999, storagetm.ifinfomsg())
 
@@ -164,7 +164,7 @@ def test_only_groups_are_believed() -> None:
     assert drained((b"kernel", 1), (b"forged", 0), (b"udev", 2)) == [b"kernel", b"udev"]
 
 
-def test_lost_messages() -> None:
+def test_lost_messages_take_no_others_with_them() -> None:
     """They leave an empty one behind, and the rest is taken all the same."""
     full = OSError(errno.ENOBUFS, "No buffer space available")
     assert drained((b"a", 1), full, (b"b", 1)) == [b"a", b"", b"b"]
@@ -172,7 +172,7 @@ def test_lost_messages() -> None:
         drained(OSError(errno.EIO, "broken"))
 
 
-def test_news_of_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_news_name_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names, also where the kernel tells of the number alone."""
     (tmp_path / "dev/block").mkdir(parents=True)
     (tmp_path / "dev/block/254:16").symlink_to("../../devices/virtio4/block/vdb")
@@ -193,7 +193,7 @@ def test_news_of_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Locks
 
 
-def test_lock_holder(tmp_path: Path) -> None:
+def test_process_that_holds_a_lock_is_named(tmp_path: Path) -> None:
     path = tmp_path / "disk"
     path.write_bytes(b"")
     assert storagetm.lock_holder(f"{path}-gone") == "another process"
@@ -236,24 +236,24 @@ def why_not(pattern: str) -> None:
         storagetm.prepare_kernel()
 
 
-def test_kernel_without_configfs(modprobe: Modprobe) -> None:
+def test_missing_configfs_is_named(modprobe: Modprobe) -> None:
     why_not("has no configfs")
     assert modprobe.asked == ["nvmet-tcp", "configfs"]
 
 
-def test_kernel_without_its_modules(modprobe: Modprobe) -> None:
+def test_missing_modules_are_named(modprobe: Modprobe) -> None:
     modprobe.returncode = 1
     why_not(f"'nvmet-tcp'.* cannot be loaded; install the modules of kernel {os.uname().release}")
 
 
-def test_system_without_modprobe(modprobe: Modprobe) -> None:
+def test_modprobe_may_be_missing(modprobe: Modprobe) -> None:
     """All may be built in."""
     modprobe.returncode = 127
     os.makedirs(storagetm.CONFIGFS + "nvmet")
     storagetm.prepare_kernel()
 
 
-def test_configfs_is_not_mounted(modprobe: Modprobe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configfs_is_mounted_or_why_not_is_said(modprobe: Modprobe, monkeypatch: pytest.MonkeyPatch) -> None:
     os.makedirs(storagetm.CONFIGFS)
 
     def mount() -> None:
@@ -266,21 +266,23 @@ def test_configfs_is_not_mounted(modprobe: Modprobe, monkeypatch: pytest.MonkeyP
     assert "configfs" not in modprobe.asked
 
 
-def test_kernel_without_nvmet(modprobe: Modprobe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_nvmet_is_named(modprobe: Modprobe, monkeypatch: pytest.MonkeyPatch) -> None:
     os.makedirs(storagetm.CONFIGFS)
     monkeypatch.setattr(storagetm, "mount_configfs", lambda: None)
     why_not(r"has no NVMe target.*CONFIG_NVME_TARGET_TCP")
     assert modprobe.asked == ["nvmet-tcp"]
 
 
-def test_kernel_that_has_all(modprobe: Modprobe) -> None:
+def test_nothing_is_loaded_where_all_is_there(modprobe: Modprobe) -> None:
     os.makedirs(storagetm.CONFIGFS + "nvmet")
     os.makedirs(storagetm.SYS + "module/nvmet_tcp")
     storagetm.prepare_kernel()
     assert modprobe.asked == []
 
 
-def test_modules_of_each_access(modprobe: Modprobe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_access_asks_for_modules_of_the_list(
+    modprobe: Modprobe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All that a kind of access needs is asked for, and is in the list of what an initrd gets."""
     monkeypatch.setattr(storagetm, "DEV", f"{storagetm.SYS}dev/")
     os.makedirs(storagetm.DEV + "mapper")
@@ -302,12 +304,12 @@ def test_unit_loads_what_the_program_needs() -> None:
     assert named & set(storagetm.MODULES) == {"nvmet-tcp"}
 
 
-def test_modules(capfd: pytest.CaptureFixture[str]) -> None:
+def test_modules_are_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert storagetm.main(["--modules"]) == 0
     assert capfd.readouterr().out.split() == list(storagetm.MODULES)
 
 
-def test_allow_files() -> None:
+def test_many_disks_may_open_many_files() -> None:
     """With many disks as many files may be open as the system allows at all."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

@@ -33,14 +33,14 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (b"", []),
     ],
 )
-def test_words(raw: bytes, words: list[str]) -> None:
+def test_words_are_split_as_by_the_kernel(raw: bytes, words: list[str]) -> None:
     assert storagetm.split_command_line(raw) == words
 
 
 @given(st.binary(max_size=200))
 @example(b'storagetm.access="')
 @example(b"rd.storagetm.=\xff rd.storagetm.snapshot=9M storagetm. rd.=x =")
-def test_any_bytes_as_command_line(raw: bytes) -> None:
+def test_command_line_may_be_any_bytes(raw: bytes) -> None:
     for text in (raw, b"rd.storagetm." + raw, b"storagetm.access=" + raw):
         try:
             found = storagetm.options_from_kernel(storagetm.split_command_line(text), True)
@@ -53,7 +53,7 @@ def options(*words: str, initrd: bool = True) -> storagetm.Options:
     return storagetm.options_from_kernel(words, initrd)
 
 
-def test_options_from_kernel(capfd: pytest.CaptureFixture[str]) -> None:
+def test_options_are_taken_and_unknown_ones_named(capfd: pytest.CaptureFixture[str]) -> None:
     found = options(
         "rd.storagetm.snapshot=2M",
         "storagetm.access=/dev/sda:read-write",
@@ -84,7 +84,7 @@ def test_initrd_options_count_there_only() -> None:
         *("help", "version", "list-devices", "list_devices", "dry-run", "json"),
     ],
 )
-def test_bad_options_from_kernel(word: str) -> None:
+def test_bad_options_are_refused(word: str) -> None:
     with pytest.raises(storagetm.UsageError, match=r"^Kernel command line: .*; correct it$"):
         options(f"rd.storagetm.{word}")
 
@@ -113,7 +113,7 @@ def test_own_options_come_first() -> None:
     ],
 )
 @pytest.mark.usefixtures("places")
-def test_only_where_asked_for(line: bytes, mode: str, refused: str) -> None:
+def test_it_counts_only_where_asked_for(line: bytes, mode: str, refused: str) -> None:
     with open(storagetm.PROC + "cmdline", "wb") as file:
         file.write(line)
     found = storagetm.parse_arguments(["--all", "--kernel-command-line"])
@@ -126,7 +126,7 @@ def test_only_where_asked_for(line: bytes, mode: str, refused: str) -> None:
 
 @pytest.mark.parametrize("arguments", [["--colour", "--all"], ["--all", "sda"], [], ["--snapshot=x"]])
 @pytest.mark.usefixtures("places")
-def test_unit_with_bad_options(arguments: list[str]) -> None:
+def test_unit_keeps_bad_options_for_the_screen(arguments: list[str]) -> None:
     """A drop-in of the unit may make no sense, either."""
     for argv in (["--kernel-command-line", *arguments], [*arguments, "--kernel-command-line"]):
         found = storagetm.parse_arguments(argv)
@@ -137,7 +137,7 @@ def test_unit_with_bad_options(arguments: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("places")
-def test_action_in_a_shell() -> None:
+def test_action_in_a_shell_is_taken_or_refused() -> None:
     """Who asks for text there gets it, or the error, and no service."""
     argv = ["--kernel-command-line", "--list-devices"]
     assert storagetm.parse_arguments(argv).list_devices

@@ -69,7 +69,7 @@ def used(node: ast.stmt) -> set[str]:
     return set(names(symtable.symtable(ast.unparse(WithoutAnnotations().visit(node)), "x", "exec")))
 
 
-def test_table_of_contents() -> None:
+def test_table_of_contents_has_all_sections() -> None:
     numbered = [f"{i:>2}. {title}" for i, (title, _) in enumerate(sections(), 1)]
     assert len(numbered) > 10
     assert "\n".join(numbered) in (storagetm.__doc__ or "")

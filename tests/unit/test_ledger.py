@@ -67,7 +67,7 @@ def branch(name: str = "x", tag: str = "t", links: tuple[str, ...] = ("1",)) -> 
 # The format
 
 
-def test_records(ledger: storagetm.Ledger) -> None:
+def test_each_step_is_one_record(ledger: storagetm.Ledger) -> None:
     ledger.add(branch(), "5")
     ledger.remove(branch())
     assert Path(ledger.path).read_bytes() == (
@@ -107,7 +107,9 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(histories())
-def test_round_trip(scratch: Path, history: list[tuple[str, storagetm.Branch, int]]) -> None:
+def test_what_is_written_is_read_back(
+    scratch: Path, history: list[tuple[str, storagetm.Branch, int]]
+) -> None:
     expected: dict[str, tuple[str, list[tuple[str, str]], str]] = {}
     for what, made, inode in history:
         if what == "remove":
@@ -126,7 +128,9 @@ def test_round_trip(scratch: Path, history: list[tuple[str, storagetm.Branch, in
 
 
 @given(histories())
-def test_cut_off_at_every_byte(scratch: Path, history: list[tuple[str, storagetm.Branch, int]]) -> None:
+def test_only_the_record_that_was_cut_off_is_lost(
+    scratch: Path, history: list[tuple[str, storagetm.Branch, int]]
+) -> None:
     """All that is lost is the record that was cut off."""
     raw = write(scratch, history)
     ends = [0] + [i + 2 for i in range(len(raw)) if raw.startswith(b"\0\n", i)]
@@ -165,7 +169,7 @@ SHARED = PORT + (
         (SHARED, "nvmet/subsystems/x/namespaces/1", ["dm/storagetm-x-1"]),
     ],
 )
-def test_record_of_an_earlier_version(raw: bytes, root: str, between: list[str]) -> None:
+def test_record_of_an_earlier_version_is_split(raw: bytes, root: str, between: list[str]) -> None:
     """What stands between a disk and its export was in one branch with that, and goes with it."""
     found = storagetm.Ledger.parse(raw)
     others = [name for name in found if name not in (root, between[0])]
@@ -186,7 +190,7 @@ def test_record_of_an_earlier_version(raw: bytes, root: str, between: list[str])
 @example(b"+\0/etc\0t\0d/etc\0\n")
 @example("=\0x\0²\0\n".encode())
 @example(b"+\0\0\0d\0\n")
-def test_any_bytes(raw: bytes) -> None:
+def test_ledger_may_be_any_bytes(raw: bytes) -> None:
     for part in (raw, b"+\0x\0t\0dx\0" + raw + b"\0\n", b"+\0x\0t\0dx\0\n=\0x\0" + raw + b"\0\n"):
         for root, (made, _) in storagetm.Ledger.parse(part).items():
             assert made.entries[0].path == made.root == root
@@ -210,7 +214,7 @@ def read(ledger: storagetm.Ledger, root: Path) -> list[str]:
     return list(ledger.read(f"{root}/"))
 
 
-def test_read(ledger: storagetm.Ledger, root: Path) -> None:
+def test_only_what_is_still_there_is_ours(ledger: storagetm.Ledger, root: Path) -> None:
     ledger.add(branch())
     assert read(ledger, root) == []  # not made yet
     (root / "nvmet/subsystems/x").mkdir()
@@ -222,7 +226,7 @@ def test_read(ledger: storagetm.Ledger, root: Path) -> None:
     assert read(ledger, root) == []
 
 
-def test_entry_of_others_with_our_name(ledger: storagetm.Ledger, root: Path) -> None:
+def test_entry_of_others_with_our_name_is_not_ours(ledger: storagetm.Ledger, root: Path) -> None:
     """It was made after ours had gone, which its inode number tells."""
     ours, theirs = root / "nvmet/subsystems/x", root / "nvmet/subsystems/y"
     ours.mkdir()
@@ -234,14 +238,16 @@ def test_entry_of_others_with_our_name(ledger: storagetm.Ledger, root: Path) -> 
     assert read(ledger, root) == []
 
 
-def test_entry_of_others_in_use_before_ours_was_confirmed(ledger: storagetm.Ledger, root: Path) -> None:
+def test_entry_in_use_before_ours_was_confirmed_is_not_ours(ledger: storagetm.Ledger, root: Path) -> None:
     """Whoever died between mkdir and the note of the inode cannot have made anything in it."""
     ledger.add(branch())
     (root / "nvmet/subsystems/x/namespaces/1").mkdir(parents=True)
     assert read(ledger, root) == []
 
 
-def test_entry_of_others_with_branches_in_it(ledger: storagetm.Ledger, root: Path) -> None:
+def test_entry_with_branches_before_ours_was_confirmed_is_not_ours(
+    ledger: storagetm.Ledger, root: Path
+) -> None:
     """The same where what is made in it is known by others."""
     path = "nvmet/subsystems/x"
     entries = [storagetm.Directory(path), storagetm.DefaultGroup(f"{path}/namespaces")]
@@ -268,7 +274,7 @@ def test_more_links_do_not_lose_the_inode(ledger: storagetm.Ledger, root: Path) 
 # The file
 
 
-def test_one_at_a_time(ledger: storagetm.Ledger) -> None:
+def test_second_instance_is_refused(ledger: storagetm.Ledger) -> None:
     second = storagetm.Ledger(ledger.path)
     with pytest.raises(storagetm.UserError) as caught:
         second.lock()
@@ -288,7 +294,7 @@ def test_another_name_is_no_hindrance(ledger: storagetm.Ledger) -> None:
     second.close()
 
 
-def test_no_place_for_the_file(tmp_path: Path) -> None:
+def test_missing_place_for_the_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("no directory")
     ledger = storagetm.Ledger(str(tmp_path / "run" / "x.entries"))
     with pytest.raises(storagetm.UserError, match="mount a tmpfs on '/run'"):
@@ -307,7 +313,7 @@ def test_a_record_that_was_cut_off_takes_no_other_with_it(ledger: storagetm.Ledg
     ]
 
 
-def test_full_disk(ledger: storagetm.Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_that_does_not_fit_is_none(ledger: storagetm.Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a record is none, and the ones after it count."""
     ledger.add(branch("a"), "1")
     write = os.write
@@ -322,7 +328,7 @@ def test_full_disk(ledger: storagetm.Ledger, monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
-def test_shorten(ledger: storagetm.Ledger, root: Path) -> None:
+def test_shortened_ledger_says_the_same(ledger: storagetm.Ledger, root: Path) -> None:
     """It says the same before and after, and no more of what is gone."""
     (root / "nvmet/subsystems/x").mkdir()
     ledger.add(branch())
@@ -342,7 +348,7 @@ def test_shorten(ledger: storagetm.Ledger, root: Path) -> None:
     assert ledger.records == 2
 
 
-def test_shorten_that_fails(ledger: storagetm.Ledger, root: Path) -> None:
+def test_ledger_that_cannot_be_shortened_still_counts(ledger: storagetm.Ledger, root: Path) -> None:
     """What was there still counts, and can be added to."""
     ledger.add(branch(), "5")
     ledger.records = 5000
@@ -355,7 +361,7 @@ def test_shorten_that_fails(ledger: storagetm.Ledger, root: Path) -> None:
     ]
 
 
-def test_clear(ledger: storagetm.Ledger) -> None:
+def test_cleared_ledger_leaves_its_lock(ledger: storagetm.Ledger) -> None:
     ledger.add(branch())
     ledger.clear()
     assert not os.path.exists(ledger.path)

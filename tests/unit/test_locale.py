@@ -26,7 +26,7 @@ def run(*command: str | bytes | Path) -> tuple[int, bytes, bytes]:
 
 
 @pytest.mark.parametrize("arguments", [["--json"], []])
-def test_same_in_each_locale(tmp_path: Path, arguments: list[str]) -> None:
+def test_steps_are_the_same_in_each_locale(tmp_path: Path, arguments: list[str]) -> None:
     """Names, identities, ports, and where things are."""
     (tmp_path / LETTERS).write_bytes(bytes(512))
     steps = ["--dry-run", "--nqn=préfixe", *arguments, f"{tmp_path}/{LETTERS}"]
@@ -36,7 +36,7 @@ def test_same_in_each_locale(tmp_path: Path, arguments: list[str]) -> None:
     assert (b"subsystems/pr\\u00e9fixe." if arguments else "subsystems/préfixe.Łódź".encode()) in expected[1]
 
 
-def test_refusals_in_each_locale(tmp_path: Path) -> None:
+def test_refusals_are_the_same_in_each_locale(tmp_path: Path) -> None:
     """What is refused is refused in the same words, with the bytes that were given."""
     (tmp_path / "\udcff").write_bytes(bytes(512))
     for arguments in (
@@ -51,7 +51,7 @@ def test_refusals_in_each_locale(tmp_path: Path) -> None:
         assert run(*ASCII, SCRIPT, *given) == expected
 
 
-def test_packed_in_each_locale(tmp_path: Path) -> None:
+def test_packed_program_is_the_same_in_each_locale(tmp_path: Path) -> None:
     """The one file is started again as well, without $PATH, too."""
     packed = tmp_path / "storagetm.pyz"
     subprocess.run([sys.executable, SCRIPT.with_name("build_zipapp.py"), "-o", packed], check=True)
@@ -70,7 +70,9 @@ def ascii_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("ascii_only")
-def test_nothing_raises(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_letters_that_a_locale_lacks_raise_nothing(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sent: list[bytes] = []
     monkeypatch.setattr(storagetm, "send_datagram", lambda _, message: sent.append(message))
     monkeypatch.setattr(storagetm, "plymouth_request", lambda request, *_: sent.append(request))
@@ -128,7 +130,7 @@ def arguments(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
     ],
     indirect=True,
 )
-def test_output_that_cannot_be_written(arguments: list[str]) -> None:
+def test_output_that_is_incomplete_is_a_failure(arguments: list[str]) -> None:
     """A list that is not whole is no list."""
     command = [sys.executable, "-IS", str(SCRIPT), *arguments]
     with open("/dev/full", "wb") as full:
@@ -142,7 +144,7 @@ def test_output_that_cannot_be_written(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (1, message.replace(b"No space left on device", b"Broken pipe"))
 
 
-def test_output_that_is_read_slowly(capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_that_is_read_slowly_is_whole(capfd: pytest.CaptureFixture[str]) -> None:
     """Another program may have set the pipe so that writing does not wait."""
     incoming, outgoing = os.pipe2(os.O_NONBLOCK)
     text = "x" * (1 << 20)

@@ -35,7 +35,7 @@ def response(number: int, status: int = 0, result: int = 0) -> bytes:
     return struct.pack("<BBBBI", 5, 0, 24, 0, 24) + body
 
 
-def test_write_protect_on_the_wire(ends: tuple[storagetm.NvmeHost, socket.socket]) -> None:
+def test_write_protection_is_one_capsule_on_the_wire(ends: tuple[storagetm.NvmeHost, socket.socket]) -> None:
     host, target = ends
     target.sendall(response(1))
     host.set_write_protect(1)
@@ -60,7 +60,7 @@ def test_write_protect_on_the_wire(ends: tuple[storagetm.NvmeHost, socket.socket
         (response(1)[:10], errno.ECONNRESET),
     ],
 )
-def test_malformed_answer(
+def test_malformed_answer_is_an_error(
     ends: tuple[storagetm.NvmeHost, socket.socket], answer: bytes, number: int
 ) -> None:
     host, target = ends
@@ -71,7 +71,7 @@ def test_malformed_answer(
     assert caught.value.errno == number
 
 
-def test_late_answer(ends: tuple[storagetm.NvmeHost, socket.socket]) -> None:
+def test_late_answer_is_an_error(ends: tuple[storagetm.NvmeHost, socket.socket]) -> None:
     host, _ = ends
     host.socket.settimeout(0.05)
     with pytest.raises(OSError, match="timed out"):
@@ -79,7 +79,7 @@ def test_late_answer(ends: tuple[storagetm.NvmeHost, socket.socket]) -> None:
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_from_a_target(raw: bytes) -> None:
+def test_target_may_send_any_bytes(raw: bytes) -> None:
     """A whole session, from the first PDU on, with somebody who says this."""
     listener = socket.create_server(("127.0.0.1", 0))
 

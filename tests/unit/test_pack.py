@@ -42,7 +42,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_reproducible(packed: Path, tmp_path: Path) -> None:
+def test_file_is_reproducible(packed: Path, tmp_path: Path) -> None:
     """The same bytes from a copy of the sources that was made at another time, with another umask."""
     shutil.copy(PROJECT / "storagetm.py", tmp_path)
     os.utime(tmp_path / "storagetm.py", (1e9, 1e9))
@@ -64,13 +64,13 @@ def test_reproducible(packed: Path, tmp_path: Path) -> None:
         },
     ],
 )
-def test_reproducible_anywhere(packed: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_environment_changes_no_byte(packed: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """The same bytecode, too, whatever the process that makes it is told about itself."""
     (tmp_path / "marshal.py").write_text("raise SystemExit('not this one')")
     assert build(tmp_path / "x.pyz", cwd=tmp_path, **environment) == packed.read_bytes()
 
 
-def test_source_date_epoch(packed: Path, tmp_path: Path) -> None:
+def test_source_date_epoch_dates_the_file(packed: Path, tmp_path: Path) -> None:
     dated = build(tmp_path / "x.pyz", SOURCE_DATE_EPOCH="1700000000")
     assert dated != packed.read_bytes()
     assert build(tmp_path / "y.pyz", SOURCE_DATE_EPOCH="1700000000", TZ="Asia/Tokyo") == dated
@@ -91,7 +91,7 @@ def statements(source: bytes) -> list[tuple[int, str]]:
     return found
 
 
-def test_executable_and_small(packed: Path) -> None:
+def test_file_is_executable_and_small(packed: Path) -> None:
     assert packed.stat().st_mode & 0o777 == 0o755
     assert packed.stat().st_size < 250_000
     line = packed.read_bytes().partition(b"\n")[0]
@@ -108,14 +108,14 @@ def test_executable_and_small(packed: Path) -> None:
     assert list(packed.parent.iterdir()) == [packed]
 
 
-def test_other_interpreter(tmp_path: Path) -> None:
+def test_other_interpreter_may_be_named(tmp_path: Path) -> None:
     """The interpreter line needs not say more than which Python it is."""
     path = tmp_path / "x.pyz"
     assert build(path, "--python", f"{sys.executable} -I").startswith(f"#!{sys.executable} -I\n".encode())
     assert run(path, "--version") == FROM_BYTECODE
 
 
-def test_runs(packed: Path, tmp_path: Path) -> None:
+def test_file_runs_by_itself_anywhere(packed: Path, tmp_path: Path) -> None:
     """By its interpreter line, and whatever lies about in the environment and the working directory."""
     (tmp_path / "os.py").write_text("raise SystemExit('not this one')")
     result = subprocess.run(
@@ -140,7 +140,7 @@ def by_interpreter_line(path: Path, *options: str) -> list[str]:
 
 
 @pytest.mark.parametrize("way", ["by itself", "by Python", "by a relative path"])
-def test_exit_code(packed: Path, way: str) -> None:
+def test_exit_code_is_the_programs(packed: Path, way: str) -> None:
     commands: dict[str, list[str | Path]] = {
         "by itself": [packed],
         "by Python": [sys.executable, "-IS", packed],
@@ -149,7 +149,7 @@ def test_exit_code(packed: Path, way: str) -> None:
     assert run(*commands[way], "--nonsense") == ("", "Unknown option '--nonsense'; see --help\n", 2)
 
 
-def test_name_of_any_bytes(packed: Path, tmp_path: Path) -> None:
+def test_file_may_have_any_name(packed: Path, tmp_path: Path) -> None:
     path = tmp_path / "\udcff '\"日本.pyz"
     shutil.copy(packed, path)
     assert run(path, "--version") == FROM_BYTECODE
@@ -199,12 +199,12 @@ FROM_BYTECODE = (f"storagetm {storagetm.__version__}\n", "", 0)
 FROM_SOURCE = ("fork\nsource\n", "", 3)
 
 
-def test_bytecode_that_fits(two_programs: Path) -> None:
+def test_bytecode_that_fits_is_used(two_programs: Path) -> None:
     """Nothing is compiled, and no process made for it."""
     assert by_this_python(two_programs) == FROM_BYTECODE
 
 
-def test_bytecode_of_another_python(two_programs: Path) -> None:
+def test_bytecode_of_another_python_is_not_used(two_programs: Path) -> None:
     """The magic number is not this one's."""
     content = two_programs.read_bytes()
     other = (int.from_bytes(importlib.util.MAGIC_NUMBER[:2], "little") ^ 1).to_bytes(2, "little") + b"\r\n"
@@ -213,12 +213,12 @@ def test_bytecode_of_another_python(two_programs: Path) -> None:
     assert by_this_python(two_programs) == FROM_SOURCE
 
 
-def test_no_bytecode(two_programs: Path, tmp_path: Path) -> None:
+def test_without_bytecode_the_source_is_used(two_programs: Path, tmp_path: Path) -> None:
     assert by_this_python(altered(tmp_path / "without.pyz", two_programs, bytecode=None)) == FROM_SOURCE
 
 
 @pytest.mark.parametrize("where", [0, 1, 2, 10, 1000, 0.1, 0.5, 0.9, -1000, -5, -4, -1])
-def test_flipped_bit(two_programs: Path, where: float) -> None:
+def test_bytecode_with_a_flipped_bit_is_not_used(two_programs: Path, where: float) -> None:
     """In the file itself: zipimport does not look at the checksums of the archive."""
     content = bytearray(two_programs.read_bytes())
     with zipfile.ZipFile(two_programs) as archive:
@@ -236,7 +236,7 @@ def test_flipped_bit(two_programs: Path, where: float) -> None:
 
 
 @pytest.mark.parametrize("damage", ["empty", "short", "zeros", "not compressed", "no code", "half"])
-def test_damaged_bytecode(two_programs: Path, tmp_path: Path, damage: str) -> None:
+def test_damaged_bytecode_is_not_used(two_programs: Path, tmp_path: Path, damage: str) -> None:
     with zipfile.ZipFile(two_programs) as archive:
         compressed = archive.read(BYTECODE)
     code = zlib.decompress(compressed)
@@ -275,7 +275,7 @@ def test_bytecode_is_of_the_source(packed: Path) -> None:
     assert list(code_objects(code)) == list(code_objects(expected))
 
 
-def test_named_interpreters(packed: Path, tmp_path: Path) -> None:
+def test_bytecode_of_named_interpreters_is_packed(packed: Path, tmp_path: Path) -> None:
     """Bytecode of several, once for each magic number, beside that of the Python that builds."""
     other = tmp_path / "python3.99"
     # This Python, with another magic number.
@@ -296,7 +296,7 @@ def test_named_interpreters(packed: Path, tmp_path: Path) -> None:
     assert build(tmp_path / "y.pyz", *reversed(arguments)) == content != packed.read_bytes()
 
 
-def test_interpreters_that_make_names() -> None:
+def test_interpreters_reach_the_packer_through_make() -> None:
     command = ("make", "--dry-run", "--always-make", "BYTECODE=python3.98 python3.99", "storagetm.pyz")
     stdout, _, code = run("env", "-C", PROJECT, *command)
     assert code == 0
@@ -310,14 +310,14 @@ def test_interpreters_that_make_names() -> None:
         ("false", f"false failed to compile {PROJECT / 'storagetm.py'}\n"),
     ],
 )
-def test_interpreter_that_does_not_work(tmp_path: Path, python: str, message: str) -> None:
+def test_interpreter_that_does_not_work_leaves_no_file(tmp_path: Path, python: str, message: str) -> None:
     """There is no file then, rather than one without what was asked for."""
     command = (sys.executable, PROJECT / "build_zipapp.py", "-o", tmp_path / "x.pyz", f"--bytecode={python}")
     assert run(*command) == ("", message, 1)
     assert not list(tmp_path.iterdir())
 
 
-def test_help() -> None:
+def test_help_says_which_bytecode_there_is() -> None:
     stdout, stderr, code = run(sys.executable, PROJECT / "build_zipapp.py", "--help")
     assert (stderr, code) == ("", 0)
     assert "--bytecode PYTHON" in stdout
@@ -334,7 +334,7 @@ EXPENSIVE = (
 
 
 @pytest.mark.parametrize("what", ["one file", "source"])
-def test_part_of_python(packed: Path, what: str) -> None:
+def test_part_of_python_is_refused_in_a_sentence(packed: Path, what: str) -> None:
     """Without what python3-minimal leaves out there is a sentence, and no traceback."""
     path = packed if what == "one file" else PROJECT / "storagetm.py"
     script = (
@@ -353,7 +353,7 @@ def test_part_of_python(packed: Path, what: str) -> None:
     )
 
 
-def test_imports_of_one_file(packed: Path) -> None:
+def test_one_file_imports_no_more_than_the_program(packed: Path) -> None:
     """By its interpreter line it loads what Python itself and the program do, and to read itself no more."""
     script = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); from storagetm import main; main()"
     command = by_interpreter_line(packed, "-X", "importtime")
@@ -366,7 +366,7 @@ def test_imports_of_one_file(packed: Path) -> None:
     assert "ctypes" in imports[0]
 
 
-def test_imports_at_start() -> None:
+def test_start_imports_little() -> None:
     """In isolation, as it is run. What Python itself has loaded by then does not count."""
     code = (
         "import sys; before = set(sys.modules); sys.path.insert(0, sys.argv[1]); import storagetm;"
@@ -381,7 +381,7 @@ def test_imports_at_start() -> None:
     assert not loaded & set(EXPENSIVE)
 
 
-def test_imports_for_help() -> None:
+def test_help_imports_nothing_expensive() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import storagetm; storagetm.main(['--help']);"
         "print('loaded:', *sys.modules)"

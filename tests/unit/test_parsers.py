@@ -37,7 +37,7 @@ def message(kind: int, body: bytes, flags: int = 0) -> bytes:
 # Netlink
 
 
-def test_captured_links(capture: Any) -> None:
+def test_captured_links_are_understood(capture: Any) -> None:
     messages = list(storagetm.parse_messages(bytes.fromhex(capture["netlink"]["links"])))
     assert [kind for kind, _, _ in messages] == [storagetm.RTM_NEWLINK] * 3 + [storagetm.NLMSG_DONE]
     links = [storagetm.parse_link(body) for _, _, body in messages[:-1]]
@@ -47,7 +47,7 @@ def test_captured_links(capture: Any) -> None:
     assert [bool(link[1] & storagetm.IFF_LOOPBACK) for link in links if link] == [True, False, False]
 
 
-def test_captured_addresses(capture: Any) -> None:
+def test_captured_addresses_are_understood(capture: Any) -> None:
     """Not ::1 and 127.0.0.1, and not 2001:db8::2, which is deprecated."""
     messages = storagetm.parse_messages(bytes.fromhex(capture["netlink"]["addresses"]))
     found = [storagetm.parse_address(body) for kind, _, body in messages if kind == storagetm.RTM_NEWADDR]
@@ -69,7 +69,7 @@ V4 = socket.inet_aton("192.0.2.1")
 V6 = socket.inet_pton(socket.AF_INET6, "2001:db8::1")
 
 
-def test_peer_of_point_to_point_link() -> None:
+def test_own_end_of_a_point_to_point_link_counts() -> None:
     far = socket.inet_aton("198.51.100.1")
     found = storagetm.parse_address(address((storagetm.IFA_ADDRESS, far), (storagetm.IFA_LOCAL, V4)))
     assert found
@@ -86,7 +86,7 @@ def test_peer_of_point_to_point_link() -> None:
         (0x01, True),  # IFA_F_TEMPORARY
     ],
 )
-def test_flags_of_addresses(flag: int, usable: bool) -> None:
+def test_flags_decide_whether_an_address_is_usable(flag: int, usable: bool) -> None:
     """They are in the header, and in an attribute with room for more, which counts."""
     body = address((storagetm.IFA_ADDRESS, V6), family=storagetm.AF_INET6, flags=flag)
     assert bool(storagetm.parse_address(body)) is usable
@@ -99,14 +99,14 @@ def test_flags_of_addresses(flag: int, usable: bool) -> None:
     ("scope", "usable", "link_local"),
     [(0, True, False), (200, True, False), (253, True, True), (254, False, False)],
 )
-def test_scope_of_addresses(scope: int, usable: bool, link_local: bool) -> None:
+def test_scope_decides_whether_an_address_is_usable(scope: int, usable: bool, link_local: bool) -> None:
     found = storagetm.parse_address(address((storagetm.IFA_ADDRESS, V4), scope=scope))
     assert bool(found) is usable
     if found:
         assert found[1].link_local is link_local
 
 
-def test_addresses_that_make_no_sense() -> None:
+def test_addresses_that_make_no_sense_are_left_out() -> None:
     assert storagetm.parse_address(address((storagetm.IFA_ADDRESS, V6))) is None
     assert storagetm.parse_address(address((storagetm.IFA_ADDRESS, V4), family=storagetm.AF_INET6)) is None
     assert storagetm.parse_address(address((storagetm.IFA_ADDRESS, V4), family=28)) is None
@@ -114,7 +114,7 @@ def test_addresses_that_make_no_sense() -> None:
     assert storagetm.parse_address(b"") is None
 
 
-def test_messages() -> None:
+def test_messages_are_split_up_to_the_first_bad_one() -> None:
     raw = message(1, b"a") + message(2, b"bcde", 7) + message(3, b"")
     assert list(storagetm.parse_messages(raw)) == [(1, 0, b"a"), (2, 7, b"bcde"), (3, 0, b"")]
     assert list(storagetm.parse_messages(raw[:-1])) == [(1, 0, b"a"), (2, 7, b"bcde")]
@@ -122,7 +122,7 @@ def test_messages() -> None:
     assert list(storagetm.parse_messages(struct.pack("=IHHII", 0, 1, 0, 1, 0) * 2)) == []
 
 
-def test_attributes() -> None:
+def test_attributes_are_split_up_to_the_first_bad_one() -> None:
     raw = attribute(1, b"abc") + attribute(2, b"") + attribute(1, b"last")
     assert storagetm.parse_attributes(raw) == {1: b"last", 2: b""}
     assert storagetm.parse_attributes(raw[:-1]) == {1: b"abc", 2: b""}
@@ -132,7 +132,7 @@ def test_attributes() -> None:
 @given(st.binary(max_size=200))
 @example(b"\0" * 64)
 @example(b"\xff" * 64)
-def test_any_bytes_as_netlink(raw: bytes) -> None:
+def test_netlink_may_be_any_bytes(raw: bytes) -> None:
     for kind, flags, body in storagetm.parse_messages(raw):
         assert kind < 1 << 16
         assert flags < 1 << 16
@@ -143,7 +143,7 @@ def test_any_bytes_as_netlink(raw: bytes) -> None:
 
 
 @given(st.data())
-def test_damaged_netlink(data: st.DataObject) -> None:
+def test_netlink_may_be_damaged(data: st.DataObject) -> None:
     """Real dumps with some bytes changed and cut off."""
     raw = bytearray(bytes.fromhex(CAPTURE["netlink"][data.draw(st.sampled_from(["links", "addresses"]))]))
     for _ in range(data.draw(st.integers(1, 8))):
@@ -158,7 +158,7 @@ def test_damaged_netlink(data: st.DataObject) -> None:
 # Uevents
 
 
-def test_captured_uevents(capture: Any) -> None:
+def test_captured_uevents_are_understood(capture: Any) -> None:
     kernel, udev = (bytes.fromhex(capture["netlink"][name]) for name in ("kernel", "udev"))
     assert kernel.startswith(b"change@/devices/")
     assert udev.startswith(b"libudev\0\xfe\xed\xca\xfe")
@@ -192,12 +192,12 @@ def udev_message(properties: bytes, start: int = 40) -> bytes:
         (b"ACTION=remove\0DEVPATH=/devices/virtual/bdi/1:2:3\0SUBSYSTEM=bdi\0", ""),
     ],
 )
-def test_uevents(properties: bytes, name: str) -> None:
+def test_uevents_name_disks(properties: bytes, name: str) -> None:
     assert storagetm.parse_uevent(b"add@/devices/x\0" + properties) == name
     assert storagetm.parse_uevent(udev_message(properties)) == name
 
 
-def test_udev_message_with_a_longer_header() -> None:
+def test_udev_message_may_have_a_longer_header() -> None:
     properties = b"DEVPATH=/devices/x/block/sda\0SUBSYSTEM=block\0"
     assert storagetm.parse_uevent(udev_message(bytes(8) + properties, 48)) == "sda"
     # An offset into the header, or behind the end, is nonsense.
@@ -206,7 +206,7 @@ def test_udev_message_with_a_longer_header() -> None:
 
 
 @given(st.binary(max_size=100), st.integers(0, 120))
-def test_any_bytes_as_uevent(raw: bytes, start: int) -> None:
+def test_uevent_may_be_any_bytes(raw: bytes, start: int) -> None:
     going = b"SUBSYSTEM=bdi\0ACTION=remove\0DEVPATH=/" + raw
     parts = (raw, udev_message(raw, start), b"libudev\0" + raw, b"SUBSYSTEM=block\0DEVPATH=" + raw)
     for part in (*parts, going):
@@ -220,7 +220,7 @@ def test_any_bytes_as_uevent(raw: bytes, start: int) -> None:
 # A block device's uevent file in sysfs
 
 
-def test_captured_block_uevent(capture: Any) -> None:
+def test_captured_block_uevents_are_understood(capture: Any) -> None:
     files = {p: v.encode("latin-1") for p, v in capture["files"].items() if p.endswith("/uevent")}
     disks = {p.split("/")[-2]: v for p, v in files.items() if b"\nDEVTYPE=disk\n" in v}
     assert len(disks) > 5
@@ -240,12 +240,12 @@ def test_captured_block_uevent(capture: Any) -> None:
         (b"", (":", "")),
     ],
 )
-def test_block_uevent(raw: bytes, expected: tuple[str, str]) -> None:
+def test_block_uevent_gives_number_and_diskseq(raw: bytes, expected: tuple[str, str]) -> None:
     assert storagetm.parse_block_uevent(raw) == expected
 
 
 @given(st.binary(max_size=60))
-def test_any_bytes_as_block_uevent(raw: bytes) -> None:
+def test_block_uevent_may_be_any_bytes(raw: bytes) -> None:
     for variant in (raw, b"MAJOR=" + raw, b"MAJOR=8\nMINOR=" + raw + b"\nDISKSEQ=" + raw):
         number, diskseq = storagetm.parse_block_uevent(variant)
         assert set(number + diskseq) <= set("0123456789:")
@@ -254,7 +254,7 @@ def test_any_bytes_as_block_uevent(raw: bytes) -> None:
 # udev's database and files of assignments
 
 
-def test_captured_udev_database(capture: Any) -> None:
+def test_captured_udev_database_is_understood(capture: Any) -> None:
     raw = capture["files"]["/run/udev/data/b8:16"].encode("latin-1")
     found = storagetm.parse_udev_database(raw)
     assert found["ID_SERIAL"] == "QEMU_HARDDISK_DISK-ATA"
@@ -262,19 +262,19 @@ def test_captured_udev_database(capture: Any) -> None:
     assert found["ID_MODEL"] == "QEMU_HARDDISK"
 
 
-def test_udev_database() -> None:
+def test_udev_database_gives_identities() -> None:
     raw = b"S:disk/by-id/x\nE:ID_MODEL=a=b\nI:123\nE:ID_SERIAL=\xff\nID_SERIAL=no\nG:systemd\nE:ID_\n"
     assert storagetm.parse_udev_database(raw) == {"ID_MODEL": "a=b", "ID_SERIAL": "\ufffd"}
 
 
-def test_captured_assignments(capture: Any) -> None:
+def test_captured_assignments_are_understood(capture: Any) -> None:
     found = storagetm.parse_assignments(capture["files"]["/etc/os-release"].encode("latin-1"))
     assert found["ID"] == "debian"
     assert found["VERSION_ID"] == "13"
     assert found["PRETTY_NAME"] == "Debian GNU/Linux 13 (trixie)"
 
 
-def test_assignments() -> None:
+def test_assignments_lose_quotes_and_blanks() -> None:
     raw = b"\n# A=comment\n  B=2  \nC='it''s'\nD=\"x y\"\nE='\nF=\nG\n=h\nI=\"\x1b[2J\"\nB=3"
     assert storagetm.parse_assignments(raw) == {
         "B": "3",
@@ -287,7 +287,7 @@ def test_assignments() -> None:
 
 
 @given(st.binary(max_size=100))
-def test_any_bytes_as_assignments(raw: bytes) -> None:
+def test_assignments_may_be_any_bytes(raw: bytes) -> None:
     for found in (
         storagetm.parse_assignments(raw),
         storagetm.parse_udev_database(raw.replace(b"\n", b"\nE:ID_")),
@@ -300,7 +300,7 @@ def test_any_bytes_as_assignments(raw: bytes) -> None:
 # procfs
 
 
-def test_captured_mountinfo(capture: Any) -> None:
+def test_captured_mountinfo_is_understood(capture: Any) -> None:
     raw = capture["files"]["/proc/self/mountinfo"].encode("latin-1")
     found = list(storagetm.parse_mountinfo(raw))
     assert len(found) == raw.count(b"\n")
@@ -308,7 +308,7 @@ def test_captured_mountinfo(capture: Any) -> None:
     assert {where for _, _, where in found} >= {"/", "/dev", "/proc", "/sys", "/run"}
 
 
-def test_mountinfo() -> None:
+def test_mountinfo_gives_number_source_and_place() -> None:
     raw = b"""\
 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue
 37 35 0:45 / /with\\040blank\\012and\\134all rw - btrfs /dev/sd\\040a rw
@@ -320,7 +320,7 @@ def test_mountinfo() -> None:
     ]
 
 
-def test_swaps() -> None:
+def test_swaps_give_files_and_partitions() -> None:
     raw = (
         b"Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
         b"/dev/vda2                               partition\t1048572\t\t0\t\t-2\n"
@@ -332,21 +332,21 @@ def test_swaps() -> None:
 
 
 @given(st.binary(max_size=100))
-def test_octal_escapes(raw: bytes) -> None:
+def test_octal_escapes_are_undone(raw: bytes) -> None:
     """What the kernel's mangle() makes of a path comes out as it was."""
     mangled = b"".join(b"\\%03o" % c if c in b" \t\n\\" else bytes([c]) for c in raw)
     assert storagetm.unescape_octal(mangled) == raw
 
 
 @pytest.mark.parametrize("raw", [b"\\", b"a\\04", b"\\080", b"\\400", b"\\777", b"\\x41"])
-def test_what_is_no_octal_escape(raw: bytes) -> None:
+def test_what_is_no_octal_escape_stays(raw: bytes) -> None:
     assert storagetm.unescape_octal(raw) == raw
 
 
 @given(st.binary(max_size=100))
 @example(b"- - - - - - - - - - -")
 @example(b"a b c d e f g - h i\\")
-def test_any_bytes_as_procfs(raw: bytes) -> None:
+def test_procfs_may_be_any_bytes(raw: bytes) -> None:
     for raw_variant in (raw, raw.replace(b"\0", b" "), raw.replace(b"\0", b"\n")):
         for number, _, where in storagetm.parse_mountinfo(raw_variant):
             assert "\n" not in number
@@ -369,14 +369,14 @@ def test_any_bytes_as_procfs(raw: bytes) -> None:
         (b"", "8", False),
     ],
 )
-def test_entry_of_former_disk(entry: bytes, diskseq: str, former: bool) -> None:
+def test_entry_of_a_former_disk_is_told(entry: bytes, diskseq: str, former: bool) -> None:
     assert storagetm.is_of_former_disk(entry, diskseq) == former
 
 
 # SCSI
 
 
-def test_captured_vpd_pages(capture: Any) -> None:
+def test_captured_vpd_pages_are_understood(capture: Any) -> None:
     pages = {p: v.encode("latin-1") for p, v in capture["files"].items() if p.endswith("/vpd_pg80")}
     assert sorted(map(storagetm.parse_vpd_serial, pages.values())) == ["DISK-ATA", "DISK-SCSI"]
 
@@ -394,7 +394,7 @@ def test_captured_vpd_pages(capture: Any) -> None:
         (b"", ""),
     ],
 )
-def test_vpd_serial(raw: bytes, serial: str) -> None:
+def test_vpd_page_gives_the_serial_number(raw: bytes, serial: str) -> None:
     assert storagetm.parse_vpd_serial(raw) == serial
 
 
@@ -420,12 +420,12 @@ def test_vpd_serial(raw: bytes, serial: str) -> None:
         (b"", (-1, "")),
     ],
 )
-def test_vpd_name(raw: bytes, name: tuple[int, str]) -> None:
+def test_vpd_page_gives_the_name(raw: bytes, name: tuple[int, str]) -> None:
     assert storagetm.parse_vpd_name(raw) == name
 
 
 @given(st.binary(max_size=50))
-def test_any_bytes_as_vpd_page(raw: bytes) -> None:
+def test_vpd_page_may_be_any_bytes(raw: bytes) -> None:
     for page in (raw, b"\0\x80" + raw, b"\0\x83\0\0" + raw):
         assert "\0" not in storagetm.parse_vpd_serial(page)
         assert "\0" not in storagetm.parse_vpd_name(page)[1]
@@ -445,7 +445,7 @@ TCP6 = b"""\
 
 
 @pytest.mark.skipif(sys.byteorder == "big", reason="captured on a little-endian machine")
-def test_who_is_attached() -> None:
+def test_only_who_is_connected_to_the_ports_is_attached() -> None:
     """Those that are connected to the ports, and no others."""
     assert storagetm.parse_sockets(TCP, {16858, 29423}) == {"192.0.2.2"}
     assert storagetm.parse_sockets(TCP6, {16858, 29423}) == {"fe80::5054:ff:1234:5678"}
@@ -456,5 +456,5 @@ def test_who_is_attached() -> None:
 @example(b"0: 0:41DA 0:0 01")
 @example(b"0: 0:41DA zz:0 01")
 @example(b"0: 0:41DA -1:0 01\n0: 0:41DA fffffffff:0 01\n0: 0:_ 00000000:0 01")
-def test_any_bytes_as_sockets(raw: bytes) -> None:
+def test_sockets_may_be_any_bytes(raw: bytes) -> None:
     assert all(isinstance(x, str) for x in storagetm.parse_sockets(raw, {0x41DA}))

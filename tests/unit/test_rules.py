@@ -63,7 +63,7 @@ def disk(node: str, *links: str, serial: str = "", model: str = "") -> storagetm
         ("", False),
     ],
 )
-def test_what_a_rule_matches(glob: str, matches: bool) -> None:
+def test_rule_matches_node_link_serial_or_model(glob: str, matches: bool) -> None:
     found = disk(
         "/dev/sda", "/dev/disk/by-path/pci-0000:00:1f.2-ata-1", serial="WD-1234", model="WDC_WD40EFRX"
     )
@@ -88,12 +88,12 @@ def test_first_rule_counts() -> None:
         ("/dev/disk/by-path/pci-0000:00:1f.2*:snapshot", ("/dev/disk/by-path/pci-0000:00:1f.2*", SNAPSHOT)),
     ],
 )
-def test_rule(text: str, rule: tuple[str, str]) -> None:
+def test_rule_is_glob_and_mode(text: str, rule: tuple[str, str]) -> None:
     assert storagetm.parse_rule(text) == rule
 
 
 @pytest.mark.parametrize("text", ["", "/dev/sda", "/dev/sda:", ":read-write", "/dev/sda:rw", "read-only"])
-def test_bad_rule(text: str) -> None:
+def test_what_is_no_rule_is_refused(text: str) -> None:
     with pytest.raises(storagetm.UsageError, match="--access="):
         storagetm.parse_rule(text)
 
@@ -139,12 +139,12 @@ def test_partition_stands_for_its_disk(unpack: Unpack, glob: str, mode: str, def
         ([("/dev/vdb2", SNAPSHOT), ("/dev/vdb1", READ_WRITE)], SNAPSHOT),
     ],
 )
-def test_several_rules(unpack: Unpack, rules: Rules, access: str) -> None:
+def test_first_rule_counts_unless_a_partition_needs_more(unpack: Unpack, rules: Rules, access: str) -> None:
     unpack("trixie-partitioned")
     assert accesses(every(rules))["vdb"] == access
 
 
-def test_what_is_stacked(unpack: Unpack) -> None:
+def test_protection_holds_for_what_is_stacked(unpack: Unpack) -> None:
     """To write to an array changes its disks, and to write to a disk changes what is on it."""
     machine = unpack("trixie-assembled")
     below = min(os.listdir(machine.path("/sys/class/block/md1/slaves")))
@@ -156,7 +156,9 @@ def test_what_is_stacked(unpack: Unpack) -> None:
     assert every([(f"/dev/{below}", READ_WRITE)], READ_ONLY).disks["md1"].access == READ_ONLY
 
 
-def test_path_on_the_command_line(unpack: Unpack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rule_matches_the_path_on_the_command_line(
+    unpack: Unpack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever it leads over, as it was typed and in full; also that of a file."""
     machine = unpack("trixie-partitioned")
     shutil.rmtree(machine.path("/run/udev"))
@@ -175,7 +177,7 @@ def test_path_on_the_command_line(unpack: Unpack, tmp_path: Path, monkeypatch: p
         assert set(found.values()) == {READ_WRITE}
 
 
-def test_same_device_by_two_paths(unpack: Unpack) -> None:
+def test_rule_for_either_of_two_paths_counts(unpack: Unpack) -> None:
     machine = unpack("trixie-partitioned")
     machine.status["/dev/my-disk"] = machine.status["/dev/vdc"]
     access = storagetm.Access([("/dev/my-disk", READ_ONLY)], READ_WRITE)
@@ -208,14 +210,16 @@ def test_same_device_by_two_paths(unpack: Unpack) -> None:
         ([("/dev/vd*", READ_WRITE), ("/dev/vdb", READ_ONLY)], READ_WRITE, READ_WRITE, READ_WRITE),
     ],
 )
-def test_doubt(unpack: Unpack, rules: Rules, mode: str, vdb: str, others: str) -> None:
+def test_rule_that_matches_nothing_protects_all(
+    unpack: Unpack, rules: Rules, mode: str, vdb: str, others: str
+) -> None:
     unpack("trixie-partitioned")
     found = accesses(every(rules, mode))
     assert found.pop("vdb") == vdb
     assert set(found.values()) == {others}
 
 
-def test_disk_that_is_not_exported(unpack: Unpack) -> None:
+def test_rule_may_match_a_disk_that_is_not_exported(unpack: Unpack) -> None:
     """A rule for a disk that is in use, or that was not named, is no mistake."""
     unpack("trixie-partitioned")
     assert set(accesses(every([("/dev/disk/by-label/root", READ_ONLY)])).values()) == {READ_WRITE}
@@ -262,7 +266,7 @@ def test_idle_rule_is_named(unpack: Unpack, rule: tuple[str, str], default: str,
     assert inventory.access.idle(inventory.disks.values()) == [text]
 
 
-def test_late_match(unpack: Unpack) -> None:
+def test_late_match_changes_only_what_has_no_clients(unpack: Unpack) -> None:
     """The disk that a rule is for comes later; what has clients by then stays as it is, others change."""
     machine = unpack("trixie-partitioned")
     entry = machine.path("/run/udev/data/b254:32")
@@ -283,7 +287,7 @@ def test_late_match(unpack: Unpack) -> None:
 # udev
 
 
-def test_without_udev(unpack: Unpack) -> None:
+def test_rule_that_needs_udev_is_refused_without_it(unpack: Unpack) -> None:
     """What only udev knows is an error where it does not run; all else works."""
     machine = unpack("trixie-partitioned")
     shutil.rmtree(machine.path("/run/udev"))
@@ -321,7 +325,7 @@ def test_partitions_are_waited_for(unpack: Unpack) -> None:
     assert (inventory.disks["vdb"].access, inventory.disks["vdc"].access) == (READ_ONLY, READ_WRITE)
 
 
-def test_access_that_clients_have(unpack: Unpack) -> None:
+def test_access_that_clients_have_is_told(unpack: Unpack) -> None:
     """What an earlier run exported is told from what is in between."""
     unpack("trixie-partitioned")
     transport = storagetm.NvmeTcp(storagetm.Machine())

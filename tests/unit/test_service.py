@@ -159,7 +159,9 @@ def subsystems(nvmet: Nvmet) -> list[str]:
 # From start to stop
 
 
-def test_all_disks(start: Start, nvmet: Nvmet, manager: Manager, disks: list[str], access: str) -> None:
+def test_all_disks_are_exported(
+    start: Start, nvmet: Nvmet, manager: Manager, disks: list[str], access: str
+) -> None:
     run = start()
     before = nvmet.contents()
     run.service.synchronise(strict=True)
@@ -180,19 +182,19 @@ def test_all_disks(start: Start, nvmet: Nvmet, manager: Manager, disks: list[str
     assert all(d.fd < 0 for d in run.service.inventory.disks.values())
 
 
-def test_named_disk(start: Start, nvmet: Nvmet) -> None:
+def test_only_the_named_disk_is_exported(start: Start, nvmet: Nvmet) -> None:
     run = start("/dev/vdc")
     run.service.synchronise(strict=True)
     assert subsystems(nvmet) == ["vdc"]
 
 
-def test_second_instance(start: Start) -> None:
+def test_second_instance_is_refused(start: Start) -> None:
     start()
     with pytest.raises(storagetm.UserError, match=f"process {os.getpid()}; stop it or give another --nqn"):
         start()
 
 
-def test_lost_changes(
+def test_disk_that_lost_changes_is_no_longer_exported(
     start: Start, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Without what its clients had changed, a disk is another one to them: it is no longer exported."""
@@ -412,7 +414,9 @@ def test_nothing_listens_before_all_can_be_linked(start: Start, nvmet: Nvmet, di
 # Hot-plug
 
 
-def test_disk_goes(start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]) -> None:
+def test_export_goes_with_its_disk(
+    start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]
+) -> None:
     run = start()
     run.service.synchronise(strict=True)
     for path in ("/sys/class/block/vdb", "/sys/block/vdb"):
@@ -422,7 +426,7 @@ def test_disk_goes(start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: 
     assert subsystems(nvmet) == [n for n in disks if n != "vdb"]
 
 
-def test_another_disk_takes_its_place(
+def test_another_disk_in_its_place_is_exported_as_itself(
     start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]
 ) -> None:
     """It is exported as itself, not as what udev's database says of the one before it for a while."""
@@ -500,7 +504,7 @@ def pull(run: Run, machine: CapturedMachine, name: str, inflight: str) -> None:
     run.service.synchronise()
 
 
-def test_pulled_disk_owes_answers(
+def test_nothing_waits_for_a_pulled_disk_that_owes_answers(
     start: Start,
     nvmet: Nvmet,
     machine: CapturedMachine,
@@ -542,7 +546,7 @@ def test_pulled_disk_owes_answers(
     assert not os.path.exists(run.service.exporter.ledger.path)
 
 
-def test_pulled_disk_answers_during_the_stop(
+def test_pulled_disk_that_answers_during_the_stop_goes(
     start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]
 ) -> None:
     """All others are gone by then; the ports go after it."""
@@ -575,7 +579,7 @@ def resized(disk: storagetm.Disk) -> list[str]:
     return [f"{step} {name}{written.get(step, '')}" for name in names for step in steps]
 
 
-def test_disk_grows(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
+def test_clients_are_told_that_a_disk_grows(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
     run = start()
     run.service.synchronise(strict=True)
     machine.attribute("vdb", "size", "999999")
@@ -612,7 +616,7 @@ def failing(nvmet: Nvmet, part: str, code: int) -> None:
     nvmet.intercept = intercept
 
 
-def test_disk_that_fails(
+def test_disk_that_fails_is_reported_once_and_tried_again(
     start: Start, nvmet: Nvmet, machine: CapturedMachine, capfd: pytest.CaptureFixture[str], disks: list[str]
 ) -> None:
     """It is reported once, leaves nothing behind, and is tried again when something about it changes."""
@@ -653,7 +657,7 @@ def test_disk_that_fails(
         (errno.ENXIO, "No medium found; insert one and it will be exported"),
     ],
 )
-def test_reasons(
+def test_each_failure_has_its_reason(
     start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str], code: int, reason: str
 ) -> None:
     run = start()
@@ -663,7 +667,7 @@ def test_reasons(
     assert capfd.readouterr().err == f"Failed to export '/dev/vdb': {reason}\n"
 
 
-def test_named_disk_that_fails(start: Start, nvmet: Nvmet) -> None:
+def test_named_disk_that_fails_ends_the_start(start: Start, nvmet: Nvmet) -> None:
     before = nvmet.contents()
     run = start("/dev/vdb", "/dev/vdc")
     failing(nvmet, f"{run.namespace('vdc')}/enable", errno.EACCES)
@@ -674,7 +678,9 @@ def test_named_disk_that_fails(start: Start, nvmet: Nvmet) -> None:
     assert nvmet.contents() == before
 
 
-def test_name_is_taken(start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str]) -> None:
+def test_name_that_is_taken_is_left_alone(
+    start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = nvmet.path(f"nvmet/subsystems/{PREFIX}.vdb")
     os.mkdir(path)
     inode = path.stat().st_ino
@@ -692,7 +698,7 @@ protected = pytest.mark.parametrize("access", [READ_ONLY, SNAPSHOT])
 
 
 @protected
-def test_name_of_device_is_taken(
+def test_device_name_that_is_taken_is_left_alone(
     start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str], disks: list[str]
 ) -> None:
     run = start()
@@ -713,7 +719,7 @@ def test_name_of_device_is_taken(
 
 
 @protected
-def test_device_that_others_hold(
+def test_device_that_others_hold_goes_later(
     start: Start, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The export ends all the same, and the device goes as soon as it can."""
@@ -738,7 +744,7 @@ def test_device_that_others_hold(
     assert nvmet.contents() == before
 
 
-def test_port_is_taken_by_a_program(
+def test_port_taken_by_a_program_is_replaced(
     start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str], disks: list[str]
 ) -> None:
     run = start()
@@ -754,7 +760,9 @@ def test_port_is_taken_by_a_program(
         assert len(list(nvmet.path(f"nvmet/ports/{number}/subsystems").iterdir())) == len(disks)
 
 
-def test_port_is_taken_by_an_entry(start: Start, nvmet: Nvmet, disks: list[str]) -> None:
+def test_port_taken_by_an_entry_is_replaced_and_left_alone(
+    start: Start, nvmet: Nvmet, disks: list[str]
+) -> None:
     os.mkdir(nvmet.path("nvmet/ports/36681"))
     run = start()
     run.service.synchronise(strict=True)
@@ -764,7 +772,7 @@ def test_port_is_taken_by_an_entry(start: Start, nvmet: Nvmet, disks: list[str])
     assert [p.name for p in nvmet.path("nvmet/ports").iterdir()] == ["36681"]
 
 
-def test_ipv6_turns_out_to_be_off(
+def test_ipv4_does_where_ipv6_turns_out_to_be_off(
     start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str], disks: list[str]
 ) -> None:
     run = start()
@@ -775,7 +783,7 @@ def test_ipv6_turns_out_to_be_off(
     assert "IPv6 is off, exporting without it" in capfd.readouterr().out
 
 
-def test_no_port_at_all(start: Start, nvmet: Nvmet) -> None:
+def test_start_without_any_port_fails(start: Start, nvmet: Nvmet) -> None:
     """All disks would fail in the same way, so that ends the start."""
     run = start()
     failing(nvmet, "symlink nvmet/ports/", errno.EADDRINUSE)
@@ -786,7 +794,9 @@ def test_no_port_at_all(start: Start, nvmet: Nvmet) -> None:
     assert list(nvmet.path("nvmet/subsystems").iterdir()) == []
 
 
-def test_disk_that_does_not_go(start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str]) -> None:
+def test_disk_that_does_not_go_is_named(
+    start: Start, nvmet: Nvmet, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = start()
     run.service.synchronise(strict=True)
     failing(nvmet, f"rmdir nvmet/subsystems/{PREFIX}.vdb", errno.EBUSY)
@@ -872,7 +882,7 @@ def failure(request: pytest.FixtureRequest, nvmet: Nvmet, monkeypatch: pytest.Mo
         os.close(fd)
 
 
-def test_start_that_fails(
+def test_start_that_fails_is_shown_before_a_reboot(
     run: Failing, failure: str, nvmet: Nvmet, manager: Manager, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Where its end would boot the machine, it is shown instead, and nothing is left of the export."""
@@ -886,7 +896,7 @@ def test_start_that_fails(
     assert capfd.readouterr().err.count(failure) == 1
 
 
-def test_start_that_fails_in_a_shell(run: Failing, failure: str, nvmet: Nvmet) -> None:
+def test_start_that_fails_in_a_shell_ends(run: Failing, failure: str, nvmet: Nvmet) -> None:
     problem: storagetm.UserError | OSError | None = None
     try:
         run.service.run()
@@ -899,14 +909,14 @@ def test_start_that_fails_in_a_shell(run: Failing, failure: str, nvmet: Nvmet) -
 
 
 @pytest.mark.parametrize("run", ["n" * 219], indirect=True)
-def test_nqn_that_is_too_long_for_a_disk(run: Failing, nvmet: Nvmet) -> None:
+def test_nqn_that_is_too_long_for_a_disk_is_shown(run: Failing, nvmet: Nvmet) -> None:
     run.service.reboots = True
     assert run.service.run() == 0
     assert re.match(r"--nqn= is too long for '/dev/\w+': its NQN", run.service.refused)
     assert subsystems(nvmet) == []
 
 
-def test_what_an_earlier_start_exported(
+def test_what_an_earlier_start_exported_stays(
     start: Start, run: Failing, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch, disks: list[str]
 ) -> None:
     """It stays where nothing was tried, and that is said."""
@@ -921,7 +931,7 @@ def test_what_an_earlier_start_exported(
     assert subsystems(nvmet) == disks
 
 
-def test_failure_while_it_runs(
+def test_failure_while_it_runs_is_not_held_on_screen(
     run: Failing, nvmet: Nvmet, manager: Manager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It worked, and would again: the machine may boot."""
@@ -937,7 +947,9 @@ def test_failure_while_it_runs(
 # Restart
 
 
-def test_restart_while_udev_looks_at_the_disks(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
+def test_restart_keeps_exports_while_udev_looks_at_disks(
+    start: Start, nvmet: Nvmet, machine: CapturedMachine
+) -> None:
     """What is exported stays so while the lock that died with the first run is in others' hands."""
     first = start()
     first.service.synchronise(strict=True)
@@ -955,7 +967,7 @@ def test_restart_while_udev_looks_at_the_disks(start: Start, nvmet: Nvmet, machi
     assert all("revalidate_size" in c for c in calls)
 
 
-def test_restart_with_other_ports(start: Start, nvmet: Nvmet) -> None:
+def test_restart_keeps_the_ports(start: Start, nvmet: Nvmet) -> None:
     """Those of the first run are kept, or all clients would lose their connections."""
     os.mkdir(nvmet.path("nvmet/ports/59936"))
     first = start()
@@ -967,7 +979,7 @@ def test_restart_with_other_ports(start: Start, nvmet: Nvmet) -> None:
     assert second.service.transport.ports == ports
 
 
-def test_restart_without_a_disk_that_is_gone(
+def test_restart_drops_a_disk_that_is_gone(
     start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]
 ) -> None:
     first = start()
@@ -1024,7 +1036,9 @@ class Seat:
 
 
 @may_write
-def test_seats(start: Start, nvmet: Nvmet, seats: Seats, machine: CapturedMachine, disks: list[str]) -> None:
+def test_seats_are_taken_before_clients_come_in(
+    start: Start, nvmet: Nvmet, seats: Seats, machine: CapturedMachine, disks: list[str]
+) -> None:
     """One in each subsystem, taken before clients can come in by both ports, and again after a crash."""
     run = start()
     before = nvmet.contents()
@@ -1059,7 +1073,9 @@ def test_seats(start: Start, nvmet: Nvmet, seats: Seats, machine: CapturedMachin
 
 
 @may_write
-def test_seat_that_a_client_has_taken(start: Start, nvmet: Nvmet, seats: Seats) -> None:
+def test_disk_whose_seat_a_client_has_taken_is_not_exported(
+    start: Start, nvmet: Nvmet, seats: Seats
+) -> None:
     """While the program was dead. The disk is for one client, so neither keeps it."""
     run = start()
     run.service.synchronise(strict=True)
@@ -1084,7 +1100,7 @@ def test_seat_that_a_client_has_taken(start: Start, nvmet: Nvmet, seats: Seats) 
         (OSError(errno.ECONNREFUSED, "x"), ".*: Connection refused; let this machine's firewall accept .*"),
     ],
 )
-def test_seat_that_is_refused(
+def test_disk_whose_seat_is_refused_is_not_exported(
     start: Start, nvmet: Nvmet, seats: Seats, problem: OSError, reason: str, disks: list[str]
 ) -> None:
     """Then one client too many could come in, so the disk is not exported, and nothing is left of it."""

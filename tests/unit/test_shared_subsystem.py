@@ -19,7 +19,7 @@ def disk(name: str, serial: str = "") -> storagetm.Disk:
     return made
 
 
-def test_too_many_namespaces() -> None:
+def test_too_many_namespaces_are_not_too_many_files() -> None:
     """The kernel's reason is one that it also has for open files."""
     transport = storagetm.SharedNvmeTcp(storagetm.Machine(), "quux")
     problem = OSError(errno.EMFILE, "", "/dev/sda")
@@ -30,7 +30,7 @@ def test_too_many_namespaces() -> None:
     assert "ulimit" in storagetm.reason_of(problem)
 
 
-def test_nguid() -> None:
+def test_nguid_lasts_and_is_of_one_disk() -> None:
     """It lasts, differs from disk to disk, also without serial numbers, and is not the UUID."""
     transport = storagetm.SharedNvmeTcp(storagetm.Machine(), "quux")
     disks = [disk("sda", "ONE"), disk("sdb", "TWO"), disk("nullb0"), disk("nullb1")]
@@ -40,7 +40,7 @@ def test_nguid() -> None:
     assert not set(found) & {transport.identities.uuid(d) for d in disks}
 
 
-def test_option() -> None:
+def test_option_says_which_kind() -> None:
     assert storagetm.parse_arguments(["--all", "--subsystem=shared"]).subsystem == storagetm.SHARED
     assert storagetm.parse_arguments(["--all", "--subsystem", "per-disk"]).subsystem == storagetm.PER_DISK
     with pytest.raises(storagetm.UsageError, match="--subsystem=one is neither per-disk nor shared"):
@@ -49,7 +49,7 @@ def test_option() -> None:
     assert storagetm.options_from_kernel(words, True).subsystem == storagetm.SHARED
 
 
-def test_shown() -> None:
+def test_one_command_attaches_all() -> None:
     """One command attaches all; which namespace is which disk is said."""
     transport = storagetm.SharedNvmeTcp(storagetm.Machine(), "quux")
     transport.ports = {storagetm.AF_INET: 16858}

@@ -107,7 +107,7 @@ def pages(
 # The screen
 
 
-def test_one_disk(screen: storagetm.Screen) -> None:
+def test_one_disk_is_shown_with_its_commands(screen: storagetm.Screen) -> None:
     assert rows(screen.drawn(report([disk("vda")]), 80, 25)) == [
         " Storage target mode: target (Debian GNU/Linux 13 (trixie))",
         "",
@@ -125,7 +125,7 @@ def test_one_disk(screen: storagetm.Screen) -> None:
     ]
 
 
-def test_what_ctrl_c_does(screen: storagetm.Screen) -> None:
+def test_last_row_says_what_ctrl_c_does(screen: storagetm.Screen) -> None:
     """It is not the same in the unit, whose end boots the machine."""
     shown = report([disk("vda")])
     shown.reboots = True
@@ -151,7 +151,7 @@ def test_what_ctrl_c_does(screen: storagetm.Screen) -> None:
     ("width", "height"), [(80, 25), (80, 24), (100, 37), (132, 50), (240, 67), (60, 20)]
 )
 @pytest.mark.parametrize("count", [1, 5, 30, 70])
-def test_all_is_shown(screen: storagetm.Screen, width: int, height: int, count: int) -> None:
+def test_all_is_on_some_page(screen: storagetm.Screen, width: int, height: int, count: int) -> None:
     """On some page, whole, with the title at the top and no row scrolled away."""
     names = [f"nvme{i}n1" for i in range(count)]
     shown = report([disk(name, i) for i, name in enumerate(names)], addresses(3))
@@ -173,14 +173,14 @@ def test_all_is_shown(screen: storagetm.Screen, width: int, height: int, count: 
         assert f"  nvme connect-all -t tcp -a {address.text} -s" in everything
 
 
-def test_row_that_is_full(screen: storagetm.Screen) -> None:
+def test_full_row_loses_nothing(screen: storagetm.Screen) -> None:
     """Its last character belongs to the command."""
     line = f"    -n {PREFIX}.nvme0n1"
     assert len(line) == 80
     assert line in rows(screen.drawn(report([disk("nvme0n1")]), 80, 25))
 
 
-def test_long_nqn(screen: storagetm.Screen) -> None:
+def test_long_nqn_is_whole(screen: storagetm.Screen) -> None:
     prefix = "nqn." + "x" * 200
     page = rows(screen.drawn(report([disk("vda")], prefix=prefix), 80, 25))
     assert page[0].startswith(" Storage target mode")
@@ -188,26 +188,26 @@ def test_long_nqn(screen: storagetm.Screen) -> None:
     assert page[-1] == "Ctrl-C stops exporting."
 
 
-def test_link_local_address(screen: storagetm.Screen) -> None:
+def test_link_local_address_is_explained(screen: storagetm.Screen) -> None:
     page = rows(screen.drawn(report([disk("vda")], addresses(3)[2:]), 80, 25))
     assert "  nvme connect-all -t tcp -a fe80::5054:ff:fe12:3456 -s 36681 -f INTERFACE" in page
     assert [line for line in page if "the other machine's interface to this one" in line]
 
 
-def test_no_address(screen: storagetm.Screen) -> None:
+def test_missing_address_is_explained(screen: storagetm.Screen) -> None:
     text = "\n".join(rows(screen.drawn(report([disk("vda")], []), 80, 25)))
     assert "The network is down: plug in a cable, or wait for an address." in text
     assert "/dev/vda " in text
     assert "nvme connect" not in text
 
 
-def test_no_disk(screen: storagetm.Screen) -> None:
+def test_missing_disk_is_explained(screen: storagetm.Screen) -> None:
     text = "\n".join(rows(screen.drawn(report([]), 80, 25)))
     assert "No disk is exported; plug one in, and it will be." in text
     assert "nvme connect -t" not in text
 
 
-def test_disks_that_are_not_exported(screen: storagetm.Screen) -> None:
+def test_disks_that_are_not_exported_have_reasons(screen: storagetm.Screen) -> None:
     left_out, failed, waiting = disk("sr0"), disk("vda"), disk("vdb")
     for made in (left_out, failed, waiting):
         made.branch = None
@@ -225,7 +225,7 @@ def test_disks_that_are_not_exported(screen: storagetm.Screen) -> None:
     ]
 
 
-def test_messages(screen: storagetm.Screen) -> None:
+def test_last_three_messages_are_shown(screen: storagetm.Screen) -> None:
     """The last three, above the last line, with the time."""
     asked = []
     screen.changed = lambda: asked.append(1)
@@ -241,7 +241,7 @@ def test_messages(screen: storagetm.Screen) -> None:
     assert len(asked) == 5
 
 
-def test_pages_turn(screen: storagetm.Screen) -> None:
+def test_keys_turn_pages(screen: storagetm.Screen) -> None:
     shown = report([disk(f"vd{i}") for i in range(30)])
     screen.drawn(shown, 80, 25)
     assert screen.pages > 3
@@ -275,7 +275,7 @@ def test_pages_turn(screen: storagetm.Screen) -> None:
     os.close(incoming)
 
 
-def test_without_colour(screen: storagetm.Screen) -> None:
+def test_without_colour_only_the_title_stands_out(screen: storagetm.Screen) -> None:
     assert "\x1b[1m  nvme" in screen.drawn(report([disk("vda")]), 80, 25)
     screen.colour = False
     assert set(re.findall(r"\x1b\[[0-9;]*m", screen.drawn(report([disk("vda")]), 80, 25))) == {
@@ -284,7 +284,9 @@ def test_without_colour(screen: storagetm.Screen) -> None:
     }
 
 
-def test_terminal_that_is_gone(screen: storagetm.Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_that_is_gone_ends_nothing(
+    screen: storagetm.Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def write(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
@@ -295,7 +297,7 @@ def test_terminal_that_is_gone(screen: storagetm.Screen, monkeypatch: pytest.Mon
     screen.show(report([disk("vda")]))
 
 
-def test_real_terminal() -> None:
+def test_real_terminal_is_left_as_it_was() -> None:
     """Keys come without echo and turn pages, and in the end the terminal is as it was."""
     pid, master = pty.fork()
     if pid == 0:
@@ -345,7 +347,7 @@ BLOCKS = st.lists(
 
 
 @given(BLOCKS, st.integers(10, 40), st.integers(4, 20))
-def test_pages(blocks: list[list[tuple[str, str]]], width: int, room: int) -> None:
+def test_pages_have_everything_once(blocks: list[list[tuple[str, str]]], width: int, room: int) -> None:
     found = storagetm.paginated(blocks, width, room)
     # Everything once and in order, but for blank lines.
     lines = [line for block in blocks for line in block if line[1]]
@@ -369,14 +371,14 @@ def test_pages(blocks: list[list[tuple[str, str]]], width: int, room: int) -> No
 
 
 @pytest.mark.parametrize(("length", "expected"), [(0, 1), (1, 1), (80, 1), (81, 2), (160, 2), (161, 3)])
-def test_rows_of(length: int, expected: int) -> None:
+def test_long_text_takes_more_rows(length: int, expected: int) -> None:
     assert storagetm.rows_of("x" * length, 80) == expected
 
 
 # Without a screen
 
 
-def test_plain_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+def test_plain_terminal_gets_ascii(capfd: pytest.CaptureFixture[str]) -> None:
     view = storagetm.PlainView()
     shown = report([disk("vda"), disk("vdb")], addresses(3))
     shown.title = "Storage target mode: café (Débian)"
@@ -464,7 +466,7 @@ def test_journal_has_reasons_that_change(lines: Any) -> None:
 # Short texts
 
 
-def test_status() -> None:
+def test_status_counts_disks_and_addresses() -> None:
     waiting, failed, left_out = disk("vdb"), disk("vdc"), disk("vdd")
     for made in (waiting, failed, left_out):
         made.branch = None
@@ -495,7 +497,7 @@ def test_only_addresses_of_families_that_are_exported() -> None:
     )
 
 
-def test_order_of_addresses() -> None:
+def test_ipv4_comes_first_and_link_local_last() -> None:
     """IPv4, then global IPv6, then link-local."""
     mixed = [
         storagetm.Address(V6, "fe80::1", "eth0", True),
@@ -515,7 +517,9 @@ def log() -> storagetm.Log:
     return storagetm.Log()
 
 
-def test_messages_to_people(log: storagetm.Log, capfd: pytest.CaptureFixture[str]) -> None:
+def test_people_get_messages_without_priorities(
+    log: storagetm.Log, capfd: pytest.CaptureFixture[str]
+) -> None:
     for priority in (3, 4, 6, 7):
         log(priority, f"text {priority}")
     assert tuple(capfd.readouterr()) == ("text 6\n", "text 3\ntext 4\n")
@@ -535,14 +539,14 @@ def test_early_warnings_are_kept(log: storagetm.Log) -> None:
     assert "shown at once" not in log.early
 
 
-def test_messages_to_the_journal(log: storagetm.Log, capfd: pytest.CaptureFixture[str]) -> None:
+def test_journal_gets_priorities(log: storagetm.Log, capfd: pytest.CaptureFixture[str]) -> None:
     log.journal, log.debug = {1, 2}, True
     for priority in (3, 4, 6, 7):
         log(priority, f"text {priority}")
     assert tuple(capfd.readouterr()) == ("<6>text 6\n", "<3>text 3\n<4>text 4\n<7>text 7\n")
 
 
-def test_whether_messages_go_to_the_journal(
+def test_journal_is_known_by_its_variable(
     log: storagetm.Log, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert not log.journal
@@ -555,7 +559,9 @@ def test_whether_messages_go_to_the_journal(
 
 
 @pytest.mark.parametrize(("level", "expected"), [("debug", True), ("7", True), ("info", False), ("", False)])
-def test_debug_messages(monkeypatch: pytest.MonkeyPatch, level: str, expected: bool) -> None:
+def test_level_decides_about_debug_messages(
+    monkeypatch: pytest.MonkeyPatch, level: str, expected: bool
+) -> None:
     monkeypatch.setenv("SYSTEMD_LOG_LEVEL", level)
     assert storagetm.Log().debug is expected
 
@@ -574,7 +580,7 @@ def printk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_console_level(printk: Path) -> None:
+def test_console_level_is_put_back(printk: Path) -> None:
     level = storagetm.ConsoleLevel()
     level.lower()
     assert printk.read_text()[0] == "1"
@@ -586,7 +592,7 @@ def test_console_level(printk: Path) -> None:
     assert printk.read_text() == "7\n"
 
 
-def test_console_level_after_a_crash(printk: Path) -> None:
+def test_console_level_is_put_back_after_a_crash(printk: Path) -> None:
     """What was found first is what is put back."""
     storagetm.ConsoleLevel().lower()
     level = storagetm.ConsoleLevel()
@@ -595,7 +601,7 @@ def test_console_level_after_a_crash(printk: Path) -> None:
     assert printk.read_text()[0] == "4"
 
 
-def test_console_level_that_cannot_be_changed(printk: Path) -> None:
+def test_console_level_may_be_missing(printk: Path) -> None:
     printk.unlink()
     level = storagetm.ConsoleLevel()
     level.lower()

@@ -77,7 +77,7 @@ def test_awake_while_it_exports(
     os.waitpid(pid, 0)
 
 
-def test_not_before_clients_are_let_in(
+def test_awake_only_once_clients_are_let_in(
     inhibit: Path, unpack: Callable[[str], CapturedMachine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = unpack("trixie-fresh")
@@ -91,7 +91,7 @@ def test_not_before_clients_are_let_in(
     assert not Path(f"{inhibit}.began").exists()
 
 
-def test_ends_with_a_process_that_is_killed(inhibit: Path) -> None:
+def test_lock_ends_with_a_process_that_is_killed(inhibit: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(storagetm.__file__).parent)!r}); import storagetm, time\n"
         f"storagetm.PROGRAMS = {storagetm.PROGRAMS!r}; storagetm.LOGIND = {storagetm.LOGIND!r}\n"
@@ -131,7 +131,7 @@ def refusing() -> tuple[storagetm.Service, int]:
     return service, wakeup
 
 
-def test_program_that_ends(
+def test_program_that_ends_is_noticed_once(
     inhibit: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As it does when logind refuses. The loop notices that once, and goes on."""
@@ -157,7 +157,7 @@ def test_program_that_ends(
     assert service.sleep_lock.fd == -1
 
 
-def test_program_that_a_stop_ends(
+def test_program_that_a_stop_ends_is_no_failure(
     inhibit: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A service manager ends all processes of a unit at once. That is no failure."""
@@ -174,7 +174,7 @@ def test_program_that_a_stop_ends(
     assert capfd.readouterr().err == ""
 
 
-def test_program_that_does_not_start(inhibit: Path) -> None:
+def test_program_that_does_not_start_leaves_nothing_open(inhibit: Path) -> None:
     inhibit.write_bytes(b"\x7fELF")
     lock = storagetm.SleepLock()
     before = os.listdir("/proc/self/fd")

@@ -74,7 +74,9 @@ GIB = 1 << 20  # in the units of meminfo
     ],
 )
 @pytest.mark.usefixtures("places")
-def test_memory_that_can_be_spared(asked: int, used: int, total: int, available: int, size: int) -> None:
+def test_part_of_the_memory_always_stays_free(
+    asked: int, used: int, total: int, available: int, size: int
+) -> None:
     with open(storagetm.PROC + "meminfo", "w") as file:
         file.write(f"MemTotal:       {total} kB\nMemAvailable:    {available} kB\n")
     memory = storagetm.Memory(asked)
@@ -85,7 +87,7 @@ def test_memory_that_can_be_spared(asked: int, used: int, total: int, available:
 
 @pytest.mark.parametrize(("mode", "spare"), [("0", 7 << 30), ("2", 1 << 20)])
 @pytest.mark.usefixtures("places")
-def test_memory_that_is_not_committed(mode: str, spare: int) -> None:
+def test_only_what_is_not_committed_is_spared(mode: str, spare: int) -> None:
     with open(storagetm.PROC + "meminfo", "w") as file:
         file.write(f"MemTotal: {8 * GIB} kB\nMemAvailable: {8 * GIB} kB\n")
         file.write(f"CommitLimit: {4 * GIB + 1024} kB\nCommitted_AS: {4 * GIB} kB\n")
@@ -148,7 +150,7 @@ def test_memory_shrinks_and_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not memory.full
 
 
-def test_invalid_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_store_is_revived_or_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is made valid, or its memory is given back: others have it then."""
     stores = Stores(monkeypatch, 1 << 40, a=(4 * MIB, 8 * MIB, storagetm.INVALID), b=(MIB, MIB, ""))
     memory = storagetm.Memory(16 * MIB)
@@ -174,7 +176,7 @@ def test_invalid_store(monkeypatch: pytest.MonkeyPatch) -> None:
         ([2048], "16384", 32),
     ],
 )
-def test_unit_of_a_snapshot(
+def test_unit_of_a_snapshot_fits_partitions_and_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starts: list[int], block: str, chunk: int
 ) -> None:
     """Whatever a file system overwrites as a whole is whole units."""

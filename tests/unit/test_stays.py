@@ -115,7 +115,7 @@ def test_another_medium_has_nothing_of_the_one_before(path: str, serial: str) ->
     assert identities(run(path), disk("sda", serial, "8:0 3", "reader")) == found
 
 
-def test_disk_in_the_place_of_another(path: str) -> None:
+def test_disk_in_the_place_of_another_has_nothing_of_it(path: str) -> None:
     """Pulled, and another one gets its node, or its serial number, or both."""
     stays = run(path)
     seen: set[str] = set()
@@ -142,7 +142,7 @@ def test_what_may_be_another_disk_has_another_number_after_a_reboot(
     assert not set(before) & set(after)
 
 
-def test_twins(path: str, boot: Callable[[str], None]) -> None:
+def test_twins_have_identities_of_their_own(path: str, boot: Callable[[str], None]) -> None:
     """The first keeps the contract's UUID, each other one has its own, as long as it stays in its slot."""
     first, second, third = (disk(f"sd{n}", "SAME", f"tag {n}", f"slot {n}") for n in range(3))
     stays = run(path)
@@ -160,7 +160,7 @@ def test_twins(path: str, boot: Callable[[str], None]) -> None:
     assert len(identities(stays, third, alone=False) & found[2]) == 3
 
 
-def test_boot_partitions_of_an_emmc(path: str) -> None:
+def test_boot_partitions_of_an_emmc_are_disks_of_their_own(path: str) -> None:
     """Their device is the disk."""
     stays = run(path)
     disks = [disk(name, slot="mmc0:0001") for name in ("mmcblk0", "mmcblk0boot0", "mmcblk0boot1")]
@@ -168,7 +168,9 @@ def test_boot_partitions_of_an_emmc(path: str) -> None:
     assert len(set.union(*(identities(stays, d) for d in disks))) == 12
 
 
-def test_partitions_of_one_disk(unpack: Callable[[str], CapturedMachine], path: str) -> None:
+def test_partitions_of_one_disk_have_identities_of_their_own(
+    unpack: Callable[[str], CapturedMachine], path: str
+) -> None:
     """They all have the disk's serial number in udev's database."""
     machine = unpack("trixie-partitioned")
     inventory = storagetm.Inventory((), False, False, stays=storagetm.Stays(path, SALT))
@@ -182,7 +184,7 @@ def test_partitions_of_one_disk(unpack: Callable[[str], CapturedMachine], path: 
     assert len(set.union(*(identities(inventory.stays, d) for d in disks))) == 4 * len(disks)
 
 
-def test_file_that_replaces_another(tmp_path: Path, path: str) -> None:
+def test_file_that_replaces_another_has_nothing_of_it(tmp_path: Path, path: str) -> None:
     """Under the same path, with the same number in the file system."""
     image = tmp_path / "disk.img"
     seen: set[str] = set()
@@ -211,14 +213,14 @@ def test_file_lasts_only_if_it_is_known_when_it_was_made(
     assert not made.lasts()
 
 
-def test_birth_time(tmp_path: Path) -> None:
+def test_birth_time_is_when_a_file_was_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     st_ = (tmp_path / "file").stat()
     assert abs(float(storagetm.birth_time(str(tmp_path / "file"))) - st_.st_mtime) < 60
     assert storagetm.birth_time(str(tmp_path / "missing")) == ""
 
 
-def test_numbers_that_clash(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_number_is_given_twice(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A number that is given is not given again, whatever the digests are."""
     monkeypatch.setattr(storagetm, "NSID_MAX", 5)
     stays = run(path)
@@ -262,13 +264,13 @@ def test_nothing_is_written_before_the_lock_is_held(path: str) -> None:
     assert not os.path.exists(path)
 
 
-def test_place_for_notes_is_full(capfd: pytest.CaptureFixture[str]) -> None:
+def test_disk_is_exported_without_a_place_for_notes(capfd: pytest.CaptureFixture[str]) -> None:
     """The disk is exported all the same, and why its number may not last is said."""
     assert number(run("/proc/none"), disk("sda", "ONE"))
     assert "Failed to note the numbers of namespaces in '/proc/none'" in capfd.readouterr().err
 
 
-def test_note_that_does_not_fit(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_note_that_does_not_fit_spoils_no_other(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is written in part would take the next one with it, and two disks be one."""
     stays = run(path)
     number(stays, disk("sda", "ONE"))
@@ -284,7 +286,7 @@ def test_note_that_does_not_fit(path: str, monkeypatch: pytest.MonkeyPatch) -> N
 @example(b"1 x a b c\n1 y a b c\n0 z a b c\n-1 a a b c\n2\n 3 b a b c\n1e3 c a b c\n1 x\n")
 @example(b"9" * 5000 + b" x a b c\n")
 @example("² x a b c\n".encode())
-def test_any_bytes_as_notes(raw: bytes) -> None:
+def test_notes_may_be_any_bytes(raw: bytes) -> None:
     stays = storagetm.Stays("", SALT)
     for found, *rest in stays.parse(raw):
         stays.add(int(found), *rest)

@@ -23,7 +23,7 @@ def kernel_takes(text: str, maximum: int) -> bool:
 
 
 @given(st.text(max_size=60), st.sampled_from([8, 20, 40]))
-def test_nvme_string(text: str, length: int) -> None:
+def test_kernel_takes_each_nvme_string(text: str, length: int) -> None:
     clean = storagetm.nvme_string(text, length)
     assert clean == "" or kernel_takes(clean, length)
     # It is compared with what is read back, whose blanks at the ends mean nothing.
@@ -44,12 +44,12 @@ def test_nvme_string(text: str, length: int) -> None:
         ("   ", ""),
     ],
 )
-def test_nvme_string_examples(text: str, clean: str) -> None:
+def test_nvme_string_has_no_blanks_at_its_ends(text: str, clean: str) -> None:
     assert storagetm.nvme_string(text, 20) == clean
 
 
 @given(st.lists(NAMES, min_size=1, max_size=20))
-def test_quoted(words: list[str]) -> None:
+def test_quoted_word_is_one_word_to_a_shell(words: list[str]) -> None:
     script = r"printf '%s\0' " + " ".join(storagetm.quoted(word) for word in words)
     printed = subprocess.run(["sh", "-c", os.fsencode(script)], stdout=subprocess.PIPE, check=True).stdout
     assert printed == b"".join(os.fsencode(word) + b"\0" for word in words)
@@ -67,7 +67,7 @@ def test_quoted_only_where_needed() -> None:
 
 
 @given(NAMES.filter(bool), st.integers(20, 300))
-def test_folded(name: str, width: int) -> None:
+def test_folded_command_is_the_same_to_a_shell(name: str, width: int) -> None:
     """Pasted into a shell, a folded command does what the command on one line would do."""
     command, more = "nvme connect -t tcp -a fe80::1 -s 1 -f INTERFACE", f"-n {storagetm.quoted(name)}"
     lines = storagetm.folded(command, width, more)
@@ -85,7 +85,7 @@ def test_folded_only_where_needed() -> None:
 
 
 @given(st.binary(max_size=60))
-def test_printable(raw: bytes) -> None:
+def test_printable_text_moves_no_cursor(raw: bytes) -> None:
     text = storagetm.printable(raw)
     assert all(c.isprintable() or c == "\n" for c in text)
     text.encode()
@@ -95,7 +95,7 @@ def test_printable(raw: bytes) -> None:
     ("raw", "text"),
     [(b"\x1b[2Jx", "?[2Jx"), (b"a\nb\tc", "a\nb?c"), ("é".encode(), "é"), (b"\xff", "\ufffd"), (b"\r", "?")],
 )
-def test_printable_examples(raw: bytes, text: str) -> None:
+def test_what_moves_a_cursor_is_replaced(raw: bytes, text: str) -> None:
     assert storagetm.printable(raw) == text
 
 
@@ -112,7 +112,7 @@ def test_printable_examples(raw: bytes, text: str) -> None:
         (10**16, "10.0 PB"),
     ],
 )
-def test_size_text(size: int, text: str) -> None:
+def test_size_has_one_digit_behind_the_point(size: int, text: str) -> None:
     assert storagetm.size_text(size) == text
 
 
@@ -124,11 +124,11 @@ def test_size_text_is_near(size: int) -> None:
     assert unit == "PB" or float(value) < 1000
 
 
-def test_natural_order() -> None:
+def test_disks_are_sorted_as_the_kernel_counts() -> None:
     names = ["sdaa", "sdb", "sda", "nvme10n1", "nvme0n1", "vda"]
     assert sorted(names, key=storagetm.natural_order) == ["sda", "sdb", "vda", "sdaa", "nvme0n1", "nvme10n1"]
 
 
-def test_reason_of() -> None:
+def test_reason_is_the_systems_text() -> None:
     assert storagetm.reason_of(OSError(28, "whatever", "/somewhere")) == "No space left on device"
     assert storagetm.reason_of(OSError("timed out")) == "timed out"

@@ -188,7 +188,7 @@ def is_courtesy(call: str) -> bool:
 
 
 @in_each_access
-def test_create(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_disk_becomes_these_entries(nvmet: Nvmet, run: Run, access: str) -> None:
     a = disk("a", access=access)
     assert run(wanted([a])) == {}
     subsystem = "nvmet/subsystems/nqn.test.a"
@@ -239,7 +239,7 @@ def test_create(nvmet: Nvmet, run: Run, access: str) -> None:
 
 
 @in_each_access
-def test_visible_last(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_disk_is_visible_last(nvmet: Nvmet, run: Run, access: str) -> None:
     """Clients see a disk once all of it is there, and not any more before any of it goes."""
     made = changes(nvmet, lambda: run(want("a", access)))
     if access == READ_ONLY:
@@ -267,7 +267,7 @@ def test_all_goes_again(nvmet: Nvmet, run: Run, count: int, access: str) -> None
 
 
 @in_each_access
-def test_nothing_to_do(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
+def test_same_again_does_nothing(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     session = Session(nvmet, tmp_path / "x.entries")
     branches = want("abc", access)
     assert session.reconcile(branches) == {}
@@ -279,7 +279,9 @@ def test_nothing_to_do(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     session.close()
 
 
-def test_attributes_that_the_kernel_lacks(nvmet: Nvmet, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attributes_that_the_kernel_lacks_are_left_out(
+    nvmet: Nvmet, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = nvmet.contents()
     kept = ("attr_allow_any_host", "attr_cntlid_max", "attr_cntlid_min", "attr_serial")
     monkeypatch.setattr(stand_in, "SUBSYSTEM", kept)
@@ -293,7 +295,7 @@ def test_attributes_that_the_kernel_lacks(nvmet: Nvmet, run: Run, monkeypatch: p
 
 
 @pytest.mark.parametrize("access", [SNAPSHOT, READ_WRITE])
-def test_kernel_that_cannot_keep_other_clients_away(
+def test_kernel_that_cannot_keep_others_away_exports_nothing(
     nvmet: Nvmet, run: Run, monkeypatch: pytest.MonkeyPatch, access: str
 ) -> None:
     """Nothing is exported with less protection than asked for, unless that is asked for."""
@@ -319,7 +321,7 @@ def name_of(path: str) -> str:
 
 
 @in_each_access
-def test_one_disk_comes_and_goes(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_other_disks_stay_while_one_comes_and_goes(nvmet: Nvmet, run: Run, access: str) -> None:
     run(want("a", access))
     added = [c for c in changes(nvmet, lambda: run(want("ab", access))) if not is_courtesy(c)]
     resized = "write nvmet/subsystems/nqn.test.{}/namespaces/1/revalidate_size 1"
@@ -329,7 +331,7 @@ def test_one_disk_comes_and_goes(nvmet: Nvmet, run: Run, access: str) -> None:
 
 
 @in_each_access
-def test_new_size(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
+def test_new_size_makes_nothing_anew(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     """Attached clients are told; nothing is made anew under their feet."""
     session = Session(nvmet, tmp_path / "x.entries")
     session.reconcile(want("ab", access))
@@ -351,7 +353,7 @@ def test_new_size(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
 
 @in_each_access
 @pytest.mark.parametrize("other", storagetm.ACCESS)
-def test_another_access(nvmet: Nvmet, run: Run, access: str, other: str) -> None:
+def test_another_access_leaves_other_disks_alone(nvmet: Nvmet, run: Run, access: str, other: str) -> None:
     """What stood in between with the old one goes, and nothing of the other disk is touched."""
     before = nvmet.contents()
     run(wanted([disk("a", access=other), disk("b", access=access)]))
@@ -369,7 +371,9 @@ def test_another_access(nvmet: Nvmet, run: Run, access: str, other: str) -> None
 
 @in_each_access
 @pytest.mark.parametrize(("tag", "model"), [("254:0 2", "Model"), ("254:0 1", "Other")])
-def test_made_anew(nvmet: Nvmet, run: Run, tag: str, model: str, access: str) -> None:
+def test_another_disk_or_model_is_made_anew(
+    nvmet: Nvmet, run: Run, tag: str, model: str, access: str
+) -> None:
     """Another disk under the same name, or attributes that can't change while it is exported."""
     run(want("ab", access))
     old, new = disk("a", access=access), disk("a", tag, model, access=access)
@@ -402,7 +406,7 @@ def test_made_anew(nvmet: Nvmet, run: Run, tag: str, model: str, access: str) ->
     ],
 )
 @in_each_access
-def test_ports_change(
+def test_change_of_ports_changes_links_alone(
     nvmet: Nvmet,
     tmp_path: Path,
     before: dict[int, int],
@@ -423,7 +427,7 @@ def test_ports_change(
     assert list(nvmet.path("nvmet/ports").iterdir()) == []
 
 
-def test_link_to_something_else(nvmet: Nvmet, run: Run) -> None:
+def test_link_to_something_else_is_mended(nvmet: Nvmet, run: Run) -> None:
     run(wanted([disk("a"), disk("b")]))
     link = nvmet.path("nvmet/ports/4420/subsystems/nqn.test.a")
     link.unlink()
@@ -447,7 +451,7 @@ def test_restart_finds_all_as_it_should_be(nvmet: Nvmet, run: Run, access: str) 
     assert nvmet.contents() == complete
 
 
-def test_attribute_that_somebody_has_changed(nvmet: Nvmet, run: Run) -> None:
+def test_attribute_that_somebody_changed_is_mended(nvmet: Nvmet, run: Run) -> None:
     run(want("abc"))
     (nvmet.path("nvmet/subsystems/nqn.test.b") / "attr_serial").write_text("wrong\n")
     expected = nvmet.contents()
@@ -481,7 +485,7 @@ def check_recovery(
     assert nvmet.contents() == before
 
 
-def test_what_lets_clients_in(nvmet: Nvmet, run: Run, tmp_path: Path) -> None:
+def test_port_for_ourselves_lets_no_client_in(nvmet: Nvmet, run: Run, tmp_path: Path) -> None:
     """A port that was only there for ourselves when a run was killed does not."""
     calls = changes(nvmet, lambda: run(want("a", READ_ONLY)))
     for kept, opened in (("", False), ("protect", False), ("symlink nvmet/ports/4420", True)):
@@ -495,7 +499,7 @@ def test_what_lets_clients_in(nvmet: Nvmet, run: Run, tmp_path: Path) -> None:
 
 
 @in_each_access
-def test_port_is_changed_by_others(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_port_that_others_changed_is_made_anew(nvmet: Nvmet, run: Run, access: str) -> None:
     """It is made anew; disks are linked there again, and stay what they are."""
     run(want("ab", access))
     complete = nvmet.contents()
@@ -508,7 +512,7 @@ def test_port_is_changed_by_others(nvmet: Nvmet, run: Run, access: str) -> None:
 
 
 @in_each_access
-def test_crash_while_creating(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_crash_while_creating_is_recovered(nvmet: Nvmet, run: Run, access: str) -> None:
     """Killed before each system call in turn."""
     before = nvmet.contents()
     run(want("ab", access))
@@ -522,7 +526,7 @@ def test_crash_while_creating(nvmet: Nvmet, run: Run, access: str) -> None:
 
 
 @in_each_access
-def test_crash_while_removing(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_crash_while_removing_is_recovered(nvmet: Nvmet, run: Run, access: str) -> None:
     before = nvmet.contents()
     run(want("ab", access))
     complete = nvmet.contents()
@@ -535,7 +539,7 @@ def test_crash_while_removing(nvmet: Nvmet, run: Run, access: str) -> None:
 
 
 @in_each_access
-def test_crash_and_all_is_to_go(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_crash_leaves_nothing_where_all_is_to_go(nvmet: Nvmet, run: Run, access: str) -> None:
     """What is half-made is removed as well as what is whole."""
     before = nvmet.contents()
     number = 0
@@ -547,7 +551,7 @@ def test_crash_and_all_is_to_go(nvmet: Nvmet, run: Run, access: str) -> None:
 
 
 @in_each_access
-def test_crash_while_access_changes(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_crash_while_access_changes_is_recovered(nvmet: Nvmet, run: Run, access: str) -> None:
     """To the next one; the disk is exported with the old one, with the new one, or not at all."""
     before = nvmet.contents()
     other = {READ_ONLY: SNAPSHOT, SNAPSHOT: READ_WRITE, READ_WRITE: READ_ONLY}[access]
@@ -567,7 +571,7 @@ def test_crash_while_access_changes(nvmet: Nvmet, run: Run, access: str) -> None
 
 
 @in_each_access
-def test_crash_with_a_shared_subsystem(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_crash_with_a_shared_subsystem_is_recovered(nvmet: Nvmet, run: Run, access: str) -> None:
     """There, what is in between comes before the root of the disk's branch."""
     before = nvmet.contents()
 
@@ -589,7 +593,7 @@ def test_crash_with_a_shared_subsystem(nvmet: Nvmet, run: Run, access: str) -> N
 
 
 @pytest.mark.parametrize("access", [READ_ONLY, SNAPSHOT])
-def test_crash_while_io_is_held_back(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_crash_while_io_is_held_back_is_recovered(nvmet: Nvmet, run: Run, access: str) -> None:
     """As it is while a snapshot's memory is made smaller, and while a drive is looked into."""
     run(want("a", access))
     complete = nvmet.contents()
@@ -602,7 +606,9 @@ def test_crash_while_io_is_held_back(nvmet: Nvmet, run: Run, access: str) -> Non
 
 @pytest.mark.parametrize("stays", [True, False])
 @pytest.mark.parametrize("trouble", [storagetm.INVALID, storagetm.OVERFLOW])
-def test_crash_while_a_snapshot_is_revived(nvmet: Nvmet, run: Run, trouble: str, stays: bool) -> None:
+def test_crash_while_a_snapshot_is_revived_is_recovered(
+    nvmet: Nvmet, run: Run, trouble: str, stays: bool
+) -> None:
     """What clients have changed is kept, or else its memory is free in the end."""
     before = nvmet.contents()
     name = mapping_of(disk("a", access=SNAPSHOT))
@@ -627,7 +633,7 @@ def test_crash_while_a_snapshot_is_revived(nvmet: Nvmet, run: Run, trouble: str,
 
 
 @in_each_access
-def test_crash_while_ports_change(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_crash_while_ports_change_is_recovered(nvmet: Nvmet, run: Run, access: str) -> None:
     before = nvmet.contents()
 
     def old() -> list[storagetm.Branch]:
@@ -658,7 +664,7 @@ def test_crash_while_ports_change(nvmet: Nvmet, run: Run, access: str) -> None:
 
 
 @in_each_access
-def test_failure_while_creating(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_failure_while_creating_leaves_nothing_of_the_branch(nvmet: Nvmet, run: Run, access: str) -> None:
     """Every system call fails in turn: of that branch nothing is left, the others are there.
 
     Where only hosts could not be told, the disk is there all the same.
@@ -714,7 +720,7 @@ def test_failure_names_the_entry(nvmet: Nvmet, run: Run, access: str) -> None:
 
 
 @in_each_access
-def test_failure_while_removing(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
+def test_what_failed_to_go_goes_the_next_time(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     """What stays is known still, and goes the next time."""
     before = nvmet.contents()
     for number in range(2 + 2 * (4 if access == READ_WRITE else 5)):
@@ -733,7 +739,7 @@ def test_failure_while_removing(nvmet: Nvmet, tmp_path: Path, access: str) -> No
 
 
 @in_each_access
-def test_failure_while_patching(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
+def test_failure_while_patching_is_made_up_for(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     session = Session(nvmet, tmp_path / "x.entries")
     session.reconcile(wanted([disk("a", access=access)], {V4: 2}))
     more = wanted([disk("a", access=access)], PORTS | {V4: 2})
@@ -749,7 +755,7 @@ def test_failure_while_patching(nvmet: Nvmet, tmp_path: Path, access: str) -> No
 
 
 @in_each_access
-def test_hopeless_failure(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
+def test_hopeless_failure_is_tried_with_no_other_disk(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     def intercept(number: int) -> None:
         if nvmet.calls[number].startswith("symlink") and not is_courtesy(nvmet.calls[number]):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
@@ -769,7 +775,7 @@ def test_hopeless_failure(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
 
 
 @in_each_access
-def test_removal_that_hangs(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
+def test_removal_that_hangs_holds_up_no_other(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     """The others go meanwhile, its name is not used again before it has gone, and then it is."""
     begun, release, woken = threading.Event(), threading.Event(), threading.Event()
     session = Session(nvmet, tmp_path / "x.entries")
@@ -800,7 +806,7 @@ def test_removal_that_hangs(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
 
 
 @in_each_access
-def test_removal_that_hangs_where_another_is_to_come(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
+def test_nobody_is_let_in_where_a_removal_hangs(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     """Nobody is let in to what is half gone, and nothing waits for what has to stay meanwhile."""
     release, woken = threading.Event(), threading.Event()
     session = Session(nvmet, tmp_path / "x.entries")
@@ -829,7 +835,7 @@ def test_removal_that_hangs_where_another_is_to_come(nvmet: Nvmet, tmp_path: Pat
 
 
 @in_each_access
-def test_removal_beside_others_that_hangs(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
+def test_removal_that_hangs_beside_others_ends(nvmet: Nvmet, tmp_path: Path, access: str) -> None:
     """In a shared subsystem, nothing goes where the kernel would have us wait, and it is done in the end."""
     begun, release, woken = threading.Event(), threading.Event(), threading.Event()
     session = Session(nvmet, tmp_path / "x.entries")
@@ -891,7 +897,7 @@ def foreign(nvmet: Nvmet, path: str) -> Callable[[], bool]:
 
 
 @in_each_access
-def test_others(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_others_are_left_alone(nvmet: Nvmet, run: Run, access: str) -> None:
     unchanged = [
         foreign(nvmet, path)
         for path in ("nvmet/subsystems/nqn.other.a", "nvmet/subsystems/nqn.test.z", "nvmet/ports/1")
@@ -909,7 +915,7 @@ def test_others(nvmet: Nvmet, run: Run, access: str) -> None:
 
 @in_each_access
 @pytest.mark.parametrize("path", ["nvmet/subsystems/nqn.test.b", "nvmet/ports/4420"])
-def test_others_with_our_names(nvmet: Nvmet, run: Run, path: str, access: str) -> None:
+def test_others_with_our_names_are_left_alone(nvmet: Nvmet, run: Run, path: str, access: str) -> None:
     unchanged = foreign(nvmet, path)
     failures = run(want("abc", access))
     assert failures[path].error.errno == errno.EEXIST
@@ -921,7 +927,9 @@ def test_others_with_our_names(nvmet: Nvmet, run: Run, path: str, access: str) -
 
 @pytest.mark.parametrize("ours", ["name", "UUID"])
 @pytest.mark.parametrize("access", [READ_ONLY, SNAPSHOT])
-def test_others_with_our_names_in_device_mapper(nvmet: Nvmet, run: Run, access: str, ours: str) -> None:
+def test_others_with_our_names_in_device_mapper_are_left_alone(
+    nvmet: Nvmet, run: Run, access: str, ours: str
+) -> None:
     """That disk is not exported, and the others are."""
     before = nvmet.contents()
     run(want("ac", access))
@@ -943,7 +951,7 @@ def test_others_with_our_names_in_device_mapper(nvmet: Nvmet, run: Run, access: 
 
 
 @in_each_access
-def test_taken_away_by_others(nvmet: Nvmet, run: Run, access: str) -> None:
+def test_what_others_took_away_is_made_again(nvmet: Nvmet, run: Run, access: str) -> None:
     """What is missing is made again by the next run, and no failure at the end."""
     before = nvmet.contents()
     run(want("abc", access))
@@ -1009,7 +1017,7 @@ CALLS = {"map": "create", "unmap": "remove", "write-protect": "protect"}
         if access != SNAPSHOT or 1 in (start, end)
     ],
 )
-def test_dry_run(
+def test_dry_run_does_what_the_real_run_does(
     nvmet: Nvmet,
     run: Run,
     tmp_path: Path,
@@ -1118,7 +1126,7 @@ def test_every_step_is_described() -> None:
         assert (kind.unmake is base.unmake) == (kind.undescribed is base.undescribed), kind
 
 
-def test_steps_of_a_dry_run(nvmet: Nvmet, tmp_path: Path) -> None:
+def test_steps_of_a_dry_run_are_shell_commands(nvmet: Nvmet, tmp_path: Path) -> None:
     root, name = f"{nvmet.root}/nvmet", "nqn.test.it's"
     steps = planned(nvmet, tmp_path / "x.entries", wanted([disk("it's", access=READ_WRITE)], {V4: 2}))
     assert steps[0] == {"step": "mkdir", "path": f"{root}/ports/2", "command": f"mkdir {root}/ports/2"}
@@ -1138,7 +1146,7 @@ def test_steps_of_a_dry_run(nvmet: Nvmet, tmp_path: Path) -> None:
 
 
 @in_each_access
-def test_dry_run_of_the_program(
+def test_dry_run_is_the_same_as_text_and_json(
     nvmet: Nvmet,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -1178,7 +1186,9 @@ def test_dry_run_of_the_program(
 
 
 @pytest.mark.parametrize("access", [READ_ONLY, SNAPSHOT])
-def test_dry_run_with_a_new_size(nvmet: Nvmet, run: Run, tmp_path: Path, access: str) -> None:
+def test_dry_run_with_a_new_size_changes_the_table(
+    nvmet: Nvmet, run: Run, tmp_path: Path, access: str
+) -> None:
     """The device is there already, and gets another table."""
     a, bigger = disk("a", access=access), disk("a", size=1024, access=access)
     name = mapping_of(a)

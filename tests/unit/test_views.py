@@ -72,7 +72,7 @@ Terminal = Callable[[], "tuple[int, str]"]
         ("tty0", "", ["tty0"], ["tty0"]),
     ],
 )
-def test_consoles(
+def test_consoles_are_those_that_work(
     places: Path,
     terminal: Terminal,
     active: str,
@@ -87,7 +87,7 @@ def test_consoles(
     assert storagetm.consoles() == [f"{places}/dev/{name}" for name in expected]
 
 
-def test_console_that_takes_nothing(
+def test_node_that_takes_nothing_is_no_terminal(
     places: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a serial line without hardware does it: the node can be opened."""
@@ -104,7 +104,7 @@ def test_console_that_takes_nothing(
     assert not storagetm.is_working_terminal(f"{places}/dev/ttyS0")
 
 
-def test_size(places: Path, terminal: Terminal) -> None:
+def test_kernel_command_line_may_know_the_size(places: Path, terminal: Terminal) -> None:
     """A serial line does not know its own; the kernel command line may."""
     (places / "proc").mkdir()
     _, path = terminal()
@@ -138,7 +138,7 @@ def output(master: int, text: bytes) -> bytes:
     return found
 
 
-def test_keys_of_two_consoles(terminal: Terminal) -> None:
+def test_keys_work_on_either_console(terminal: Terminal) -> None:
     """Both turn their own pages, and Ctrl-C ends it on either: the first is the controlling terminal."""
     ends = [terminal(), terminal()]
     pid = os.fork()
@@ -204,7 +204,7 @@ def service(places: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[storagetm
     made.view.close()
 
 
-def test_two_consoles(
+def test_each_console_has_the_whole_screen(
     service: storagetm.Service,
     terminal: Terminal,
     monkeypatch: pytest.MonkeyPatch,
@@ -239,7 +239,7 @@ def test_two_consoles(
 
 
 @pytest.mark.parametrize("term", ["linux", "dumb"])
-def test_console_that_works_later(
+def test_console_that_works_later_gets_the_screen(
     service: storagetm.Service,
     places: Path,
     terminal: Terminal,
@@ -289,7 +289,7 @@ def echoes(path: str) -> bool:
         os.close(fd)
 
 
-def test_console_that_others_set_up(terminal: Terminal) -> None:
+def test_console_that_others_set_up_is_set_up_again(terminal: Terminal) -> None:
     """With the next drawing it is as it has to be, and in the end as it was."""
     master, path = terminal()
     screen = storagetm.Screen(path)
@@ -312,7 +312,7 @@ def test_console_that_others_set_up(terminal: Terminal) -> None:
     assert echoes(path)
 
 
-def test_console_whose_keys_come_later(
+def test_keys_of_a_console_may_come_later(
     service: storagetm.Service, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not left without any, since Ctrl-C is the way out."""
@@ -335,7 +335,7 @@ def test_console_whose_keys_come_later(
 
 
 @pytest.mark.parametrize("on_consoles", [True, False])
-def test_no_console(
+def test_without_a_console_there_is_the_journal(
     service: storagetm.Service,
     on_consoles: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -352,7 +352,7 @@ def test_no_console(
     assert err == "a warning\n"
 
 
-def test_dumb_console(
+def test_dumb_console_gets_plain_lines(
     service: storagetm.Service, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the service is told so, and if a console goes while it is opened."""
@@ -369,7 +369,7 @@ def test_dumb_console(
 # The journal's sign
 
 
-def test_what_is_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_may_be_two_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Standard output and error may be two of its sockets, of which the variable names the second."""
     ends = socket.socketpair()
     incoming, outgoing = os.pipe()

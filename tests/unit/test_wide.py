@@ -42,11 +42,11 @@ WIDE = "/srv/日本語/ディスクイメージ/仮想マシン/開発環境/二
         ("№", 1),
     ],
 )
-def test_columns(text: str, width: int) -> None:
+def test_wide_letters_take_two_columns(text: str, width: int) -> None:
     assert storagetm.columns(text) == width
 
 
-def test_columns_where_python_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_python_counts_rather_too_many_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the module that knows, rather too many than too few."""
     monkeypatch.setitem(__import__("sys").modules, "unicodedata", None)
     for text in ("日本é", "e\u0301", "💽"):
@@ -55,7 +55,7 @@ def test_columns_where_python_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(TEXTS, st.integers(-1, 12))
-def test_cut(text: str, width: int) -> None:
+def test_cut_is_the_longest_start_that_fits(text: str, width: int) -> None:
     start = storagetm.cut(text, width)
     assert text.startswith(start)
     assert storagetm.columns(start) <= max(0, width)
@@ -64,7 +64,7 @@ def test_cut(text: str, width: int) -> None:
 
 
 @given(TEXTS, st.integers(-1, 12))
-def test_pieces_and_lines(text: str, width: int) -> None:
+def test_pieces_and_lines_lose_nothing(text: str, width: int) -> None:
     for piece in storagetm.pieces(text, width):
         assert storagetm.columns(piece) <= width or len(piece) == 1
     assert "".join(storagetm.pieces(text, width)) == text
@@ -104,7 +104,7 @@ def test_path_leaves_size_and_access(screen: storagetm.Screen, node: str, width:
     assert node in joined
 
 
-def test_path_in_a_shared_subsystem(screen: storagetm.Screen) -> None:
+def test_long_path_in_a_shared_subsystem_has_its_own_row(screen: storagetm.Screen) -> None:
     machine = Named()
     transport = storagetm.SharedNvmeTcp(machine, "quux")
     transport.ports = {storagetm.AF_INET: 59936}
@@ -139,7 +139,7 @@ def test_reason_is_whole(screen: storagetm.Screen, node: str, width: int) -> Non
 @pytest.mark.parametrize(
     ("width", "height"), [(1, 1), (1, 25), (2, 5), (3, 24), (80, 2), (20, 25), (79, 6), (80, 24), (81, 25)]
 )
-def test_title_stays(screen: storagetm.Screen, letter: str, width: int, height: int) -> None:
+def test_title_stays_at_the_top(screen: storagetm.Screen, letter: str, width: int, height: int) -> None:
     """At the top, on a terminal of any size, which may count otherwise; with the last row for the hint."""
     shown = report([named(f"/srv/{letter * 40}.img", i) for i in range(2)])
     left_out = named(f"/{letter * 50}")
@@ -158,7 +158,7 @@ def test_title_stays(screen: storagetm.Screen, letter: str, width: int, height: 
         assert width == 1 or "X" not in "".join(page)
 
 
-def test_terminal_that_counts_otherwise(screen: storagetm.Screen) -> None:
+def test_terminal_may_count_otherwise(screen: storagetm.Screen) -> None:
     """Each row stands where it should, whatever the one before it has done."""
     drawn = screen.drawn(report([named(WIDE)]), 80, 25)
     assert "\n" not in drawn
@@ -182,7 +182,7 @@ def test_nothing_moves_the_cursor(screen: storagetm.Screen, capfd: pytest.Captur
     assert capfd.readouterr().out.startswith("\nStorage?[2J target\n")
 
 
-def test_list_of_devices(
+def test_columns_of_the_list_are_aligned(
     unpack: Callable[[str], CapturedMachine], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Its columns stand one below the other, whatever a disk calls itself."""
@@ -204,7 +204,7 @@ def test_list_of_devices(
         lambda raw: os.fsdecode(raw.replace(b"\0", b"").replace(b"\n", b""))
     )
 )
-def test_typed(name: str) -> None:
+def test_typed_name_is_ascii_and_the_same_to_a_shell(name: str) -> None:
     """In ASCII, and to a shell the same."""
     text = storagetm.typed(name)
     assert text.isascii() or not name
@@ -213,7 +213,7 @@ def test_typed(name: str) -> None:
     assert printed == os.fsencode(name) + b"\0"
 
 
-def test_typed_examples() -> None:
+def test_typed_name_is_quoted_as_needed() -> None:
     assert storagetm.typed("quux.vda") == "quux.vda"
     assert storagetm.typed("a b") == "'a b'"
     assert storagetm.typed("Büro.it's!") == r"$'B\303\274ro.it\047s\041'"
@@ -256,7 +256,7 @@ def test_plymouth_gets_no_half_command() -> None:
     assert shown.for_plymouth() == "nvme connect-all -t tcp -a 192.0.2.1 -s 59936"
 
 
-def test_name_with_a_comma(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_name_with_a_comma_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """No client could attach it: it is refused before anything is done, in a prefix, too."""
     for name in ("a,b.img", "c.img"):
         (tmp_path / name).write_bytes(bytes(512))

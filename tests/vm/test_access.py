@@ -85,7 +85,7 @@ REFUSED_BY_DEVICE_MAPPER = "io 0x6006"  # Internal Error
 DONE = "io 0x0"
 
 
-def test_hostile_client(target: Machine, client: Machine, prey: tuple[str, Path]) -> None:
+def test_hostile_client_changes_no_byte(target: Machine, client: Machine, prey: tuple[str, Path]) -> None:
     """Whatever a client sends, not one byte of a disk changes that is exported read-only."""
     node, path = prey
     before = digest(path)
@@ -101,7 +101,9 @@ def test_hostile_client(target: Machine, client: Machine, prey: tuple[str, Path]
     assert digest(path) != before
 
 
-def test_hostile_client_at_any_moment(target: Machine, client: Machine, prey: tuple[str, Path]) -> None:
+def test_hostile_client_changes_no_byte_at_any_moment(
+    target: Machine, client: Machine, prey: tuple[str, Path]
+) -> None:
     """The same while the export is made, taken over after SIGKILL and taken away, again and again."""
     node, path = prey
     before = digest(path)
@@ -135,7 +137,7 @@ def test_hostile_client_at_any_moment(target: Machine, client: Machine, prey: tu
     assert digest(path) == before
 
 
-def test_good_client(target: Machine, client: Machine) -> None:
+def test_good_client_meets_no_error(target: Machine, client: Machine) -> None:
     """File systems, also with journals to be played back, mount read-only, and there is no error."""
     devices, digests = {}, {}
     for kind, (size, make, _) in FILE_SYSTEMS.items():
@@ -186,7 +188,9 @@ def test_good_client(target: Machine, client: Machine) -> None:
 
 
 @pytest.mark.parametrize("access", ["--read-only", "--snapshot=16M"])
-def test_resize(target: Machine, client: Machine, tmp_path: Path, access: str) -> None:
+def test_client_sees_a_disk_grow_and_shrink_in_each_access(
+    target: Machine, client: Machine, tmp_path: Path, access: str
+) -> None:
     """A disk that grows and shrinks does so for its clients, and what they changed in memory stays."""
     path = tmp_path / "elastic.raw"
     write_content(path, 2, 4 * MIB)
@@ -220,7 +224,9 @@ def test_resize(target: Machine, client: Machine, tmp_path: Path, access: str) -
         target.remove_disk("elastic", timeout=120)
 
 
-def test_snapshot(target: Machine, client: Machine, prey: tuple[str, Path]) -> None:
+def test_snapshot_outlasts_a_crash_and_ends_with_the_tool(
+    target: Machine, client: Machine, prey: tuple[str, Path]
+) -> None:
     """A client mounts, repairs and writes; SIGKILL of the tool loses none of it, its end all."""
     node, path = prey
     target.run(
@@ -254,7 +260,7 @@ def test_snapshot(target: Machine, client: Machine, prey: tuple[str, Path]) -> N
         assert client.run(read).stdout.split()[0] == before
 
 
-def test_snapshot_full(target: Machine, client: Machine, prey: tuple[str, Path]) -> None:
+def test_full_snapshot_harms_no_other(target: Machine, client: Machine, prey: tuple[str, Path]) -> None:
     """One of two disks fills the memory: writes to it fail, reads do not, and what the other has stays."""
     node, path = prey
     before = digest(path)
@@ -287,7 +293,7 @@ def test_snapshot_full(target: Machine, client: Machine, prey: tuple[str, Path])
     target.run("rm /run/big")
 
 
-def test_read_write(boot: BootMachine, tmp_path: Path) -> None:
+def test_what_a_client_flushed_is_on_the_disk(boot: BootMachine, tmp_path: Path) -> None:
     """What a client has written and flushed is on the disk, whatever ends then: the tool, or the machine."""
     path = tmp_path / "written.raw"
     path.write_bytes(bytes(SIZE))
@@ -313,7 +319,7 @@ def test_read_write(boot: BootMachine, tmp_path: Path) -> None:
     assert path.read_bytes()[MIB : 3 * MIB] == b"".join(contents)
 
 
-def test_rules(target: Machine) -> None:
+def test_first_rule_that_matches_counts(target: Machine) -> None:
     """The first rule that matches counts, for nodes, links, serial numbers and models."""
     rules = [
         "--access=/dev/disk/by-id/virtio-DISK-A*:read-write",
@@ -340,7 +346,7 @@ def writable(target: Machine) -> set[str]:
     return {nqn.rpartition(".")[2] for nqn, rest in lines if "/dev/dm-" not in rest}
 
 
-def test_rule_for_a_partition(target: Machine) -> None:
+def test_rule_for_a_partition_that_comes_later_protects_all(target: Machine) -> None:
     """A label on a disk that comes later: until then all are protected; what has clients stays as it is."""
     target.add_disk(Disk("labelled", size=SIZE, serial="DISK-LABEL"))
     name = wait_name(target, "DISK-LABEL")
@@ -384,7 +390,9 @@ def test_rule_for_a_partition(target: Machine) -> None:
             target.remove_disk(disk, timeout=120)
 
 
-def test_read_only_devices(target: Machine, client: Machine, tmp_path: Path) -> None:
+def test_read_only_devices_are_not_exported_to_be_written(
+    target: Machine, client: Machine, tmp_path: Path
+) -> None:
     """What is read-only itself, CDs among it, is exported the same way, and not at all to be written to."""
     disc = tmp_path / "disc.iso"
     write_content(disc, 5, 2 * MIB)
@@ -415,7 +423,7 @@ def test_read_only_devices(target: Machine, client: Machine, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("access", ["--read-only", "--snapshot=8M", "--read-write"])
-def test_odd_devices(target: Machine, client: Machine, access: str) -> None:
+def test_odd_devices_are_exported_whole(target: Machine, client: Machine, access: str) -> None:
     """Blocks of 4096 bytes, a disk that ends within one, and regular files."""
     target.add_disk(Disk("large-blocks", size=SIZE, serial="DISK-4K", bus="scsi", block_size=4096))
     target.add_disk(Disk("odd", size=MIB - 512, serial="DISK-ODD", bus="scsi"))
@@ -448,7 +456,7 @@ def test_odd_devices(target: Machine, client: Machine, access: str) -> None:
         target.run("rm /run/plain.img")
 
 
-def test_zoned(target: Machine) -> None:
+def test_zoned_device_is_left_out(target: Machine) -> None:
     """A zoned device is left out: a zone can be reset through what refuses all other changes."""
     target.run("modprobe null_blk nr_devices=1 gb=1 zoned=1 zone_size=64; udevadm settle")
     try:
@@ -462,7 +470,7 @@ def test_zoned(target: Machine) -> None:
         target.run("modprobe -r null_blk")
 
 
-def test_missing_modules(boot: BootMachine) -> None:
+def test_missing_modules_make_nothing_less_safe(boot: BootMachine) -> None:
     """Nothing less safe instead: the disk is not exported, and the message says what would work."""
     machine = boot("bare", disks=[Disk("first", serial="DISK-1")])
     modules = machine.run("echo /lib/modules/$(uname -r)/kernel/drivers").stdout.strip()
@@ -495,7 +503,7 @@ def test_missing_modules(boot: BootMachine) -> None:
         )
 
 
-def test_loopback_down(target: Machine) -> None:
+def test_loopback_interface_may_be_down(target: Machine) -> None:
     """A rescue system may not even have switched on the loopback interface."""
     target.run("ip link set lo down && ip address flush dev lo")
     try:
@@ -505,7 +513,7 @@ def test_loopback_down(target: Machine) -> None:
         target.run("ip link set lo up; ip address replace 127.0.0.1/8 dev lo")
 
 
-def test_name_taken(target: Machine) -> None:
+def test_device_of_another_program_is_left_alone(target: Machine) -> None:
     """Another program's device-mapper device is left alone, whatever it is called, and so is its disk."""
     steps = json.loads(target.run([TOOL, "--dry-run", "--json", "/dev/vdb"]).stdout)
     (path,) = (s["path"] for s in steps if s["step"] == "map")
@@ -526,7 +534,7 @@ def test_name_taken(target: Machine) -> None:
         target.run(f"dmsetup remove {name}")
 
 
-def test_gone_while_dead(target: Machine, tmp_path: Path) -> None:
+def test_disk_gone_while_dead_leaves_nothing(target: Machine, tmp_path: Path) -> None:
     """The disk under a read-only export goes while nobody looks: the next start takes away what is left."""
     path = tmp_path / "gone.raw"
     write_content(path, 6, SIZE)
@@ -559,7 +567,9 @@ def test_gone_while_dead(target: Machine, tmp_path: Path) -> None:
     service.stop()
 
 
-def test_firewall(target: Machine, client: Machine, prey: tuple[str, Path]) -> None:
+def test_disk_is_protected_behind_a_firewall(
+    target: Machine, client: Machine, prey: tuple[str, Path]
+) -> None:
     """One that drops packets to the machine itself, too: disks are exported all the same, and protected.
 
     Hosts cannot be told then that it is read-only. That is made up for once the firewall lets it.
@@ -597,7 +607,9 @@ def test_firewall(target: Machine, client: Machine, prey: tuple[str, Path]) -> N
 
 
 @pytest.mark.parametrize("release", ON_OLDER)
-def test_debian_releases(boot: BootMachine, tool: Path, release: str, tmp_path: Path) -> None:
+def test_each_access_works_on_each_release(
+    boot: BootMachine, tool: Path, release: str, tmp_path: Path
+) -> None:
     """All three kinds of access on the kernels of both releases, each seen by a client of the same one."""
     wire = Wire()
     path = tmp_path / "data.raw"

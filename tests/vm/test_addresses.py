@@ -71,7 +71,7 @@ def on_console(machine: Machine, *arguments: str) -> Iterator[Service]:
         yield service
 
 
-def test_screen_follows(target: Machine) -> None:
+def test_screen_follows_addresses(target: Machine) -> None:
     with on_console(target, "--nqn=quux", "/dev/nvme0n1") as service:
         check_following(target, service)
 
@@ -125,7 +125,7 @@ def check_following(target: Machine, console: Service) -> None:
     wait_commands(target, [ipv4, local])
 
 
-def test_not_shown(target: Machine, client: Machine) -> None:
+def test_addresses_of_no_use_are_never_shown(target: Machine, client: Machine) -> None:
     """Lines in the journal: addresses that are tentative, duplicate, deprecated or local never appear."""
     never = ["2001:db8::7e", "2001:db8::dd", "2001:db8::de", "203.0.113.1", "2001:db8::10"]
     settings = "net.ipv6.conf.eth0.accept_dad net.ipv6.conf.eth0.dad_transmits"
@@ -195,7 +195,7 @@ def attach(target: Machine, client: Machine, sources: list[str]) -> None:
         assert sorted(found.splitlines()) == sorted(digests.splitlines())
 
 
-def test_link_local_line(target: Machine, client: Machine) -> None:
+def test_link_local_line_works_as_it_stands(target: Machine, client: Machine) -> None:
     """With link-local addresses only, the commands on the screen work on the client as they stand."""
     disk = "/dev/disk/by-id/virtio-DISK-ALPHA"
     target.run(f"head -c 1M /dev/urandom > {disk}; ip address delete 192.0.2.1/24 dev eth0")
@@ -207,7 +207,7 @@ def test_link_local_line(target: Machine, client: Machine) -> None:
         target.run("ip address add 192.0.2.1/24 dev eth0")
 
 
-def test_link_local_line_debian_12(boot: BootMachine, tool: Path) -> None:
+def test_link_local_line_works_on_debian_12(boot: BootMachine, tool: Path) -> None:
     """The same with nvme-cli 2.4 and Linux 6.1 on both sides, whose tmpfs also has no direct I/O."""
     wire = Wire()
     disks = [Disk("alpha", serial="DISK-ALPHA")]
@@ -226,7 +226,7 @@ def test_link_local_line_debian_12(boot: BootMachine, tool: Path) -> None:
         assert target.run("losetup --noheadings --output DIO,BACK-FILE").stdout.split() == ["0", "/run/file"]
 
 
-def test_log_level(target: Machine) -> None:
+def test_kernel_messages_do_not_tear_the_screen(target: Machine) -> None:
     """Kernel messages do not tear the screen; the console's level is put back even after a crash."""
     level = target.run(f"cat {PRINTK}").stdout
     assert not level.startswith("1\t")
@@ -255,7 +255,7 @@ def test_log_level(target: Machine) -> None:
     assert not names(target)
 
 
-def test_pages(target: Machine) -> None:
+def test_each_disk_is_on_one_page(target: Machine) -> None:
     """30 disks: each is on just one of the pages, and every page fits."""
     target.run("modprobe null_blk nr_devices=30 gb=1; udevadm settle")
     devices = [f"/dev/nullb{number}" for number in range(30)]
@@ -321,7 +321,7 @@ def on_terminal(machine: Machine, *arguments: str, term: str) -> Process:
     )
 
 
-def test_dumb_terminal(target: Machine, client: Machine) -> None:
+def test_dumb_terminal_gets_ascii(target: Machine, client: Machine) -> None:
     """Plain ASCII, whatever the machine and its disks are called, and nothing that moves a cursor.
 
     A command that names such a disk can be typed as it stands.
@@ -348,7 +348,7 @@ def test_dumb_terminal(target: Machine, client: Machine) -> None:
     assert not names(target)
 
 
-def test_locale(target: Machine) -> None:
+def test_locale_without_utf8_ends_nothing(target: Machine) -> None:
     """One that is not UTF-8: letters that it lacks end nothing, and a disk is the same as ever.
 
     They are in a mount point, in a file's name, and in the serial number of a disk that comes later.
@@ -385,7 +385,7 @@ def test_locale(target: Machine) -> None:
     assert not names(target)
 
 
-def test_terminal_gone(target: Machine) -> None:
+def test_terminal_that_goes_ends_nothing(target: Machine) -> None:
     """The terminal is taken away, which also hangs up: the disks stay, and are followed."""
     process = on_terminal(target, "--all", "--nqn=quux", term="xterm")
     process.wait_output(r"\x1b\[H")
@@ -404,7 +404,7 @@ def test_terminal_gone(target: Machine) -> None:
     assert not names(target)
 
 
-def test_terminal_stopped(target: Machine) -> None:
+def test_terminal_that_is_stopped_stops_nothing(target: Machine) -> None:
     """Nobody reads what is written to the terminal, as after Ctrl-S: the disks are followed all the same."""
     process = on_terminal(target, "--all", "--nqn=quux", term="xterm")
     process.wait_output(r"\x1b\[H")
@@ -433,7 +433,7 @@ def test_terminal_stopped(target: Machine) -> None:
 
 
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_output_closed(target: Machine, closed: str) -> None:
+def test_closed_output_ends_nothing(target: Machine, closed: str) -> None:
     process = target.start_process(f"exec {TOOL} --nqn=quux /dev/nvme0n1 {closed}")
     target.wait_until(lambda: exported(target) == {"nvme0n1"})
     target.run("ip address add 198.51.100.7/24 dev eth0 && ip address delete 198.51.100.7/24 dev eth0")
@@ -456,7 +456,7 @@ while True:
 
 
 @pytest.mark.parametrize("address", ["/run/notify-test", "@notify-test"])
-def test_notifications(target: Machine, address: str) -> None:
+def test_service_manager_is_told_in_order(target: Machine, address: str) -> None:
     """What a service manager is told, and in which order."""
     listener = target.start_process(["python3", "-c", NOTIFY_LISTENER, address])
     listener.wait_output("listening")
@@ -481,7 +481,7 @@ def test_notifications(target: Machine, address: str) -> None:
     ]
 
 
-def test_priorities(target: Machine) -> None:
+def test_messages_have_priorities(target: Machine) -> None:
     """Facts, warnings and errors in the journal, each with its priority."""
     with exporting(target, "--nqn=quux", "/dev/nvme0n1", "/dev/nvme0n1") as service:
         journal = service.journal()
@@ -496,7 +496,7 @@ def test_priorities(target: Machine) -> None:
     assert service.journal() == [(3, "Failed to export '/dev/no-such-disk': No such file or directory")]
 
 
-def test_plymouth(target: Machine) -> None:
+def test_plymouth_shows_the_shortest_command(target: Machine) -> None:
     """Plymouth takes the shortest of the commands, and later that there is no network."""
     target.run("plymouthd --mode=boot --tty=/dev/tty1")
     try:

@@ -74,7 +74,7 @@ def bad_devices(target: Machine) -> Iterator[None]:
 
 @pytest.mark.usefixtures("bad_devices")
 @pytest.mark.parametrize("kind", BAD_DEVICES)
-def test_bad_device(target: Machine, kind: str) -> None:
+def test_one_bad_device_keeps_all_from_being_exported(target: Machine, kind: str) -> None:
     """One bad device, behind one that could be exported, and isn't."""
     _, name, why = BAD_DEVICES[kind]
     written = {"not-utf-8": "$'\\xff'", "control-character": "$'new\\nline'"}.get(kind, shlex.quote(name))
@@ -82,7 +82,7 @@ def test_bad_device(target: Machine, kind: str) -> None:
     refuse(target, f"cd /root/bad; {TOOL} {access} {GOOD} {written}", f"Failed to export '{name}': {why}")
 
 
-def test_no_permission(target: Machine) -> None:
+def test_missing_permission_is_named(target: Machine) -> None:
     """Root without the power to read everything, as in a container or under a security module."""
     target.run("truncate -s 1M /run/secret; chown nobody: /run/secret; chmod 600 /run/secret")
     try:
@@ -95,7 +95,7 @@ def test_no_permission(target: Machine) -> None:
         target.run("rm /run/secret")
 
 
-def test_not_root(target: Machine) -> None:
+def test_only_root_can_export(target: Machine) -> None:
     sentence = "Only root can export disks; run it as root, or see what it would do with --dry-run"
     for arguments in ("--all", GOOD, "/dev/no-such-disk"):
         refuse(target, f"setpriv --reuid=nobody --clear-groups {TOOL} {arguments}", sentence)
@@ -110,7 +110,7 @@ def test_not_root(target: Machine) -> None:
     assert not names(target)
 
 
-def test_files(target: Machine, client: Machine) -> None:
+def test_files_are_disks_like_any_other(target: Machine, client: Machine) -> None:
     """Files on ext4 and on tmpfs are disks like any other."""
     files = ["/var/tmp/file on ext4", "/run/file-on-tmpfs"]
     assert target.run("stat -f -c %T /var/tmp /run").stdout.split() == ["ext2/ext3", "tmpfs"]
@@ -135,7 +135,7 @@ def test_files(target: Machine, client: Machine) -> None:
         target.run(["rm", *files])
 
 
-def test_ipv6_off_for_interfaces(target: Machine) -> None:
+def test_ipv4_does_where_ipv6_is_off_for_interfaces(target: Machine) -> None:
     """No IPv6 address on any interface: exports over IPv4, with the line for it."""
     target.run("sysctl -q net.ipv6.conf.all.disable_ipv6=1")
     try:
@@ -182,7 +182,7 @@ def bare(images: dict[str, Image], tool: Path) -> Iterator[Machine]:
         yield machine
 
 
-def test_no_modules(bare: Machine) -> None:
+def test_missing_modules_are_named(bare: Machine) -> None:
     """A kernel without an NVMe target, or without its modules."""
     release = bare.run("uname -r").stdout.strip()
     hidden = f"/lib/modules/{release}/kernel/drivers/nvme/target"
@@ -199,7 +199,7 @@ def test_no_modules(bare: Machine) -> None:
         bare.run(f"mv /var/tmp/hidden {hidden} && depmod")
 
 
-def test_configfs_not_mountable(bare: Machine) -> None:
+def test_configfs_that_cannot_be_mounted_is_named(bare: Machine) -> None:
     bare.run("modprobe nvmet-tcp")
     try:
         refuse(
@@ -212,7 +212,7 @@ def test_configfs_not_mountable(bare: Machine) -> None:
         bare.run("modprobe -r nvmet-tcp")
 
 
-def test_nothing_prepared(bare: Machine) -> None:
+def test_nothing_has_to_be_prepared(bare: Machine) -> None:
     """Neither configfs mounted nor the module loaded, no IPv6, and no network but `lo`."""
     bare.run("! mountpoint /sys/kernel/config; ! test -e /proc/net/if_inet6")
     assert bare.run("ls /sys/class/net").stdout == "lo\n"
@@ -231,7 +231,7 @@ def test_nothing_prepared(bare: Machine) -> None:
 
 
 @pytest.mark.parametrize("content", ["uninitialized\n", "", "0" * 32 + "\n", "x" * 32 + "\n"])
-def test_machine_id_from_firmware(bare: Machine, content: str) -> None:
+def test_firmware_replaces_a_bad_machine_id(bare: Machine, content: str) -> None:
     """A machine ID that is none: the firmware's is used, so that names stay."""
     bare.put("/run/machine-id-test", content)
     with exporting(
@@ -249,7 +249,7 @@ def test_machine_id_from_firmware(bare: Machine, content: str) -> None:
         assert {priority for priority, _ in service.journal()} == {6}
 
 
-def test_machine_id_random(bare: Machine) -> None:
+def test_random_machine_id_outlasts_a_restart(bare: Machine) -> None:
     """Neither has the firmware one: it is made up once for this boot, which lets a restart find its own."""
     hide = ["InaccessiblePaths=/sys/class/dmi/id/product_uuid", "InaccessiblePaths=/etc/machine-id"]
     found = []
@@ -265,7 +265,7 @@ def test_machine_id_random(bare: Machine) -> None:
     assert len(found[0]) == 2
 
 
-def test_without_udev(bare: Machine) -> None:
+def test_identities_are_the_same_without_udev(bare: Machine) -> None:
     """Without udev and without a service manager: identities are the same, and disks are followed."""
     with exporting(bare, "--all", "--nqn=quux"):
         with_udev = tree(bare)

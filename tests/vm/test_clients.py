@@ -78,13 +78,15 @@ def test_read_only_disks_are_for_all(target: Machine, client: Machine) -> None:
 
 
 @pytest.mark.parametrize(("clients", "expected"), [("2", 2), ("any", 3)])
-def test_as_many_as_asked_for(target: Machine, client: Machine, clients: str, expected: int) -> None:
+def test_as_many_clients_come_in_as_asked_for(
+    target: Machine, client: Machine, clients: str, expected: int
+) -> None:
     with exporting(target, "--nqn=quux", "--read-write", f"--clients={clients}", "/dev/vdb"):
         codes = [connect(client, host=True).returncode for _ in range(3)]
         assert [code == 0 for code in codes] == [True] * expected + [False] * (3 - expected)
 
 
-def test_shared_subsystem(target: Machine, client: Machine) -> None:
+def test_shared_subsystem_that_can_be_written_is_for_one_client(target: Machine, client: Machine) -> None:
     """As soon as one of its disks can be written to."""
     arguments = ["--nqn=quux", "--subsystem=shared", "--access=/dev/vdc:read-write", "/dev/vdb", "/dev/vdc"]
     with exporting(target, *arguments):
@@ -96,7 +98,7 @@ def test_shared_subsystem(target: Machine, client: Machine) -> None:
         assert [connect(client, "quux", host=True).returncode for _ in range(2)] == [0, 0]
 
 
-def test_same_client_returns(target: Machine, client: Machine) -> None:
+def test_same_client_may_return(target: Machine, client: Machine) -> None:
     """After a pulled cable by itself, and after a crash at once or in a few seconds, over either family."""
     link_local = re.search(r"inet6 (fe80:\S+)/", target.run("ip -6 address show dev eth0 scope link").stdout)
     assert link_local

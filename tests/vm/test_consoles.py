@@ -20,7 +20,7 @@ from tests.vm.test_initrd import DRACUT_OPTIONS, OPTIONS
 ACTIVE = "/sys/devices/virtual/tty/console/active"
 
 
-def test_no_console(images: dict[str, Image], tmp_path: Path) -> None:
+def test_service_starts_without_a_console(images: dict[str, Image], tmp_path: Path) -> None:
     """With "console=null" the service starts in spite of it, and there still is a monitor."""
     image = images["trixie"]
     initrd = with_agent(image, harness_images.initrd(image, *DRACUT_OPTIONS), tmp_path / "initrd.img")
@@ -55,7 +55,7 @@ def test_no_console(images: dict[str, Image], tmp_path: Path) -> None:
         machine.wait_end()
 
 
-def test_consoles_that_are_there(target: Machine) -> None:
+def test_serial_line_or_monitor_is_found(target: Machine) -> None:
     """A service without a terminal finds the serial line; and where that has no hardware, the monitor."""
     clear(target)
     service = Service(target, ["--console", "--nqn=quux", "/dev/nvme0n1"])

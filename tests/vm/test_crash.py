@@ -83,7 +83,7 @@ def inodes(machine: Machine) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("foreign")
-def test_every_step(target: Machine, boot: BootMachine) -> None:
+def test_crash_or_failure_at_every_step_is_recovered(target: Machine, boot: BootMachine) -> None:
     """Killed or refused at each step, beside somebody else's export.
 
     On both releases at the same time. With a shared subsystem, only what is different there: it is killed,
@@ -121,7 +121,7 @@ def killed(service: Service) -> None:
     service.machine.run(f"systemctl reset-failed {service.unit}")
 
 
-def test_killed_while_read(target: Machine, client: Machine, tmp_path: Path) -> None:
+def test_reader_does_not_notice_a_crash(target: Machine, client: Machine, tmp_path: Path) -> None:
     """A client that reads notices neither the tool's death nor its return, only what changed meanwhile."""
     path = tmp_path / "read.raw"
     write_content(path, 3, SIZE)
@@ -199,7 +199,7 @@ def test_earlier_version_is_taken_over(target: Machine, client: Machine, tmp_pat
     assert "storagetm-" not in target.run("dmsetup table").stdout
 
 
-def test_second_instance(target: Machine) -> None:
+def test_second_instance_needs_another_prefix(target: Machine) -> None:
     """Only one has the say about what has the same prefix; others may work beside it."""
     with exporting(target, "/dev/vdb") as service:
         refused = target.run([TOOL, "/dev/vdc"], check=False)
@@ -215,7 +215,7 @@ def test_second_instance(target: Machine) -> None:
 
 
 @pytest.mark.usefixtures("foreign")
-def test_clashes(target: Machine) -> None:
+def test_what_others_have_is_left_alone(target: Machine) -> None:
     """What has the name, the number or the address that the tool wants is left alone, and told of."""
     prefix, ports = names_for(target, "/dev/vdb")
     nqn = f"{prefix}.vdb"
@@ -250,7 +250,7 @@ def test_clashes(target: Machine) -> None:
     assert left_over(target) == []
 
 
-def test_replaced_while_dead(target: Machine) -> None:
+def test_what_was_replaced_while_dead_is_told(target: Machine) -> None:
     """The next start tells what is still there from what came under the same name."""
     target.run("truncate -s 4M /run/first.card; truncate -s 4M /run/second.card")
     disks = [Disk(name, serial=f"DISK-{name}", bus="scsi") for name in ("stays", "goes")]
@@ -302,7 +302,7 @@ def test_replaced_while_dead(target: Machine) -> None:
     assert left_over(target) == []
 
 
-def test_stale_notes(target: Machine) -> None:
+def test_stale_notes_harm_nobody(target: Machine) -> None:
     """What the notes of a crash tell of was removed by hand meanwhile, or is somebody else's by now."""
     devices = ["/dev/vdb", "/dev/vdc", "/dev/vdd"]
     prefix, _ = names_for(target, "/dev/vdb")
@@ -337,7 +337,7 @@ def test_stale_notes(target: Machine) -> None:
     assert left_over(target) == []
 
 
-def test_stays_awake(target: Machine) -> None:
+def test_machine_stays_awake(target: Machine) -> None:
     """logind has a lock from the start to the stop. Where it does not run, nothing starts it."""
     locks = "systemd-inhibit --list --no-legend --no-pager"
     target.run("systemctl unmask systemd-logind")

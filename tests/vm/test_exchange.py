@@ -106,7 +106,9 @@ class Reader:
         pytest.param("read-only", "shared", marks=pytest.mark.reach),
     ],
 )
-def test_card_is_exchanged(target: Machine, client: Machine, access: str, kind: str) -> None:
+def test_next_card_is_neither_read_nor_written(
+    target: Machine, client: Machine, access: str, kind: str
+) -> None:
     """Quickly, and with the client's cable out: not a byte of the next card is written or read."""
     arguments = ["--nqn=quux", f"--subsystem={kind}", f"--{access}", "--all"]
     with card_reader(target) as slot, exporting(target, *arguments) as service:
@@ -161,7 +163,7 @@ def content(letter: str, directory: Path) -> Path:
 @pytest.mark.parametrize(
     "serials", [("", ""), ("SAME", "SAME"), ("ONE", "TWO")], ids=["none", "equal", "other"]
 )
-def test_disk_gets_the_place_of_another(
+def test_disk_in_the_place_of_another_is_not_written(
     target: Machine, client: Machine, tmp_path: Path, serials: tuple[str, str]
 ) -> None:
     """Pulled, or stopped, exchanged and started: nothing that waits on the client is written to the next."""
@@ -198,7 +200,9 @@ def test_disk_gets_the_place_of_another(
         target.run("rm -f /run/storagetm/*.disks*")
 
 
-def test_disks_that_change_places_over_a_reboot(boot: BootMachine, tool: Path, tmp_path: Path) -> None:
+def test_disks_that_change_places_over_a_reboot_are_not_mixed_up(
+    boot: BootMachine, tool: Path, tmp_path: Path
+) -> None:
     """Writes that waited on the client for one disk do not land on the other that has its node now."""
     wire = Wire()
     # Not SCSI disks, which the kernel names in any order.
@@ -225,7 +229,9 @@ def test_disks_that_change_places_over_a_reboot(boot: BootMachine, tool: Path, t
     assert (tmp_path / "A").read_bytes().count(b"W") == written > 0
 
 
-def test_disks_with_one_serial_number(target: Machine, client: Machine, tmp_path: Path) -> None:
+def test_disks_with_one_serial_number_are_all_attached(
+    target: Machine, client: Machine, tmp_path: Path
+) -> None:
     """A client gets all of them, each with its own content, and the same ones after a restart."""
     disks = [Disk(f"disk-{x}", path=content(x, tmp_path), serial="SAME", bus="scsi") for x in "ABC"]
     target.run("udevadm settle --timeout=120")
@@ -263,7 +269,7 @@ udevadm settle --timeout=120
 """
 
 
-def test_multipath(target: Machine, client: Machine) -> None:
+def test_multipath_disk_is_exported_and_no_path(target: Machine, client: Machine) -> None:
     """The disk is exported, and neither its partition nor a path to it; the client finds the partition."""
     size = 16 * MIB
     for number in (1, 2):
@@ -297,7 +303,7 @@ LATE = 8  # seconds
 
 
 @pytest.mark.parametrize("kind", ["per-disk", "shared"])
-def test_twelve_disks_over_restart_and_reboot(
+def test_client_keeps_twelve_disks_over_restart_and_reboot(
     boot: BootMachine, tool: Path, tmp_path: Path, kind: str
 ) -> None:
     """A client that reads loses none, also if one is not there before 8 s after the restart."""

@@ -13,7 +13,7 @@ from tests.harness.machine import CommandError, Disk, Machine, MachineError
 from tests.vm.conftest import BootMachine
 
 
-def test_command(target: Machine) -> None:
+def test_command_runs_as_in_a_shell(target: Machine) -> None:
     assert target.run("uname -r").stdout.startswith("6.12.")
     assert target.run(["printf", "%s", "$HOME *"]).stdout == "$HOME *"
     assert target.run("cat; echo oops >&2; exit 3", stdin=b"\0\xff", check=False).stdout_bytes == b"\0\xff"
@@ -24,7 +24,7 @@ def test_command(target: Machine) -> None:
         target.run("sleep 100", timeout=1)
 
 
-def test_several_commands_at_once(target: Machine) -> None:
+def test_commands_run_at_the_same_time(target: Machine) -> None:
     process = target.start_process("echo begun; read -r line < /tmp/fifo-$$ || sleep 1000")
     process.wait_output("begun")
     assert target.run("echo meanwhile").stdout == "meanwhile\n"
@@ -32,14 +32,14 @@ def test_several_commands_at_once(target: Machine) -> None:
     assert process.wait() != 0
 
 
-def test_files(target: Machine) -> None:
+def test_file_comes_back_as_it_was_put(target: Machine) -> None:
     data = bytes(range(256)) * 4096
     target.put("/run/harness/data", data, mode=0o600)
     assert target.run("stat -c '%a %s' /run/harness/data").stdout == f"600 {len(data)}\n"
     assert target.get("/run/harness/data") == data
 
 
-def test_wire(target: Machine, client: Machine) -> None:
+def test_wire_connects_unless_it_is_pulled(target: Machine, client: Machine) -> None:
     address = re.search(r"inet6 (fe80::\S+)/64", target.run("ip -6 address show dev eth0").stdout)
     assert address
     client.run(f"ping -c 3 -i 0.2 -W 10 {address[1]}%eth0")
@@ -50,7 +50,7 @@ def test_wire(target: Machine, client: Machine) -> None:
     client.wait_run("ping -c 1 -W 10 192.0.2.1")
 
 
-def test_medium(target: Machine, tmp_path: Path) -> None:
+def test_medium_is_inserted_and_ejected(target: Machine, tmp_path: Path) -> None:
     target.run("test $(blockdev --getsize64 /dev/sr0 2>/dev/null || echo 0) -eq 0")
     disc = tmp_path / "disc.iso"
     disc.write_bytes(b"disc" * (1 << 18))
@@ -62,7 +62,7 @@ def test_medium(target: Machine, tmp_path: Path) -> None:
     target.wait_run("! head -c 4 /dev/sr0")
 
 
-def test_release(boot: BootMachine, release: str) -> None:
+def test_release_has_modules_and_sees_disks_come_grow_and_go(boot: BootMachine, release: str) -> None:
     """Either release has the kernel modules that the project is about, and sees disks come, grow and go."""
     begin = time.monotonic()
     machine = boot(

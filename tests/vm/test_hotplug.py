@@ -90,7 +90,9 @@ def plugged(target: Machine) -> Iterator[list[str]]:
     remove_disks(target, disks)
 
 
-def test_plug_cycles(target: Machine, client: Machine, held: str, plugged: list[str]) -> None:
+def test_fifty_disks_come_and_go_beside_a_reader(
+    target: Machine, client: Machine, held: str, plugged: list[str]
+) -> None:
     """Fifty disks come and go, in batches, while a client reads one that stays."""
     id_serial = {"virtio": "{}", "scsi": "0QEMU_QEMU_HARDDISK_{}"}
     began = time.monotonic()
@@ -138,7 +140,7 @@ def test_plug_cycles(target: Machine, client: Machine, held: str, plugged: list[
     )
 
 
-def test_cd(target: Machine, tmp_path: Path) -> None:
+def test_cd_is_exported_while_it_is_in_the_drive(target: Machine, tmp_path: Path) -> None:
     """A CD is exported for as long as it is in the drive, whose button works all the time."""
     disc = tmp_path / "disc.iso"
     disc.write_bytes(b"disc" * (1 << 18))
@@ -163,7 +165,7 @@ def test_cd(target: Machine, tmp_path: Path) -> None:
     assert left_over(target) == []
 
 
-def test_card_reader(target: Machine) -> None:
+def test_cards_are_exported_once_they_are_inserted(target: Machine) -> None:
     """Cards that can be written are exported as soon as they are inserted, each under its own size.
 
     Also where the kernel was not told to look for media, as without udev.
@@ -191,7 +193,9 @@ def test_card_reader(target: Machine) -> None:
 
 
 @pytest.mark.parametrize("bus", ["virtio", "scsi"])
-def test_resize(target: Machine, client: Machine, tmp_path: Path, bus: Literal["virtio", "scsi"]) -> None:
+def test_client_sees_a_disk_grow_and_shrink(
+    target: Machine, client: Machine, tmp_path: Path, bus: Literal["virtio", "scsi"]
+) -> None:
     """An attached client sees a disk grow and shrink, over the connection that it has."""
     path = tmp_path / "disk.raw"
     write_content(path, 2, SIZE)
@@ -220,7 +224,7 @@ def test_resize(target: Machine, client: Machine, tmp_path: Path, bus: Literal["
         target.remove_disk("elastic", timeout=120)
 
 
-def test_removed_in_use(target: Machine, client: Machine, held: str) -> None:
+def test_nobody_waits_for_a_disk_that_is_removed_in_use(target: Machine, client: Machine, held: str) -> None:
     """A disk is unplugged while a client reads it and its I/O hangs: nobody else waits for that."""
     target.add_disk(Disk("doomed", serial="DISK-DOOMED"))
     doomed = f"/dev/{wait_name(target, 'DISK-DOOMED')}"
@@ -262,7 +266,7 @@ def test_removed_in_use(target: Machine, client: Machine, held: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["read-only", pytest.param("snapshot", marks=pytest.mark.reach)])
-def test_stopped_while_io_hangs(target: Machine, client: Machine, mode: str) -> None:
+def test_stop_does_not_wait_while_io_hangs(target: Machine, client: Machine, mode: str) -> None:
     """The stop does not wait for a disk that is gone, and the next start sees to what is left of it."""
     target.add_disk(Disk("doomed", serial="DISK-DOOMED"))
     doomed = f"/dev/{wait_name(target, 'DISK-DOOMED')}"
@@ -297,7 +301,7 @@ def test_stopped_while_io_hangs(target: Machine, client: Machine, mode: str) -> 
     print(f"The stop took {took:.1f} s.")
 
 
-def test_locked_disk(target: Machine, held: str) -> None:
+def test_locked_disk_is_waited_for_a_while(target: Machine, held: str) -> None:
     """All wait for a disk whose lock is held when the program starts, but only for a while."""
     name = held.removeprefix("/dev/")
     target.run("udevadm settle --timeout=120")
@@ -347,7 +351,7 @@ def without_udev(target: Machine) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("without_udev")
-def test_without_udev(target: Machine, client: Machine) -> None:
+def test_disks_are_followed_without_udev(target: Machine, client: Machine) -> None:
     """The kernel's own uevents and sysfs do, and what is lost when there are too many is looked up."""
     with exporting(target, "--all", environment={"SYSTEMD_LOG_LEVEL": "debug"}) as service:
         tree = nvmet.tree(target)

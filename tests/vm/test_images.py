@@ -88,7 +88,7 @@ def test_image_has_its_own_sectors(target: Machine, client: Machine, files: list
     assert nvmet.left_over(target) == []
 
 
-def test_killed_with_an_image_attached(target: Machine, client: Machine, files: list[str]) -> None:
+def test_loop_device_is_taken_over_after_a_crash(target: Machine, client: Machine, files: list[str]) -> None:
     """The next start takes over the loop device in between, and the stop leaves none."""
     arguments = ["--nqn=quux", "--read-write", *files]
     service = nvmet.Service(target, arguments)
@@ -110,7 +110,7 @@ def test_killed_with_an_image_attached(target: Machine, client: Machine, files: 
 
 
 @pytest.mark.parametrize("access", ["read-only", "snapshot"])
-def test_disk_of_4096_bytes_that_is_in_use(target: Machine, client: Machine, access: str) -> None:
+def test_disk_of_4096_bytes_in_use_keeps_its_sectors(target: Machine, client: Machine, access: str) -> None:
     """It cannot be claimed, so there is a loop device over it, with the disk's sectors."""
     target.add_disk(Disk("native", size=32 * MIB, serial="DISK-4096", block_size=4096))
     try:

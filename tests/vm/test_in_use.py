@@ -196,7 +196,7 @@ def free(nodes: dict[str, str]) -> set[str]:
     return {nodes[name] for name in names} | {"nullb0"}
 
 
-def test_list_devices(machine: Machine, nodes: dict[str, str]) -> None:
+def test_list_says_why_disks_are_left_out(machine: Machine, nodes: dict[str, str]) -> None:
     found = listed(machine)
     expected = reasons(nodes)
     assert free(nodes) <= {name for name, reason in found.items() if not reason}
@@ -208,7 +208,7 @@ def test_list_devices(machine: Machine, nodes: dict[str, str]) -> None:
         assert found[name] in ("it is a loop device", "it comes over the network (NBD)")
 
 
-def test_all(machine: Machine, nodes: dict[str, str]) -> None:
+def test_all_leaves_out_what_is_in_use(machine: Machine, nodes: dict[str, str]) -> None:
     with exporting(machine, "--all", "--nqn=quux") as service:
         assert exported(machine) == free(nodes)
         output = service.output
@@ -216,7 +216,7 @@ def test_all(machine: Machine, nodes: dict[str, str]) -> None:
             assert re.search(f"^Not exporting '/dev/{name}': {reason}$", output, re.MULTILINE), name
 
 
-def test_all_twice(machine: Machine, nodes: dict[str, str]) -> None:
+def test_all_twice_exports_what_is_in_use(machine: Machine, nodes: dict[str, str]) -> None:
     """Also what is in use: but still no loop device and the like, and nothing that is made of another."""
     reason = reasons(nodes)
     with_force = free(nodes) | {name for name, why in reason.items() if why.startswith("it is in use")}
@@ -226,7 +226,7 @@ def test_all_twice(machine: Machine, nodes: dict[str, str]) -> None:
         assert exported(machine) == with_force
 
 
-def test_stacked(machine: Machine, nodes: dict[str, str]) -> None:
+def test_stacked_exports_what_is_made_of_disks(machine: Machine, nodes: dict[str, str]) -> None:
     """Idle arrays and volumes instead of their disks, in each way of asking."""
     wanted = free(nodes) - {nodes[d] for d in (*IDLE, "MD-IDLE-2")} | made_of_disks(nodes).keys()
     assert {name for name, why in listed(machine, "--stacked").items() if not why} == wanted
@@ -243,7 +243,7 @@ def test_stacked(machine: Machine, nodes: dict[str, str]) -> None:
     assert f"'/dev/md101': its data is on '/dev/{nodes['MD-IDLE-2']}'" in both.stderr
 
 
-def test_named(machine: Machine, nodes: dict[str, str]) -> None:
+def test_named_disk_in_use_needs_force(machine: Machine, nodes: dict[str, str]) -> None:
     """A device that is named is refused while it is in use, but not with --force."""
     reason = reasons(nodes)
     partition = f"/dev/{nodes['PARTITION']}1"
@@ -268,7 +268,7 @@ def test_named(machine: Machine, nodes: dict[str, str]) -> None:
         assert exported(machine) == {Path(device).name for device in refused}
 
 
-def test_named_free(machine: Machine, nodes: dict[str, str]) -> None:
+def test_named_devices_of_any_kind_are_exported(machine: Machine, nodes: dict[str, str]) -> None:
     """Partitions, arrays, loop devices and RAM disks are exported if they are named; the same one once."""
     machine.run("truncate -s 1M /var/tmp/image && losetup /dev/loop6 /var/tmp/image")
     device = f"/dev/{nodes['FREE']}"
@@ -282,7 +282,7 @@ def test_named_free(machine: Machine, nodes: dict[str, str]) -> None:
     machine.run("losetup -d /dev/loop6; rm /var/tmp/image")
 
 
-def test_own_export_attached(machine: Machine) -> None:
+def test_own_export_is_not_exported_again(machine: Machine) -> None:
     """A disk that is attached over NVMe/TCP is not exported again, and nothing on top of it."""
     with exporting(machine, "--all", "--nqn=quux") as service:
         before = exported(machine)
@@ -306,7 +306,7 @@ def test_own_export_attached(machine: Machine) -> None:
             machine.run("dmsetup remove top; nvme disconnect-all")
 
 
-def test_use_ends(machine: Machine, nodes: dict[str, str]) -> None:
+def test_disk_is_exported_once_its_use_ends(machine: Machine, nodes: dict[str, str]) -> None:
     """A disk is exported once what was on top of it is gone, and then stays: the system cannot use it again.
 
     The last test, since this is not undone.

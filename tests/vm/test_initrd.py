@@ -160,7 +160,7 @@ def pair(
         yield Pair(release, target, client, checksums)
 
 
-def test_units(pair: Pair) -> None:
+def test_only_units_that_are_needed_run(pair: Pair) -> None:
     pair.screen(r"^  nvme connect-all .* -a 169\.254\.", "all 2 disks|both disks")
     target = pair.target
     target.wait_run("systemctl is-active storage-target-mode.target")
@@ -179,7 +179,7 @@ def test_units(pair: Pair) -> None:
     assert re.search(r'Status: "Exporting 2 disks at 2 addresses; snapshots use .*\(0 %\)\."', status)
 
 
-def test_identity(pair: Pair) -> None:
+def test_identity_is_that_of_the_running_system(pair: Pair) -> None:
     """As on the running system: the machine ID is in the initrd, and names and ports are made from it."""
     assert pair.target.run("cat /etc/machine-id").stdout.strip() == harness_images.MACHINE_ID
     connect_all, connect_all_6, *ones = pair.commands()
@@ -189,7 +189,7 @@ def test_identity(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("family", ["ipv4", "ipv6"])
-def test_attach_all(pair: Pair, family: str) -> None:
+def test_one_command_attaches_all(pair: Pair, family: str) -> None:
     (command,) = (
         c for c in pair.commands() if "connect-all" in c and ("169.254." in c) == (family == "ipv4")
     )
@@ -201,7 +201,7 @@ def test_attach_all(pair: Pair, family: str) -> None:
 
 
 @pytest.mark.parametrize("pair", ON_NEWER, indirect=True, scope="module")
-def test_attach_one(pair: Pair) -> None:
+def test_two_lines_attach_one_disk(pair: Pair) -> None:
     """The two lines below a disk's name, typed as they are, attach that disk and no other."""
     (command,) = (c for c in pair.commands() if c.endswith(".vda"))
     assert command.count("\\\n") == 1
@@ -212,7 +212,7 @@ def test_attach_one(pair: Pair) -> None:
         pair.client.run("nvme disconnect-all")
 
 
-def test_access(pair: Pair) -> None:
+def test_kernel_command_line_decides_about_access(pair: Pair) -> None:
     """The kernel command line says which disk may be written to, and the screen says so."""
     pair.screen(r"^/dev/sda .* snapshot  0 % ", r"^/dev/vda .* read-only ")
     (command,) = (c for c in pair.commands() if "connect-all" in c and "169.254." in c)
@@ -260,7 +260,9 @@ def own_prefix() -> str:
     return f"nqn.2023-10.io.systemd:storagetm.{derived.hex}"
 
 
-def test_failures(release: str, images: dict[str, Image], tmp_path: Path) -> None:
+def test_what_prevents_the_export_stays_on_the_screen(
+    release: str, images: dict[str, Image], tmp_path: Path
+) -> None:
     """What prevents the export stays on the screen. What cannot be shown there leaves time to read it."""
     initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
     machine = Machine(
@@ -334,7 +336,9 @@ def test_failures(release: str, images: dict[str, Image], tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("release", [SID])
-def test_newest_systemd(release: str, images: dict[str, Image], tmp_path: Path) -> None:
+def test_tpm_is_told_before_the_export_begins(
+    release: str, images: dict[str, Image], tmp_path: Path
+) -> None:
     """It exports on the newest release, too, and there the TPM has been told of it before."""
     initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
     machine = Machine(
@@ -374,7 +378,7 @@ def test_newest_systemd(release: str, images: dict[str, Image], tmp_path: Path) 
 
 
 @pytest.mark.reach
-def test_one_image_for_two_machines(images: dict[str, Image], standard: str, tmp_path: Path) -> None:
+def test_one_image_does_for_two_machines(images: dict[str, Image], standard: str, tmp_path: Path) -> None:
     """A client that attaches the disks of both, none of which has a serial number, does not mix them up."""
     image = images[standard]
     initrd = harness_images.initrd(image, *DRACUT_OPTIONS)
@@ -432,7 +436,7 @@ def test_one_image_for_two_machines(images: dict[str, Image], standard: str, tmp
 
 
 @pytest.mark.parametrize("pair", ON_NEWER, indirect=True, scope="module")
-def test_hot_plug(pair: Pair) -> None:
+def test_later_disks_are_shown_and_attached(pair: Pair) -> None:
     """Disks that come later are shown and can be attached, on a second page where the first is full."""
     for number in range(2):
         pair.target.add_disk(Disk(f"late-{number}", size=8 * MIB))
@@ -469,7 +473,7 @@ def shared(pair: Pair) -> Iterator[None]:
 
 @pytest.mark.parametrize("pair", ON_NEWER, indirect=True, scope="module")
 @pytest.mark.usefixtures("shared")
-def test_shared(pair: Pair) -> None:
+def test_one_command_attaches_a_shared_subsystem(pair: Pair) -> None:
     """The command on the screen attaches all disks, whose numbers are there, too, and so do later ones."""
     screen = pair.screen(
         r"^  nvme connect .* -a 169\.254\.",
@@ -496,7 +500,7 @@ def test_shared(pair: Pair) -> None:
         pair.client.run("nvme disconnect-all")
 
 
-def test_stop(pair: Pair) -> None:
+def test_stop_leaves_nothing_and_reboots(pair: Pair) -> None:
     """Ctrl-C stops exporting and leaves nothing behind, and so does SIGTERM; either reboots the machine."""
     target = pair.target
     (command,) = (c for c in pair.commands() if "connect-all" in c and "169.254." in c)
@@ -526,7 +530,7 @@ def test_stop(pair: Pair) -> None:
 @pytest.mark.parametrize(
     "module", ["ahci", "nvme", "nvmet_tcp", "r8152", "thunderbolt_net", "uas", "virtio_net"]
 )
-def test_drivers(module: str, images: dict[str, Image], release: str) -> None:
+def test_drivers_of_what_comes_later_are_there(module: str, images: dict[str, Image], release: str) -> None:
     """An initrd for this host has the drivers of what may be plugged in later, too."""
     initrd = harness_images.initrd(images[release], *DRACUT_OPTIONS)
     # In file names, the kernel's makefiles have dashes and underscores as they like, and change them.
@@ -534,7 +538,7 @@ def test_drivers(module: str, images: dict[str, Image], release: str) -> None:
 
 
 @pytest.mark.parametrize("release", ON_NEWER)
-def test_refused_image(images: dict[str, Image], release: str) -> None:
+def test_image_that_could_not_work_is_refused(images: dict[str, Image], release: str) -> None:
     """No image is made that could not do what it is for."""
     for spoil, reason in (
         (

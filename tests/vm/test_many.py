@@ -11,7 +11,7 @@ from tests.vm.conftest import BootMachine
 
 
 @pytest.mark.parametrize("state", ["rest", "probing"])
-def test_256_disks(boot: BootMachine, state: str) -> None:
+def test_256_disks_are_exported_when_it_says_so(boot: BootMachine, state: str) -> None:
     """All are exported once the program says so, and gone once it ends."""
     machine = boot("many", memory=2048, steady=True)
     bench.install(machine)
@@ -27,7 +27,7 @@ def test_256_disks(boot: BootMachine, state: str) -> None:
     assert not errors
 
 
-def test_much_at_once(boot: BootMachine) -> None:
+def test_much_at_once_loses_nothing(boot: BootMachine) -> None:
     """Many disks on a screen, hot-plugs and changes of addresses as fast as can be: nothing is lost.
 
     With more of everything it is part of `make bench`.

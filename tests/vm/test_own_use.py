@@ -61,7 +61,7 @@ def test_nobody_else_takes_it(target: Machine, members: tuple[str, ...], access:
     target.run("mdadm --assemble --scan && mount /dev/md77 /mnt")
 
 
-def test_taken_while_dead(target: Machine, members: tuple[str, ...]) -> None:
+def test_what_was_taken_while_dead_is_not_exported(target: Machine, members: tuple[str, ...]) -> None:
     """What was made of an export while the program was dead is not exported; a stop says how to end it."""
     service = Service(target, ["--all", f"--nqn={NQN}", "--snapshot=99M"])
     service.start()
@@ -99,7 +99,7 @@ def test_taken_while_dead(target: Machine, members: tuple[str, ...]) -> None:
     target.run("blockdev --rereadpt /dev/vdb && mdadm --assemble --scan")
 
 
-def test_opened_by_a_process(target: Machine) -> None:
+def test_process_that_has_a_mapping_open_is_named(target: Machine) -> None:
     """A stop names the process that has a mapping open."""
     service = Service(target, [f"--nqn={NQN}", "/dev/vdb"])
     service.start()

@@ -191,7 +191,7 @@ def serial_numbers(machine: Machine, prefix: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("machine_id", MACHINE_IDS)
-def test_all(machine: Machine, machine_id: str) -> None:
+def test_all_looks_like_the_peers_to_clients(machine: Machine, machine_id: str) -> None:
     """Virtio, SCSI and NVMe disks and one of null_blk, with serial numbers and without."""
     prefix = "nqn.2023-10.io.systemd:storagetm." + app_specific_id(
         machine_id, "b4f94e52b8e245db88846e2ec3f4ef18"
@@ -227,7 +227,7 @@ def test_all(machine: Machine, machine_id: str) -> None:
         assert peer[f"subsystems/{prefix}.nullb0/attr_serial"] == "0e06ea54baca4c67a335\n"
 
 
-def test_read_only(machine: Machine) -> None:
+def test_read_only_differs_only_in_what_is_between(machine: Machine) -> None:
     """Exported read-only, there is something between the disk and its export, and that is all."""
     arguments = ["--nqn=quux", "/dev/nvme0n1", "/dev/disk/by-id/virtio-DISK-A", DISK_IMAGE]
     peer, project = both(machine, VECTOR_ID, *arguments, access="--read-only")
@@ -256,7 +256,7 @@ def ports(found: dict[str, str]) -> set[int]:
 @pytest.mark.parametrize(
     "prefix", ["quux", "nqn.2014-08.org.example:ümläut and blank"], ids=["word", "strange"]
 )
-def test_named(machine: Machine, prefix: str) -> None:
+def test_named_disks_look_like_the_peers(machine: Machine, prefix: str) -> None:
     """Disks and files, by links and relative paths, in any order, with another prefix. A variable that makes
     no sense changes nothing.
     """
@@ -303,7 +303,7 @@ def test_named(machine: Machine, prefix: str) -> None:
     ],
     ids=["plain", "long"],
 )
-def test_environment(machine: Machine, environment: dict[str, str]) -> None:
+def test_variables_do_what_they_do_for_the_peer(machine: Machine, environment: dict[str, str]) -> None:
     """The variables that override a disk's identity."""
     prefix = "nqn.2023-10.io.systemd:storagetm.099edbb9e5114193a828c46d31d9228f"
     peer, project = both(machine, VECTOR_ID, f"--nqn={prefix}", "/dev/nvme0n1", environment=environment)
@@ -364,7 +364,7 @@ def check_next_ports(machine: Machine, taken: set[int], output: str) -> None:
         )
 
 
-def test_port_taken_by_program(machine: Machine) -> None:
+def test_port_taken_by_a_program_is_replaced(machine: Machine) -> None:
     """A program listens on both ports."""
     listener = machine.start_process(["python3", "-c", LISTENER])
     try:
@@ -377,7 +377,7 @@ def test_port_taken_by_program(machine: Machine) -> None:
         listener.wait()
 
 
-def test_port_taken_by_entry(machine: Machine) -> None:
+def test_port_taken_by_an_entry_is_replaced(machine: Machine) -> None:
     """Directories of these numbers are in configfs already, and stay as they are."""
     foreign = f"{NVMET}/ports/16858 {NVMET}/ports/29423"
     machine.run(f"mkdir {foreign} && for port in {foreign}; do echo rdma > $port/addr_trtype; done")

@@ -41,7 +41,7 @@ def numbers(target: Machine) -> dict[str, int]:
     }
 
 
-def test_come_and_go(target: Machine, client: Machine, tmp_path: Path) -> None:
+def test_client_sees_disks_come_and_go(target: Machine, client: Machine, tmp_path: Path) -> None:
     """An attached client sees it. Numbers last as long as a disk is here, and none is given again."""
     path = tmp_path / "guest.raw"
     write_content(path, 1, 4 * MIB)
@@ -92,7 +92,7 @@ def test_come_and_go(target: Machine, client: Machine, tmp_path: Path) -> None:
     assert len({fields[1] for fields in seen.values()}) == len(seen)
 
 
-def test_killed_while_read(target: Machine, client: Machine, tmp_path: Path) -> None:
+def test_reader_does_not_notice_a_crash(target: Machine, client: Machine, tmp_path: Path) -> None:
     """Taken over after SIGKILL, with a client that reads all the time and notices nothing."""
     path = tmp_path / "read.raw"
     write_content(path, 3, 4 * MIB)
@@ -132,7 +132,7 @@ def test_killed_while_read(target: Machine, client: Machine, tmp_path: Path) -> 
         assert service.stop() == set()
 
 
-def test_removed_in_use(target: Machine, client: Machine) -> None:
+def test_tool_goes_on_while_a_pulled_disk_owes_an_answer(target: Machine, client: Machine) -> None:
     """While a disk that was pulled owes an answer to a client, the tool goes on, and others wait for it."""
     target.add_disk(Disk("doomed", serial="DISK-DOOMED"))
     doomed = f"/dev/{wait_name(target, 'DISK-DOOMED')}"
@@ -163,7 +163,7 @@ def test_removed_in_use(target: Machine, client: Machine) -> None:
         assert [line for priority, line in service.journal() if priority < 6] == []
 
 
-def test_access(target: Machine, client: Machine, tmp_path: Path) -> None:
+def test_each_namespace_has_its_own_access(target: Machine, client: Machine, tmp_path: Path) -> None:
     """Each namespace has its own kind of access."""
     contents = {}
     for name in ("one", "two", "three"):
@@ -193,7 +193,7 @@ def test_access(target: Machine, client: Machine, tmp_path: Path) -> None:
             target.remove_disk(name, timeout=120)
 
 
-def test_other_kind(target: Machine) -> None:
+def test_other_kind_of_subsystem_takes_over(target: Machine) -> None:
     """The other kind of subsystem, started after a SIGKILL, takes the place of the one that is there."""
     for first, second in (("shared", "per-disk"), ("per-disk", "shared")):
         services = [
@@ -214,7 +214,7 @@ def test_other_kind(target: Machine) -> None:
         assert services[1].stop() == set()
 
 
-def test_name_taken(target: Machine) -> None:
+def test_subsystem_of_another_program_is_left_alone(target: Machine) -> None:
     """Another program's subsystem of this name is left alone."""
     target.run(f"modprobe nvmet-tcp; mkdir -p {NVMET}/subsystems/{NQN}/namespaces/7")
     try:
@@ -229,7 +229,7 @@ def test_name_taken(target: Machine) -> None:
 
 
 @pytest.mark.parametrize("release", ON_OLDER)
-def test_debian_releases(boot: BootMachine, tool: Path, release: str) -> None:
+def test_20_disks_are_attached_at_once_on_each_release(boot: BootMachine, tool: Path, release: str) -> None:
     """On the kernels of both releases, with 20 disks that a client of the same one attaches at once."""
     wire = Wire()
     disks = [Disk(f"disk{i}", serial=f"DISK-{i}") for i in range(20)]

@@ -46,7 +46,7 @@ def killed(target: Machine, service: Service) -> None:
     target.wait_run(f"systemctl is-failed --quiet {service.unit} && systemctl reset-failed {service.unit}")
 
 
-def test_unreadable_sectors(target: Machine, client: Machine, tmp_path: Path) -> None:
+def test_unreadable_sectors_end_no_snapshot(target: Machine, client: Machine, tmp_path: Path) -> None:
     """A file system on a damaged disk is repaired and used; no unreadable sector ends a snapshot."""
     path = tmp_path / "dying.raw"
     path.write_bytes(bytes(SIZE))
@@ -119,7 +119,7 @@ time.sleep(1000)
 """
 
 
-def test_little_memory(boot: BootMachine) -> None:
+def test_machine_with_little_memory_lives(boot: BootMachine) -> None:
     """However much is asked for and written, and whoever else takes memory, the machine lives."""
     machine = boot("small", memory=288, disks=[Disk("data", size=1 << 30, serial="DISK-DATA")])
     machine.run("ip link set lo up; modprobe nvme-tcp")

@@ -99,7 +99,7 @@ def check_screen(screen: str) -> None:
     assert "login:" not in screen
 
 
-def test_isolate_from_serial_console(boot: BootMachine, release: str) -> None:
+def test_isolate_works_from_a_serial_console(boot: BootMachine, release: str) -> None:
     """Somebody who is logged in on the console types it there."""
     getty = "serial-getty@ttyS0.service"
     machine = boot_system(boot, release, getty)
@@ -122,7 +122,7 @@ def test_isolate_from_serial_console(boot: BootMachine, release: str) -> None:
     assert b"a kernel message" not in machine.console_bytes()[seen:]
 
 
-def test_isolate_from_virtual_terminal(boot: BootMachine) -> None:
+def test_isolate_works_from_a_virtual_terminal(boot: BootMachine) -> None:
     """The main console is a virtual terminal with a login prompt on it, and somebody else isolates.
 
     The serial line is a console as well, so the screen is there, too. Whoever sits there can end it.
