@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import storagetm
+from tests.unit.test_shown import Named
 
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
 PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
@@ -156,8 +157,7 @@ def test_ports_follow_from_the_prefix(machine: storagetm.Machine, nqn: str, ipv4
 
 @given(st.text(st.characters(codec="utf-8"), max_size=50))
 def test_ports_are_in_range_for_any_prefix(nqn: str) -> None:
-    transport = storagetm.NvmeTcp.__new__(storagetm.NvmeTcp)
-    transport.prefix = nqn
+    transport = storagetm.NvmeTcp(Named(), nqn)
     assert transport.port_number(storagetm.AF_INET) in range(1024, 65535, 2)
     assert transport.port_number(storagetm.AF_INET6) in range(1025, 65536, 2)
 

@@ -111,7 +111,8 @@ def test_adapters_come_first_and_ports_last(monkeypatch: pytest.MonkeyPatch) -> 
         return (links if kind == storagetm.RTM_GETLINK else found), True
 
     monkeypatch.setattr(storagetm.Network, "dump", staticmethod(dump))
-    network = storagetm.Network.__new__(storagetm.Network)
+    network = storagetm.Network()
+    network.socket.close()
     assert [(a.interface, a.text) for a in network.addresses()] == [
         ("br0", "192.0.2.1"),
         ("br0", "2001::1"),

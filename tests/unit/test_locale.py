@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import storagetm
+from tests.unit.test_shown import Named
 
 SCRIPT = Path(storagetm.__file__)
 # Python takes "C" for UTF-8 unless told not to. Then it is ASCII, as if no other locale were installed.
@@ -89,13 +90,11 @@ def test_letters_that_a_locale_lacks_raise_nothing(
 
 def test_identities_are_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a disk whose serial number has such a letter, wherever it was read."""
-    machine = storagetm.Machine.__new__(storagetm.Machine)
-    machine.id, machine.os, machine.os_version = bytes(16), "debian", "13"
     disk = storagetm.Disk("vda", "/dev/vda", "vda")
     disk.id_serial, disk.tag = "SÉRIE-№1", "1:1 1"
 
     def identities() -> list[object]:
-        transport = storagetm.NvmeTcp(machine, "préfixe")
+        transport = storagetm.NvmeTcp(Named(), "préfixe")
         found = [
             transport.identities.uuid(disk),
             transport.identities.nguid(disk),

@@ -10,6 +10,7 @@ import re
 import pytest
 
 import storagetm
+from tests.unit.test_shown import Named
 
 
 def disk(name: str, serial: str = "") -> storagetm.Disk:
@@ -21,18 +22,18 @@ def disk(name: str, serial: str = "") -> storagetm.Disk:
 
 def test_too_many_namespaces_are_not_too_many_files() -> None:
     """The kernel's reason is one that it also has for open files."""
-    transport = storagetm.SharedNvmeTcp(storagetm.Machine(), "quux")
+    transport = storagetm.SharedNvmeTcp(Named(), "quux")
     problem = OSError(errno.EMFILE, "", "/dev/sda")
     entry = storagetm.Attribute("nvmet/subsystems/quux/namespaces/1025/enable", "1")
     failure = storagetm.Failure(storagetm.Branch("", [entry]), entry, problem)
     assert "--subsystem=per-disk" in transport.explain(failure)
-    assert storagetm.NvmeTcp(storagetm.Machine(), "quux").explain(failure) == ""
+    assert storagetm.NvmeTcp(Named(), "quux").explain(failure) == ""
     assert "ulimit" in storagetm.reason_of(problem)
 
 
 def test_nguid_lasts_and_is_of_one_disk() -> None:
     """It lasts, differs from disk to disk, also without serial numbers, and is not the UUID."""
-    transport = storagetm.SharedNvmeTcp(storagetm.Machine(), "quux")
+    transport = storagetm.SharedNvmeTcp(Named(), "quux")
     disks = [disk("sda", "ONE"), disk("sdb", "TWO"), disk("nullb0"), disk("nullb1")]
     found = [transport.identities.nguid(d) for d in disks]
     assert found == [transport.identities.nguid(d) for d in disks]
@@ -51,7 +52,7 @@ def test_option_says_which_kind() -> None:
 
 def test_one_command_attaches_all() -> None:
     """One command attaches all; which namespace is which disk is said."""
-    transport = storagetm.SharedNvmeTcp(storagetm.Machine(), "quux")
+    transport = storagetm.SharedNvmeTcp(Named(), "quux")
     transport.ports = {storagetm.AF_INET: 16858}
     disks = [disk("sda", "ONE"), disk("sdb", "TWO")]
     disks[0].serial = "DISK-ONE"
@@ -60,7 +61,7 @@ def test_one_command_attaches_all() -> None:
         d.size, d.access = 1 << 30, storagetm.READ_ONLY
         d.branch = transport.disk_branches(d)[-1]
     address = storagetm.Address(storagetm.AF_INET, "192.0.2.1", "eth0", link_local=False)
-    report = storagetm.Report(storagetm.Machine(), transport, [address], disks, storagetm.Memory())
+    report = storagetm.Report(Named(), transport, [address], disks, storagetm.Memory())
     text = "\n".join(line for block in report.blocks(80) for _, line in block)
     assert "nvme connect -t tcp -a 192.0.2.1 -s 16858 -n quux" in " ".join(text.split())
     assert "connect-all" not in text

@@ -26,9 +26,9 @@ EXPORTED = storagetm.Branch("", [storagetm.Directory("x")])
 class Named(storagetm.Machine):
     """A machine that is called target, without asking this one."""
 
-    def __init__(self) -> None:
+    def __init__(self, machine_id: bytes = bytes(16)) -> None:
         self.id, self.os, self.os_version, self.os_name = (
-            bytes(16),
+            machine_id,
             "debian",
             "13",
             "Debian GNU/Linux 13 (trixie)",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import storagetm
 from tests.unit.conftest import CapturedMachine
+from tests.unit.test_shown import Named
 
 SALT = bytes(range(16))
 
@@ -68,9 +69,7 @@ def identities(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = Tr
     disk.stay = stays.begin(disk, alone=alone)
     stays.note()
     assert disk.stay
-    machine = storagetm.Machine.__new__(storagetm.Machine)
-    machine.id, machine.os, machine.os_version = SALT, "debian", "13"
-    transport = storagetm.NvmeTcp(machine, "quux")
+    transport = storagetm.NvmeTcp(Named(SALT), "quux")
     return {
         str(disk.stay.number),
         transport.identities.uuid(disk),

@@ -27,6 +27,7 @@ from tests.unit import configfs as stand_in
 from tests.unit.configfs import Nvmet
 from tests.unit.conftest import MEMORY
 from tests.unit.devicemapper import DeviceMapper
+from tests.unit.test_shown import Named
 
 V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
 PORTS = {V4: 4420, V6: 4421}
@@ -41,9 +42,7 @@ in_each_access = pytest.mark.parametrize("access", storagetm.ACCESS)
 
 def transport(ports: dict[int, int], *, shared: bool = False) -> storagetm.NvmeTcp:
     """One that is called nqn.test, without asking this machine who it is."""
-    machine = storagetm.Machine.__new__(storagetm.Machine)
-    machine.id, machine.os, machine.os_version = bytes(range(16)), "debian", "13"
-    made = (storagetm.SharedNvmeTcp if shared else storagetm.NvmeTcp)(machine, "nqn.test")
+    made = (storagetm.SharedNvmeTcp if shared else storagetm.NvmeTcp)(Named(), "nqn.test")
     made.ports.update(ports)
     return made
 
