@@ -30,7 +30,7 @@ A section uses nothing but those above it:
 19. Transports
 20. Exports
 21. The report
-22. Views
+22. Outputs
 23. The service
 24. The command line
 
@@ -817,63 +817,6 @@ class ConsoleLevel:
             os.unlink(self.saved)
         except OSError as e:
             debug(f"Failed to put back the console's log level, ignoring: {reason_of(e)}")
-
-
-class SleepLock:
-    """Keeps logind from sending this machine to sleep: on command, when idle, or when a lid is closed.
-
-    logind's lock lasts as long as a descriptor that it gives to whoever asks on D-Bus. systemd-inhibit(1)
-    has that, and ends with its child, here a program that reads from a pipe. The other end of the pipe is in
-    this process alone, so the lock ends when this process does, even if it is killed.
-    """
-
-    WHAT = "sleep:idle:handle-lid-switch"
-
-    def __init__(self) -> None:
-        self.pid = 0
-        self.fd = -1  # the end of the pipe; it has an error once systemd-inhibit has ended
-        self.asked = False
-
-    def take(self) -> None:
-        """Asks for the lock, once, without waiting for it. That it cannot be had is no error."""
-        if self.asked:
-            return
-        self.asked = True
-        program, reader = find_program("systemd-inhibit"), find_program("cat")
-        if not (program and reader and any(map(os.path.isdir, LOGIND))):
-            return
-        arguments = ("--who=storagetm", "--why=Other machines may be using its disks", "--mode=block")
-        # What it prints is not needed: if it fails, it ends, and the pipe shows that.
-        null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (1, 2)]
-        reading, self.fd = os.pipe()
-        try:
-            self.pid = os.posix_spawn(
-                program,
-                ("systemd-inhibit", f"--what={self.WHAT}", *arguments, reader),
-                {},
-                file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0), *null],
-                setpgroup=0,  # Ctrl-C is for us alone: disks are exported until we have stopped
-            )
-        except OSError as e:
-            debug(f"Failed to start '{program}', ignoring: {reason_of(e)}")
-            self.release()
-        finally:
-            os.close(reading)
-
-    def lost(self) -> None:
-        """Called when systemd-inhibit has ended: logind has refused, or cannot be reached."""
-        self.release()
-        os.waitpid(self.pid, 0)
-        warning(
-            "Failed to keep this machine awake: systemd-inhibit has ended; it may go to sleep when it is "
-            "idle or its lid is closed"
-        )
-
-    def release(self) -> None:
-        """Gives the lock back, without waiting for that."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 def write_new_file(path: str, content: bytes) -> None:
@@ -2845,6 +2788,41 @@ BRIDGE_PORT = 2
 # -----------------------------------------------------------------------------------------------------------
 
 
+class News:
+    """Something that the service waits for."""
+
+    def wants(self) -> tuple[int, int]:
+        """The descriptor to wait at, -1 for none, and for which of poll(2)'s events."""
+        return -1, 0
+
+    def due(self) -> float | None:
+        """When to act whatever comes, in seconds of the monotonic clock; None for never."""
+        return None
+
+    def act(self) -> bool:
+        """Takes what has come; True if exports have to be looked at again."""
+        return False
+
+
+def attend(news: Sequence[News]) -> Iterator[News]:
+    """Waits until some of them have to act, and yields those, each as soon as the one before has acted."""
+    poll = select.poll()
+    masks: dict[int, int] = {}
+    waiting = [(each, *each.wants()) for each in news]
+    for _, fd, events in waiting:
+        if fd >= 0:
+            masks[fd] = masks.get(fd, 0) | events
+            poll.register(fd, masks[fd])
+    deadlines = [due for each in news if (due := each.due()) is not None]
+    timeout = max(0, min(deadlines) - time.monotonic()) * 1000 + 1 if deadlines else None
+    ready = {fd for fd, _ in poll.poll(timeout)}
+    now = time.monotonic()
+    for each, fd, _ in waiting:
+        # What others have done meanwhile may be what it waits for.
+        if fd in ready or ((due := each.due()) is not None and due <= now):
+            yield each
+
+
 class Address:
     """An address that another machine can use, `interface` being this machine's name of where it is.
 
@@ -2863,6 +2841,28 @@ class Address:
     def rank(self) -> tuple[int, bool, bool, str, str]:
         """Interfaces with hardware first; on either kind IPv4, then global IPv6, then link-local IPv6."""
         return self.kind, self.family == AF_INET6, self.link_local, self.interface, self.text
+
+
+class Instruction:
+    """What to type on another machine to attach disks from an address of this one."""
+
+    __slots__ = ("address", "brief", "command", "disk", "interface", "kind", "more", "note")
+
+    def __init__(
+        self, at: Address, command: str, more: str = "", *, note: str = "", brief: str = "", disk: str = ""
+    ) -> None:
+        self.address = at.text
+        self.interface = at.interface
+        self.kind = at.kind
+        self.command = command
+        self.more = more  # the rest of it, which may be on a line of its own
+        self.note = note  # what to say of it
+        self.brief = brief  # another command that attaches all disks, if that may be shorter
+        self.disk = disk  # the key of the only one that it attaches; empty for all
+
+    @property
+    def line(self) -> str:
+        return f"{self.command} {self.more}".rstrip()
 
 
 def interface_kind(name: str, depth: int = 0) -> int:
@@ -5536,6 +5536,7 @@ class NvmeTcp:
     """
 
     together = False  # whether one command attaches all disks, which then have numbers
+    NUMBERED = ""  # what those are called that have the numbers
     NQN_STEM = "nqn.2023-10.io.systemd:storagetm."
     NQN_APPLICATION = "b4f94e52b8e245db88846e2ec3f4ef18"
     PORT_KEY = "d10b67b5e2b74a918d6b27b635c19fd9"
@@ -5671,10 +5672,6 @@ class NvmeTcp:
             return True
         return False
 
-    def without_seats(self, addresses: list[str]) -> list[str]:
-        """The addresses of clients, given all that have a connection."""
-        return [a for a in addresses if a not in ("127.0.0.1", "::1")] if self.host.seats else addresses
-
     # The wanted tree
 
     def scaffolds(self, live: dict[str, Branch]) -> list[Branch]:
@@ -5807,23 +5804,38 @@ class NvmeTcp:
     def reachable(self, addresses: Sequence[Address]) -> list[Address]:
         return [a for a in addresses if a.family in self.ports]
 
-    def connect(self, address: Address, what: str) -> str:
+    def instructions(self, disks: Iterable[Disk], addresses: Sequence[Address]) -> list[Instruction]:
+        """What attaches all disks at each address, then what attaches each one at the first address."""
+        usable = self.reachable(addresses)
+        single = [
+            self.instruction(a, "connect", self.nqn(disk), disk.key) for a in usable[:1] for disk in disks
+        ]
+        return [self.instruction(a, "connect-all") for a in usable] + single
+
+    def instruction(self, at: Address, what: str, nqn: str = "", disk: str = "") -> Instruction:
         """The command that attaches `what` ("connect", "connect-all") on the client.
 
         A link-local IPv6 address means nothing without the interface, and that is the client's. Behind the
         address (`%eth0`) it is lost in "connect-all", which goes on with addresses that the target has told,
         without any.
         """
-        scope = " -f INTERFACE" if address.family == AF_INET6 and address.link_local else ""
-        return f"nvme {what} -t tcp -a {address.text} -s {self.ports[address.family]}{scope}"
+        scope = note = ""
+        if at.family == AF_INET6 and at.link_local:
+            scope = " -f INTERFACE"
+            note = "(INTERFACE: the other machine's interface to this one, see 'ip link')"
+        where = f"-t tcp -a {at.text} -s {self.ports[at.family]}{scope}"
+        more = f"-n {typed(nqn)}" if nqn else ""
+        brief = f"nvme connect-all {where}"
+        return Instruction(at, f"nvme {what} {where}", more, note=note, brief=brief, disk=disk)
 
-    def for_all(self, address: Address) -> tuple[str, str]:
-        """The command that attaches all disks, and what may be on a line of its own."""
-        return self.connect(address, "connect-all"), ""
+    def attached(self) -> list[str]:
+        """The addresses of clients."""
+        found = Clients.attached(self.ports.values())
+        return [a for a in found if a not in ("127.0.0.1", "::1")] if self.host.seats else found
 
-    def for_one(self, disk: Disk, address: Address) -> tuple[str, str]:
-        """The command that attaches one disk, in the same form; empty if that cannot be done."""
-        return self.connect(address, "connect"), f"-n {typed(self.nqn(disk))}"
+    def number_text(self, disk: Disk) -> str:
+        """A disk's number, where clients tell disks by that."""
+        return f"{self.number(disk):#x}" if self.together else ""
 
     def serial_shown(self, disk: Disk) -> str:
         """A disk's serial number as clients see it."""
@@ -5834,6 +5846,7 @@ class SharedNvmeTcp(NvmeTcp):
     """NVMe/TCP with one subsystem for all disks, each of which is a namespace of it."""
 
     together = True
+    NUMBERED = "Namespaces"
 
     def nqn(self, disk: Disk) -> str:
         return self.prefix
@@ -5866,15 +5879,15 @@ class SharedNvmeTcp(NvmeTcp):
         entries = self.namespace_entries(disk, between, nguid)
         return self.branch_of(disk, entries, [between.root, f"nvmet/subsystems/{self.prefix}"])
 
-    def for_all(self, address: Address) -> tuple[str, str]:
-        return self.connect(address, "connect"), f"-n {typed(self.prefix)}"
-
-    def for_one(self, disk: Disk, address: Address) -> tuple[str, str]:
-        return "", ""
+    def instructions(self, disks: Iterable[Disk], addresses: Sequence[Address]) -> list[Instruction]:
+        return [self.instruction(a, "connect", self.prefix) for a in self.reachable(addresses)]
 
     def serial_shown(self, disk: Disk) -> str:
         """The disk's own: clients see that of the subsystem."""
         return disk.serial or disk.id_serial
+
+
+Transport = NvmeTcp  # the only one
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -6038,8 +6051,7 @@ class Exporter:
         self.started = time.monotonic()
         self.opened = False  # whether clients may come in
         self.awaited: list[str] = []  # the disks that this waits for, with the reasons
-        self.changed = False  # something to show has changed
-        self.outdated = False  # what is wanted has changed, although no disk has
+        self.outdated = False  # exports have to be looked at again
         self.stores = Stores(self.memory, self.tree, inventory)
         self.courtesy = Courtesy(transport.host)
 
@@ -6084,7 +6096,6 @@ class Exporter:
         if self.inventory.stays.first is None:
             self.inventory.stays.begin_with(list(self.inventory.disks.values()))
         self.inventory.begin_stays(d for d in disks if d.fd >= 0)
-        self.changed = True
         if not self.opened:
             self.awaited = self.still_awaited(now)
             if self.awaited:
@@ -6337,19 +6348,11 @@ class Exporter:
 
         To their clients they would be other disks.
         """
-        before = self.memory.filled
         for disk in self.stores.divide(wanted):
             disk.failed = "what clients had changed is lost; start storagetm again to export it without that"
             disk.close()
             error(f"'{disk.node}' is no longer exported: {disk.failed}")
             self.outdated = True
-        if self.memory.filled != before:
-            self.changed = True
-
-    def tell(self) -> None:
-        """Tells hosts again which disks are read-only."""
-        self.courtesy.forget(self.tree.live)
-        self.synchronise()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -6357,76 +6360,137 @@ class Exporter:
 # -----------------------------------------------------------------------------------------------------------
 
 
-class Report:
-    """What there is to show, taken at one moment."""
+class ExportRow:
+    """An exported disk as it is shown. `key` and `tag` tell it from others, and from earlier ones."""
 
-    def __init__(
-        self,
-        machine: Machine,
-        transport: NvmeTcp,
-        addresses: Sequence[Address],
-        disks: Iterable[Disk],
-        memory: Memory | None = None,
-        refused: str = "",
-        awaited: Sequence[str] = (),
-        idle: Sequence[str] = (),
-        *,
-        reboots: bool = False,
-    ) -> None:
-        self.memory = memory or Memory()
-        self.refused = refused
-        self.awaited = awaited
-        self.idle = idle  # what to say of rules that have matched nothing
-        self.reboots = reboots
-        self.attached: list[str] = []  # addresses of clients
+    __slots__ = (
+        "access",
+        "access_text",
+        "commands",
+        "key",
+        "label",
+        "model",
+        "node",
+        "number",
+        "serial",
+        "size",
+        "tag",
+    )  # fmt: skip
+
+    def __init__(self, disk: Disk, memory: Memory) -> None:
+        self.key = disk.key
+        self.tag = disk.tag
+        self.node = disk.node
+        self.size = disk.size
+        self.model = disk.model
+        self.access = disk.access
+        self.access_text = access_text(disk, memory)
+        self.serial = ""
+        self.label = ""  # what clients call it
+        self.number = ""  # among disks that are attached together
+        self.commands: list[Instruction] = []  # that attach it alone
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for what clients change."""
+        return self.access_text == SNAPSHOT_FULL
+
+    def about(self, width: int) -> list[str]:
+        """What there is to say of it, in columns. A long path has a line of its own."""
+        number = f"{self.number:>6} " if self.number else ""
+        middle = f" {size_text(self.size):>8}  {self.access_text:<13} "
+        node, lines = padded(number + self.node, len(number) + 12), []
+        room = min(width - 1, 57) - len(middle)
+        if columns(node) > room:
+            lines, node = pieces(node.rstrip(), width - 1), " " * min(len(number) + 12, room)
+        left = cut(node + middle + self.model.replace("_", " "), 57)
+        return [*lines, cut(f"{padded(left, 57)}  {self.serial}", width - 1)]
+
+
+class OtherRow:
+    """A disk that is not exported, as it is shown."""
+
+    __slots__ = ("failed", "key", "node", "reason", "waiting")
+
+    def __init__(self, disk: Disk) -> None:
+        self.key = disk.key
+        self.node = disk.node
+        self.reason = disk.status()  # empty for one of which there is nothing to say
+        self.waiting = bool(disk.waiting)
+        self.failed = bool(disk.failed)
+
+    def about(self, width: int) -> list[str]:
+        """What there is to say of it. The whole reason: its end says what to do."""
+        short = columns(self.node) < 14 and width > 40
+        indent = " " * (14 if short else 4)
+        first, *rest = wrapped(self.reason, width - 1 - len(indent))
+        first = padded(self.node, 14) + first if short else indent + first
+        return [*([] if short else pieces(self.node, width - 1)), first, *(indent + line for line in rest)]
+
+
+class Fact:
+    """What a journal should have once. `kind` and `key` tell what it is about."""
+
+    __slots__ = ("key", "kind", "text")
+
+    NOT_AT_FIRST = ("size",)  # a disk's first size is in its first line
+    WITHOUT_END = ("network", "other", "size", "start")  # another fact says how it goes on
+
+    def __init__(self, kind: str, key: str, text: str) -> None:
+        self.kind = kind
+        self.key = key
+        self.text = text
+
+
+class Report:
+    """What there is to show, taken at one moment: texts and numbers, nothing that could be asked later."""
+
+    __slots__ = (
+        "attached",
+        "awaited",
+        "commands",
+        "exported",
+        "firewall",
+        "idle",
+        "memory",
+        "memory_full",
+        "messages",
+        "numbered",
+        "others",
+        "reboots",
+        "refused",
+        "title",
+    )  # fmt: skip
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.refused = ""  # why nothing is exported, if it is not to be
+        self.reboots = False  # whether the end of the program boots the machine
+        self.commands: list[Instruction] = []  # that attach all disks, those of the best addresses first
+        self.exported: list[ExportRow] = []
+        self.others: list[OtherRow] = []
+        self.numbered = ""  # what disks are that are attached together; empty if each may be by itself
+        self.awaited: list[str] = []  # disks without which nothing is exported yet
+        self.attached = ""  # who has disks
         self.firewall = ""  # what it has to let in, where there is one
-        self.title = f"Storage target mode: {machine.name} ({machine.os_name})"
-        self.transport = transport
-        self.addresses = transport.reachable(addresses)
-        ordered = sorted(disks, key=lambda d: natural_order(d.name))
-        self.exported = [d for d in ordered if d.branch]
-        self.others = [(d, d.status()) for d in ordered if not d.branch]
+        self.idle: list[str] = []  # what to say of rules that have matched nothing
+        self.memory = ""  # how full it is with snapshots, if there are any
+        self.memory_full = False
+        self.messages: list[str] = []  # the last ones, with the time
 
     def status(self) -> str:
         """The numbers, for the service manager."""
-        disks = f"{len(self.exported)} disk{'s' if len(self.exported) != 1 else ''}"
-        waiting = sum(1 for d, _ in self.others if d.waiting)
-        failed = sum(1 for d, _ in self.others if d.failed)
-        more = (f", {waiting} waiting" if waiting else "") + (f", {failed} failed" if failed else "")
-        addresses = f"{len(self.addresses)} address{'es' if len(self.addresses) != 1 else ''}"
-        where = addresses if self.addresses else "no address (the network is down)"
-        if writable := sum(1 for d in self.exported if d.access == READ_WRITE):
-            disks += f" ({writable} read-write)"
         if self.refused:
             return f"Exporting nothing: {self.refused}."
-        return f"Exporting {disks} at {where}{more}{self.fill_text('; ')}."
-
-    def fill_text(self, before: str) -> str:
-        """How full the memory for snapshots is; empty if there are none."""
-        if not self.memory.filled:
-            return ""
-        used, size, asked = self.memory.used, self.memory.size, self.memory.asked
-        share = f"{100 * used // max(1, size)} %"
-        if size < asked:
-            share += f"; this machine cannot spare the {size_text(asked)} asked for"
-        text = f"snapshots use {size_text(used)} of {size_text(size)} of memory ({share})"
-        return before + text + (", which is full: writes fail" if self.memory.full else "")
-
-    def attached_text(self) -> str:
-        """Who has disks, and why others may be turned away."""
-        limits = {self.transport.limit(d.access) for d in self.exported}
-        text = f"Attached from {', '.join(self.attached)}"
-        if limit := max(limits, default=0):
-            text += f"; what can be written to is for {limit} client{'s' if limit > 1 else ''} at a time"
-        return text
-
-    def access_text(self, disk: Disk) -> str:
-        """A disk's access as the screen has it."""
-        if disk.access == SNAPSHOT and disk.branch and (mapping := mapping_of(disk.backing)):
-            used, limit, full = self.memory.filled.get(mapping.name, (0, 0, ""))
-            if full or limit:
-                return SNAPSHOT_FULL if full else f"snapshot {100 * used // limit:2} %"
-        return disk.access.upper() if disk.access == READ_WRITE else disk.access
+        disks = f"{len(self.exported)} disk{'s' if len(self.exported) != 1 else ''}"
+        if writable := sum(row.access == READ_WRITE for row in self.exported):
+            disks += f" ({writable} read-write)"
+        waiting, failed = sum(row.waiting for row in self.others), sum(row.failed for row in self.others)
+        more = (f", {waiting} waiting" if waiting else "") + (f", {failed} failed" if failed else "")
+        count = len({(c.interface, c.address) for c in self.commands})
+        addresses = f"{count} address{'es' if count != 1 else ''}"
+        where = addresses if count else "no address (the network is down)"
+        return f"Exporting {disks} at {where}{more}{'; ' if self.memory else ''}{self.memory}."
 
     @property
     def interrupt_text(self) -> str:
@@ -6439,123 +6503,106 @@ class Report:
         """The shortest command for all disks, at an address of the best kind there is."""
         if self.refused:
             return f"No disk is exported: {self.refused}"
-        if not self.addresses:
+        if not self.commands:
             return "Storage target mode: the network is down"
-        best = [a for a in self.addresses if a.kind == self.addresses[0].kind]
-        line = min((" ".join(filter(None, self.transport.for_all(a))) for a in best), key=len)
-        if len(line) > PLYMOUTH_MAX:
-            line = min((self.transport.connect(a, "connect-all") for a in best), key=len)
-        return line
+        best = [c for c in self.commands if c.kind == self.commands[0].kind]
+        line = min((c.line for c in best), key=len)
+        return line if len(line) <= PLYMOUTH_MAX else min((c.brief or c.line for c in best), key=len)
 
-    def facts(self) -> dict[str, str]:
-        """What a journal should have, each fact under a key of its own."""
-        found = {}
-        for address in self.addresses:
-            found[f"address {address.text} {address.interface}"] = (
-                f"Attach all disks with: {' '.join(filter(None, self.transport.for_all(address)))}"
-            )
-        if not self.addresses:
-            found["network"] = "The network is down: no address yet at which disks could be attached"
-        for disk in self.exported:
-            about = size_text(disk.size), disk.model, self.transport.serial_shown(disk), disk.access
-            described = ", ".join(filter(None, about))
-            where = self.transport.label(disk)
-            found[f"disk {disk.key} {disk.tag}"] = f"Exporting '{disk.node}' ({described}) as {where}"
-            found[f"size {disk.key} {disk.tag}"] = f"'{disk.node}' has {disk.size} bytes"
+    def facts(self) -> list[Fact]:
+        """What a journal should have."""
         if self.refused:
-            return {}
+            return []
+        found = [
+            Fact("address", f"{c.address} {c.interface}", f"Attach all disks with: {c.line}")
+            for c in self.commands
+        ]
+        if not self.commands:
+            text = "The network is down: no address yet at which disks could be attached"
+            found.append(Fact("network", "", text))
+        for row in self.exported:
+            described = ", ".join(filter(None, (size_text(row.size), row.model, row.serial, row.access)))
+            key = f"{row.key} {row.tag}"
+            found.append(Fact("disk", key, f"Exporting '{row.node}' ({described}) as {row.label}"))
+            found.append(Fact("size", key, f"'{row.node}' has {row.size} bytes"))
         if self.attached:
-            found["clients"] = self.attached_text()
+            found.append(Fact("clients", "", self.attached))
         if self.firewall:
-            found["firewall"] = self.firewall
-        for disk in self.exported:
-            if self.access_text(disk) == SNAPSHOT_FULL:
-                found[f"full {disk.key}"] = (
-                    f"The memory for changes of '{disk.node}' is full: writes to it fail, reads go on"
-                )
-        for disk, why in self.others:
-            if why:
-                found[f"other {disk.key}"] = f"Not exporting '{disk.node}': {why}"
+            found.append(Fact("firewall", "", self.firewall))
+        for row in self.exported:
+            if row.full:
+                text = f"The memory for changes of '{row.node}' is full: writes to it fail, reads go on"
+                found.append(Fact("full", row.key, text))
+        for other in self.others:
+            if other.reason:
+                found.append(Fact("other", other.key, f"Not exporting '{other.node}': {other.reason}"))
         if self.awaited:
-            found["other disks"] = f"Exporting nothing yet, waiting for {', '.join(self.awaited)}"
+            text = f"Exporting nothing yet, waiting for {', '.join(self.awaited)}"
+            found.append(Fact("start", "", text))
         return found
 
     def blocks(self, width: int) -> list[list[tuple[str, str]]]:
         """The screen's body: groups of lines to keep together, each line with its style."""
-        blocks: list[list[tuple[str, str]]] = []
-        count = len(self.exported)
         if self.refused:
             why = [("alert", "No disk is exported:"), ("", ""), ("alert", self.refused)]
             way_out = [("", ""), ("", "Change that, then boot this machine again.")]
             return [why + way_out if self.reboots else why]
-        if not self.addresses:
-            blocks.append(
-                [("alert", "The network is down: plug in a cable, or wait for an address."), ("", "")]
-            )
+        return self.way_in(width) + self.disks(width) + self.remarks(width)
+
+    def way_in(self, width: int) -> list[list[tuple[str, str]]]:
+        """How to attach all disks."""
+        blocks: list[list[tuple[str, str]]] = []
+        count = len(self.exported)
+        if not self.commands:
+            text = "The network is down: plug in a cable, or wait for an address."
+            blocks.append([("alert", text), ("", "")])
         elif count:
             all_of_them = "its disk" if count == 1 else f"all {count} disks"
             blocks.append([("", f"To attach {all_of_them}, type as root on the other machine:"), ("", "")])
-            for address in self.addresses:
-                command, more = self.transport.for_all(address)
-                lines = [("command", line) for line in folded(command, width, more)]
-                if address.family == AF_INET6 and address.link_local:
-                    lines.append(
-                        ("dim", "    (INTERFACE: the other machine's interface to this one, see 'ip link')")
-                    )
+            for c in self.commands:
+                lines = [("command", line) for line in folded(c.command, width, c.more)]
+                if c.note:
+                    lines.append(("dim", f"    {c.note}"))
                 blocks.append([*lines, ("", "")])
         if self.firewall and count:
             blocks.append([("", f"{self.firewall}."), ("", "")])
+        return blocks
+
+    def disks(self, width: int) -> list[list[tuple[str, str]]]:
+        """Those that are exported, or why there are none."""
+        blocks: list[list[tuple[str, str]]] = []
         if self.awaited:
             text = f"No disk is exported yet, waiting for {', '.join(self.awaited)}."
             blocks.append([("alert", line) for line in wrapped(text, width)] + [("", "")])
-        elif not count:
+        elif not self.exported:
             blocks.append([("alert", "No disk is exported; plug one in, and it will be."), ("", "")])
-        elif self.transport.together:
-            blocks.append([("", "Namespaces:"), ("", "")])
-        elif self.addresses:
+        elif self.numbered:
+            blocks.append([("", f"{self.numbered}:"), ("", "")])
+        elif self.commands:
             blocks.append([("", "To attach one disk:"), ("", "")])
-        for disk in self.exported:
-            lines = [(disk.access, line) for line in self.about(disk, width)]
-            if self.transport.together:
-                blocks.append(lines)
-                continue
-            if self.addresses:
-                command, more = self.transport.for_one(disk, self.addresses[0])
-                lines += [("command", line) for line in folded(command, width, more)]
-            blocks.append([*lines, ("", "")])
-        if self.transport.together and count:
+        for row in self.exported:
+            lines = [(row.access, line) for line in row.about(width)]
+            for c in row.commands:
+                lines += [("command", line) for line in folded(c.command, width, c.more)]
+            blocks.append(lines if self.numbered else [*lines, ("", "")])
+        if self.numbered and self.exported:
             blocks.append([("", "")])
-        if self.attached:
-            blocks.append([("", line) for line in wrapped(self.attached_text() + ".", width)] + [("", "")])
-        for text in self.idle:
-            blocks.append([("alert", line) for line in wrapped(f"{text}.", width)] + [("", "")])
-        if fill := self.fill_text(""):
-            style = "alert" if self.memory.full else ""
-            blocks.append([(style, fill[0].upper() + fill[1:] + "."), ("", "")])
-        if others := [(d, why) for d, why in self.others if why]:
-            blocks.append([("", "Not exported:")])
-            blocks += [[("dim", line) for line in self.why_not(d, why, width)] for d, why in others]
         return blocks
 
-    def about(self, disk: Disk, width: int) -> list[str]:
-        """What there is to say of an exported disk, in columns. A long path has a line of its own."""
-        number = f"{self.transport.number(disk):#6x} " if self.transport.together else ""
-        middle = f" {size_text(disk.size):>8}  {self.access_text(disk):<13} "
-        node, lines = padded(number + disk.node, len(number) + 12), []
-        room = min(width - 1, 57) - len(middle)
-        if columns(node) > room:
-            lines, node = pieces(node.rstrip(), width - 1), " " * min(len(number) + 12, room)
-        left = cut(node + middle + disk.model.replace("_", " "), 57)
-        return [*lines, cut(f"{padded(left, 57)}  {self.transport.serial_shown(disk)}", width - 1)]
-
-    @staticmethod
-    def why_not(disk: Disk, why: str, width: int) -> list[str]:
-        """What there is to say of a disk that is not exported. The whole reason: its end says what to do."""
-        short = columns(disk.node) < 14 and width > 40
-        indent = " " * (14 if short else 4)
-        first, *rest = wrapped(why, width - 1 - len(indent))
-        first = padded(disk.node, 14) + first if short else indent + first
-        return [*([] if short else pieces(disk.node, width - 1)), first, *(indent + line for line in rest)]
+    def remarks(self, width: int) -> list[list[tuple[str, str]]]:
+        """What else there is to say, and what is not exported."""
+        blocks: list[list[tuple[str, str]]] = []
+        if self.attached:
+            blocks.append([("", line) for line in wrapped(f"{self.attached}.", width)] + [("", "")])
+        for text in self.idle:
+            blocks.append([("alert", line) for line in wrapped(f"{text}.", width)] + [("", "")])
+        if self.memory:
+            style = "alert" if self.memory_full else ""
+            blocks.append([(style, f"{self.memory[0].upper()}{self.memory[1:]}."), ("", "")])
+        if others := [row for row in self.others if row.reason]:
+            blocks.append([("", "Not exported:")])
+            blocks += [[("dim", line) for line in row.about(width)] for row in others]
+        return blocks
 
 
 def folded(command: str, width: int, more: str = "") -> list[str]:
@@ -6565,50 +6612,154 @@ def folded(command: str, width: int, more: str = "") -> list[str]:
     return [f"  {command} \\", f"    {more}"] if more else [f"  {command}"]
 
 
+def access_text(disk: Disk, memory: Memory) -> str:
+    """A disk's access as the screen has it."""
+    if disk.access == SNAPSHOT and disk.branch and (mapping := mapping_of(disk.backing)):
+        used, limit, full = memory.filled.get(mapping.name, (0, 0, ""))
+        if full or limit:
+            return SNAPSHOT_FULL if full else f"snapshot {100 * used // limit:2} %"
+    return disk.access.upper() if disk.access == READ_WRITE else disk.access
+
+
+def memory_text(memory: Memory) -> str:
+    """How full the memory for snapshots is; empty if there are none."""
+    if not memory.filled:
+        return ""
+    used, size, asked = memory.used, memory.size, memory.asked
+    share = f"{100 * used // max(1, size)} %"
+    if size < asked:
+        share += f"; this machine cannot spare the {size_text(asked)} asked for"
+    text = f"snapshots use {size_text(used)} of {size_text(size)} of memory ({share})"
+    return text + (", which is full: writes fail" if memory.full else "")
+
+
+def attached_text(clients: Sequence[str], limit: int) -> str:
+    """Who has disks, and why others may be turned away; empty if nobody has."""
+    if not clients:
+        return ""
+    text = f"Attached from {', '.join(clients)}"
+    if limit:
+        text += f"; what can be written to is for {limit} client{'s' if limit > 1 else ''} at a time"
+    return text
+
+
+def take_report(
+    machine: Machine,
+    transports: Sequence[Transport],
+    addresses: Sequence[Address],
+    disks: Iterable[Disk],
+    memory: Memory,
+    *,
+    attached: Sequence[str] = (),
+    filtered: bool = False,
+) -> Report:
+    """What there is to show of these disks now. Nothing else asks disks and transports for it.
+
+    `attached` are the addresses of clients, `filtered` is whether there may be a firewall.
+    """
+    ordered = sorted(disks, key=lambda d: natural_order(d.name))
+    exported = [d for d in ordered if d.branch]
+    report = Report(f"Storage target mode: {machine.name} ({machine.os_name})")
+    report.exported = [ExportRow(d, memory) for d in exported]
+    report.others = [OtherRow(d) for d in ordered if not d.branch]
+    for row, disk in zip(report.exported, exported):
+        row.label = " and ".join(t.label(disk) for t in transports)
+        row.number = next(filter(None, (t.number_text(disk) for t in transports)), "")
+        row.serial = next(filter(None, (t.serial_shown(disk) for t in transports)), "")
+    rows = {row.key: row for row in report.exported}
+    for transport in transports:
+        for instruction in transport.instructions(exported, addresses):
+            where = rows[instruction.disk].commands if instruction.disk else report.commands
+            where.append(instruction)
+    report.numbered = next(filter(None, (t.NUMBERED for t in transports)), "")
+    limits = [t.limit(d.access) for t in transports for d in exported]
+    report.attached = attached_text(attached, max(limits, default=0))
+    if filtered:
+        report.firewall = "; ".join(t.firewall_text() for t in transports)
+    report.memory, report.memory_full = memory_text(memory), memory.full
+    return report
+
+
 # -----------------------------------------------------------------------------------------------------------
-# 22. Views
+# 22. Outputs
 # -----------------------------------------------------------------------------------------------------------
 
 
-class JournalView:
-    """For all that is no terminal: lines, each fact once."""
-
-    beside_plymouth = True
-    path = ""  # of the terminal, if it is a console
-    gone = False  # whether the terminal was hung up
-    keyless = False  # whether there should be keys, and are none
-
-    def __init__(self) -> None:
-        self.known: dict[str, str] = {}
+class Output(News):
+    """Somewhere where the report is shown, or a part of it."""
 
     def show(self, report: Report) -> None:
-        facts = report.facts()
-        for key, line in facts.items():
-            # A disk's first size is in its first line.
-            if self.known.get(key) != line and not (key.startswith("size ") and key not in self.known):
-                log.write(6, line)
-        for key, line in self.known.items():
-            if key not in facts and not key.startswith(("size ", "other ", "network")):
-                log.write(6, f"No longer: {line}")
-        self.known = facts
+        raise NotImplementedError
 
     def close(self) -> None:
-        pass
+        """Leaves it as it was."""
 
 
-class PlainView(JournalView):
-    """For a terminal that cannot move its cursor: the whole text again after each change, plain ASCII."""
+class Journal(Output):
+    """For all that is no terminal: lines, each fact once."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, str], Fact] = {}
+
+    def show(self, report: Report) -> None:
+        facts = {(fact.kind, fact.key): fact for fact in report.facts()}
+        for key, fact in facts.items():
+            before = self.known.get(key)
+            if before is None and fact.kind in Fact.NOT_AT_FIRST:
+                continue
+            if before is None or before.text != fact.text:
+                log.write(6, fact.text)
+        for key, fact in self.known.items():
+            if key not in facts and fact.kind not in Fact.WITHOUT_END:
+                log.write(6, f"No longer: {fact.text}")
+        self.known = facts
+
+
+class Manager(Output):
+    """The service manager, which shows the numbers with the service's status."""
+
+    def __init__(self) -> None:
+        self.told = ""
+
+    def show(self, report: Report) -> None:
+        if (status := report.status()) != self.told:
+            self.told = status
+            notify(f"STATUS={status}")
+
+
+class Terminal(Output):
+    """A terminal with all of the report. Without a `path`, it is the one that the program was started on."""
+
+    HAS_MESSAGES = False  # whether it shows what is logged, too
 
     def __init__(self, path: str = "") -> None:
-        super().__init__()
-        self.path, self.terminal = path, 1
+        self.path = path
+        self.descriptor = 1  # to write to
+        self.gone = False  # whether it was hung up
+        self.beside_plymouth = True  # whether Plymouth may show something, too
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it works."""
+        return not self.gone
+
+    def news(self) -> list[News]:
+        """What the loop has to wait for."""
+        return [self]
+
+
+class Plain(Terminal):
+    """A terminal that cannot move its cursor: the whole text again after each change, plain ASCII."""
+
+    def __init__(self, path: str = "") -> None:
+        super().__init__(path)
         if path:
-            self.terminal = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            self.descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
 
     def show(self, report: Report) -> None:
         lines = ["", report.title, ""] + [text for block in report.blocks(80) for _, text in block]
         try:
-            os.write(self.terminal, "\n".join([*map(one_line, lines), ""]).encode("ascii", "replace"))
+            os.write(self.descriptor, "\n".join([*map(one_line, lines), ""]).encode("ascii", "replace"))
         except BlockingIOError:
             pass
         except OSError as e:
@@ -6616,13 +6767,13 @@ class PlainView(JournalView):
             debug(f"Failed to write to the terminal, ignoring: {reason_of(e)}")
 
 
-class Screen:
+class Screen(Terminal):
     """A full screen on a terminal, redrawn in place. Space and `b` turn pages, where there are several.
 
-    Without a `path` the terminal is the one that the program was started on. Raises OSError if `path` cannot
-    be opened.
+    Raises OSError if `path` cannot be opened. Calls `outdate` when it has to be shown again.
     """
 
+    HAS_MESSAGES = True
     STYLES: ClassVar[dict[str, str]] = {
         "title": "\x1b[7m",
         "command": "\x1b[1m",
@@ -6632,29 +6783,23 @@ class Screen:
         "alert": "\x1b[1;31m",
         "dim": "\x1b[2m",
     }
-    MESSAGES = 3
 
-    def __init__(self, path: str = "") -> None:
-        self.path = path
+    def __init__(self, path: str = "", outdate: Callable[[], None] = lambda: None) -> None:
+        super().__init__(path)
+        self.outdate = outdate
         self.keys = -1  # descriptor to read keys from
         self.page = 0
         self.pages = 1
-        self.report: Report | None = None
-        self.messages: list[str] = []
         self.colour = not os.environ.get("NO_COLOR")
         self.saved: list[Any] | None = None  # the terminal's settings
         self.settings = -1  # descriptor to put them back with
         self.level: ConsoleLevel | None = None
-        self.gone = False
-        self.terminal = 1  # descriptor to write to
         self.unsent = b""  # what the terminal would not take yet
-        self.outdated = False  # whether there is a newer report than the one that is on its way
-        self.beside_plymouth = True
-        self.changed: Callable[[], None] = lambda: None
+        self.skipped = False  # whether there is a newer report than the one that is on its way
         try:
             # Opened anew, so that only this writing never blocks: after Ctrl-S a terminal takes no more.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            self.terminal = os.open(path or os.ttyname(1), flags)
+            self.descriptor = os.open(path or os.ttyname(1), flags)
         except OSError as e:
             if path:
                 raise
@@ -6673,9 +6818,36 @@ class Screen:
         self.write("\x1b[?1049h\x1b[?25l\x1b[2J")
 
     @property
-    def keyless(self) -> bool:
-        """Whether a console's keys could not be opened."""
-        return bool(self.path) and self.keys < 0
+    def whole(self) -> bool:
+        """Whether all of it works: a console whose keys could not be opened has no way out."""
+        return not self.gone and not (self.path and self.keys < 0)
+
+    def news(self) -> list[News]:
+        return [self, Unsent(self)]
+
+    def wants(self) -> tuple[int, int]:
+        return self.keys, select.POLLIN
+
+    def act(self) -> bool:
+        """Turns the page. Raises nothing: a terminal that is gone has no keys."""
+        try:
+            typed = os.read(self.keys, 64)
+        except BlockingIOError:
+            return False
+        except OSError:
+            typed = b""
+        if not typed:
+            self.keys = -1
+            self.gone = self.gone or bool(self.path)  # it was hung up, and takes no output any more, either
+            return False
+        if b"\x03" in typed:
+            os.kill(os.getpid(), signal.SIGINT)
+        # Keys pressed quickly, or held down, are read together.
+        forward = sum(map(typed.count, (b" ", b"n", b"j", b"\x1b[6~", b"\x1b[B", b"\x1b[C", b"\r", b"\n")))
+        back = sum(map(typed.count, (b"b", b"p", b"k", b"\x1b[5~", b"\x1b[A", b"\x1b[D")))
+        self.page = (self.page + forward - back) % max(1, self.pages)
+        self.outdate()
+        return False
 
     def take_keys(self) -> None:
         """Reads keys unbuffered and without echo, which would tear the screen, if this terminal is ours.
@@ -6708,33 +6880,8 @@ class Screen:
         except Exception as e:  # termios.error is no OSError
             debug(f"Failed to set up the terminal's keys, ignoring: {e}")
 
-    def read_keys(self) -> None:
-        """Turns the page. Raises nothing: a terminal that is gone has no keys."""
-        try:
-            typed = os.read(self.keys, 64)
-        except BlockingIOError:
-            return
-        except OSError:
-            typed = b""
-        if not typed:
-            self.keys = -1
-            self.gone = self.gone or bool(self.path)  # it was hung up, and takes no output any more, either
-            return
-        if b"\x03" in typed:
-            os.kill(os.getpid(), signal.SIGINT)
-        # Keys pressed quickly, or held down, are read together.
-        forward = sum(map(typed.count, (b" ", b"n", b"j", b"\x1b[6~", b"\x1b[B", b"\x1b[C", b"\r", b"\n")))
-        back = sum(map(typed.count, (b"b", b"p", b"k", b"\x1b[5~", b"\x1b[A", b"\x1b[D")))
-        self.page = (self.page + forward - back) % max(1, self.pages)
-        self.changed()
-
-    def add_message(self, message: str) -> None:
-        self.messages = [*self.messages, f"{time.strftime('%H:%M:%S')} {message}"][-self.MESSAGES :]
-        self.changed()
-
     def show(self, report: Report) -> None:
-        self.report = report
-        self.outdated = bool(self.unsent)
+        self.skipped = bool(self.unsent)
         if self.gone or self.unsent:
             return
         if self.path:
@@ -6745,7 +6892,7 @@ class Screen:
     def size(self) -> tuple[int, int]:
         """Columns and rows. A serial line does not know its own."""
         try:
-            columns, rows = os.get_terminal_size(self.terminal)
+            columns, rows = os.get_terminal_size(self.descriptor)
         except OSError:
             columns = rows = 0
         if self.path and not (columns and rows):
@@ -6754,7 +6901,7 @@ class Screen:
 
     def drawn(self, report: Report, width: int, height: int) -> str:
         """The bytes that draw the page, each line cleared behind its end, so that nothing flickers."""
-        messages = [line for m in self.messages for line in pieces(one_line(m), width - 1)]
+        messages = [line for m in report.messages for line in pieces(one_line(m), width - 1)]
         messages = messages[max(0, len(messages) - max(0, height - 8)) :]
         room = max(1, height - 4 - len(messages))
         blocks = [
@@ -6801,14 +6948,14 @@ class Screen:
         """Writes what the terminal takes now. Once it has all, what has changed meanwhile is shown."""
         try:
             while self.unsent:
-                self.unsent = self.unsent[os.write(self.terminal, self.unsent) :]
+                self.unsent = self.unsent[os.write(self.descriptor, self.unsent) :]
         except BlockingIOError:
             return
         except OSError as e:
             self.gone, self.unsent = True, b""
             debug(f"The terminal is gone, going on without: {reason_of(e)}")
-        if self.outdated:
-            self.changed()
+        if self.skipped:
+            self.outdate()
 
     def close(self) -> None:
         self.write("\x1b[?25h\x1b[?1049l\x1b[0m")
@@ -6823,31 +6970,174 @@ class Screen:
             self.level.restore()
 
 
-class Views:
-    """All places where the report is shown."""
+class Unsent(News):
+    """Word that a screen's terminal takes more of what it would not take yet."""
 
-    def __init__(self, *views: JournalView | Screen) -> None:
-        self.views = views
-        self.screens = [view for view in views if isinstance(view, Screen)]
-        # Whether it may also be told to Plymouth, which does not disturb what is shown then.
-        self.beside_plymouth = all(view.beside_plymouth for view in views)
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
 
-    @property
-    def messages(self) -> list[str]:
-        """The last messages on the screens; none where there are no screens."""
-        return self.screens[0].messages if self.screens else []
+    def wants(self) -> tuple[int, int]:
+        return (self.screen.descriptor, select.POLLOUT) if self.screen.unsent else (-1, 0)
+
+    def act(self) -> bool:
+        self.screen.send()
+        return False
+
+
+class Views(Output):
+    """The journal and the terminals on which all of the report is shown.
+
+    That is the terminal that the program was started on; or else the journal, and the machine's consoles too
+    if asked to. A console may work later than this program, or be hung up: then they are opened anew.
+    """
+
+    MESSAGES = 3
+    # What the service manager prints on the console about this very start is drawn over a little later.
+    REDRAWS_SEC = (1, 4)
+
+    def __init__(self, outdate: Callable[[], None], *, on_consoles: bool = False) -> None:
+        self.outdate = outdate
+        self.on_consoles = on_consoles
+        self.journal = Journal()
+        self.terminals: list[Terminal] = []
+        self.own = False  # whether it is the terminal that the program was started on
+        self.paths: list[str] = []  # of the terminals that it is shown on
+        self.named: list[str] = []  # the consoles that the kernel had then, whether they work or not
+        self.messages: list[str] = []  # the last ones; none where no terminal shows them
+        self.beside_plymouth = False  # whether what is shown now leaves Plymouth alone
+        self.redraws: list[float] = []  # when to draw over what others may have written, and look anew
+        self.pause = 0.0  # until consoles that are out of order are tried again
+        self.lost: set[str] = set()  # those when that was set
+
+    def begin(self) -> None:
+        """Opens them, and again later what does not work yet."""
+        self.open()
+        if self.on_consoles or any(t.HAS_MESSAGES for t in self.terminals):
+            now = time.monotonic()
+            self.redraws = [now + pause for pause in self.REDRAWS_SEC]
+
+    def open(self) -> None:
+        self.own = os.isatty(1)
+        term = os.environ.get("TERM", "dumb" if self.own else "")
+        self.paths = [""] if self.own else consoles() if self.on_consoles else []
+        self.named = named_consoles() if self.on_consoles and not self.own else []
+        self.terminals = []
+        for path in self.paths:
+            try:
+                self.terminals.append(Plain(path) if term == "dumb" else Screen(path, self.outdate))
+            except OSError as e:
+                debug(f"Failed to open '{path}', ignoring: {reason_of(e)}")
+        self.beside_plymouth = all(terminal.beside_plymouth for terminal in self.terminals)
+        if any(terminal.HAS_MESSAGES for terminal in self.terminals):
+            log.screen = self.add_message
+            # Standard error may be on the console as well.
+            log.errors = 2 if self.own else 1
+            for message in [] if self.messages else log.early:
+                self.add_message(message)
+        else:
+            self.messages = []
+            log.screen, log.errors = None, 2
 
     def add_message(self, message: str) -> None:
-        for screen in self.screens:
-            screen.add_message(message)
+        self.messages = [*self.messages, f"{time.strftime('%H:%M:%S')} {message}"][-self.MESSAGES :]
+        self.outdate()
 
     def show(self, report: Report) -> None:
-        for view in self.views:
-            view.show(report)
+        if not self.own:
+            self.journal.show(report)
+        for terminal in self.terminals:
+            terminal.show(report)
 
     def close(self) -> None:
-        for view in self.views:
-            view.close()
+        for terminal in self.terminals:
+            terminal.close()
+
+    def news(self) -> list[News]:
+        """What the loop has to wait for on the terminals."""
+        return [news for terminal in self.terminals for news in terminal.news()]
+
+    def due(self) -> float | None:
+        if self.lost != self.lost_consoles():
+            return 0.0
+        return self.redraws[0] if self.redraws else None
+
+    def act(self) -> bool:
+        now = time.monotonic()
+        if self.redraws and self.redraws[0] <= now:
+            self.redraws.pop(0)
+            self.follow()
+            self.outdate()
+        if self.lost != self.lost_consoles():
+            self.lost = self.lost_consoles()
+            self.pause, self.redraws = CONSOLE_WAIT_SEC, []
+        if self.lost and self.on_consoles and not self.redraws:
+            self.redraws.append(now + self.pause)
+            self.pause *= 2
+        return False
+
+    def lost_consoles(self) -> set[str]:
+        """Consoles that nothing is shown on or that have no keys: hung up, or out of order when opened.
+
+        A serial line does not work for a moment while the service manager, or whoever has hung it up, closes
+        it; one without hardware never does.
+        """
+        return {*self.named, *self.paths} - {t.path for t in self.terminals if t.whole}
+
+    def follow(self) -> None:
+        """Opens the consoles anew if others work now, or if one was hung up."""
+        if not self.on_consoles or self.own:
+            return
+        if consoles() == self.paths and not self.lost_consoles().intersection(self.paths):
+            return
+        self.close()
+        self.open()
+
+
+class Splash(Output):
+    """Plymouth's message, where that does not disturb what the views show."""
+
+    def __init__(self, views: Views) -> None:
+        self.views = views
+        self.told = ""
+
+    def show(self, report: Report) -> None:
+        if self.views.beside_plymouth and (text := report.for_plymouth()) != self.told:
+            self.told = text
+            plymouth(text)
+
+    def close(self) -> None:
+        if self.told:
+            plymouth("")
+            self.told = ""
+
+
+class Display(News):
+    """Has the outputs show a report when it is due: what changes within REDRAW_SEC, together."""
+
+    def __init__(self, take: Callable[[], Report]) -> None:
+        self.take = take
+        self.outputs: list[Output] = []
+        self.outdated = True  # whether something to show has changed
+        self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
+
+    def outdate(self) -> None:
+        self.outdated = True
+
+    def due(self) -> float | None:
+        return self.shown + REDRAW_SEC if self.outdated else None
+
+    def act(self) -> bool:
+        self.outdated = False
+        report = self.take()
+        for output in self.outputs:
+            output.show(report)
+        # Not when it began: with many disks that takes long, and other work has to get its turn.
+        self.shown = time.monotonic()
+        return False
+
+    def close(self) -> None:
+        for output in self.outputs:
+            output.close()
 
 
 def named_consoles() -> list[str]:
@@ -6952,13 +7242,208 @@ def paginated(blocks: Iterable[list[tuple[str, str]]], width: int, room: int) ->
 # -----------------------------------------------------------------------------------------------------------
 
 
+class SleepLock(News):
+    """Keeps logind from sending this machine to sleep: on command, when idle, or when a lid is closed.
+
+    logind's lock lasts as long as a descriptor that it gives to whoever asks on D-Bus. systemd-inhibit(1)
+    has that, and ends with its child, here a program that reads from a pipe. The other end of the pipe is in
+    this process alone, so the lock ends when this process does, even if it is killed.
+    """
+
+    WHAT = "sleep:idle:handle-lid-switch"
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.fd = -1  # the end of the pipe; it has an error once systemd-inhibit has ended
+        self.asked = False
+
+    def take(self) -> None:
+        """Asks for the lock, once, without waiting for it. That it cannot be had is no error."""
+        if self.asked:
+            return
+        self.asked = True
+        program, reader = find_program("systemd-inhibit"), find_program("cat")
+        if not (program and reader and any(map(os.path.isdir, LOGIND))):
+            return
+        arguments = ("--who=storagetm", "--why=Other machines may be using its disks", "--mode=block")
+        # What it prints is not needed: if it fails, it ends, and the pipe shows that.
+        null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (1, 2)]
+        reading, self.fd = os.pipe()
+        try:
+            self.pid = os.posix_spawn(
+                program,
+                ("systemd-inhibit", f"--what={self.WHAT}", *arguments, reader),
+                {},
+                file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0), *null],
+                setpgroup=0,  # Ctrl-C is for us alone: disks are exported until we have stopped
+            )
+        except OSError as e:
+            debug(f"Failed to start '{program}', ignoring: {reason_of(e)}")
+            self.release()
+        finally:
+            os.close(reading)
+
+    def wants(self) -> tuple[int, int]:
+        return self.fd, 0  # just the error, which the kernel always reports
+
+    def act(self) -> bool:
+        """Called when systemd-inhibit has ended: logind has refused, or cannot be reached."""
+        self.release()
+        os.waitpid(self.pid, 0)
+        warning(
+            "Failed to keep this machine awake: systemd-inhibit has ended; it may go to sleep when it is "
+            "idle or its lid is closed"
+        )
+        return False
+
+    def release(self) -> None:
+        """Gives the lock back, without waiting for that."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Signals(News):
+    """What signals ask for. Word of them, and of threads that have ended, comes through a pipe.
+
+    The first signal asks the program to stop. Once that is under way, a second one is from a user who does
+    not want to wait for a disk that hangs: then `leave` is called, and the process ends.
+    """
+
+    def __init__(self, outdate: Callable[[], None], leave: Callable[[], None]) -> None:
+        self.outdate = outdate
+        self.leave = leave
+        self.stop_asked = False
+        self.stopping = False
+        self.fd = self.wakeup = -1  # the pipe's ends
+
+    def catch(self) -> None:
+        if self.fd >= 0:
+            return
+        self.fd, self.wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGWINCH, signal.SIGCONT):
+            signal.signal(number, self.on_signal)
+        # A terminal that hangs up ends what is shown on it, not what is exported.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def on_signal(self, number: int, frame: object) -> None:
+        if number in (signal.SIGINT, signal.SIGTERM):
+            if self.stopping:
+                self.leave()
+                os._exit(1)
+            self.stop_asked = True
+
+    def wake(self) -> None:
+        """Called by threads."""
+        try:
+            os.write(self.wakeup, b"\0")
+        except OSError:
+            pass  # full: it wakes up anyway
+
+    def wants(self) -> tuple[int, int]:
+        return self.fd, select.POLLIN
+
+    def act(self) -> bool:
+        os.read(self.fd, 4096)
+        self.outdate()
+        return False
+
+
+class Incoming(News):
+    """Something that comes in at a socket, and what takes it, as act() does."""
+
+    def __init__(self, where: socket.socket, take: Callable[[], bool]) -> None:
+        self.where = where
+        self.take = take
+
+    def wants(self) -> tuple[int, int]:
+        return self.where.fileno(), select.POLLIN
+
+    def act(self) -> bool:
+        return self.take()
+
+
+class SnapshotNews(News):
+    """How full the memory for snapshots is: looked at from time to time and on device-mapper's word."""
+
+    def __init__(self, exporter: Exporter, outdate: Callable[[], None]) -> None:
+        self.exporter = exporter
+        self.outdate = outdate
+        self.put_off = False  # whether device-mapper has news that were not looked at yet
+
+    def wants(self) -> tuple[int, int]:
+        # Its descriptor stays readable until then.
+        return -1 if self.put_off else self.exporter.stores.news, select.POLLIN
+
+    def due(self) -> float | None:
+        memory = self.exporter.memory
+        if not memory.filled:
+            return None
+        return self.exporter.stores.divided + (STORE_POLL_SEC[0] if self.put_off else memory.pause)
+
+    def act(self) -> bool:
+        before = self.exporter.memory.filled
+        early = time.monotonic() < self.exporter.stores.divided + STORE_POLL_SEC[0]
+        self.put_off = early or not before
+        if not self.put_off:
+            self.exporter.share_memory()
+            if self.exporter.memory.filled != before:
+                self.outdate()
+        return False
+
+
+class Reminder(News):
+    """Clients that have to be told again what they were not told."""
+
+    def __init__(self, exporter: Exporter) -> None:
+        self.exporter = exporter
+
+    def due(self) -> float | None:
+        return self.exporter.courtesy.again or None
+
+    def act(self) -> bool:
+        self.exporter.courtesy.forget(self.exporter.tree.live)
+        return True
+
+
+class Exports(News):
+    """What is exported, when it has to be looked at again.
+
+    That is after news; or again and again, less and less often, while a disk is waited for.
+    """
+
+    def __init__(self, exporter: Exporter, synchronise: Callable[[], None]) -> None:
+        self.exporter = exporter
+        self.synchronise = synchronise
+        self.pause = LOCK_POLL_SEC[0]
+        self.tried = time.monotonic()  # the last time
+
+    @property
+    def outdated(self) -> bool:
+        return self.exporter.outdated or bool(self.exporter.tree.finished)
+
+    def due(self) -> float | None:
+        if self.outdated:
+            return 0.0
+        waits = self.exporter.pending() or not self.exporter.opened
+        return self.tried + self.pause if waits else None
+
+    def act(self) -> bool:
+        self.pause = LOCK_POLL_SEC[0] if self.outdated else min(self.pause * 1.5, LOCK_POLL_SEC[1])
+        self.exporter.outdated = False
+        self.synchronise()
+        self.tried = time.monotonic()
+        return False
+
+
 class Service:
     """Exports disks until it is told to stop."""
 
     def __init__(
         self,
         machine: Machine,
-        transport: NvmeTcp,
+        transport: Transport,
         inventory: Inventory,
         memory: Memory | None = None,
         refused: str = "",
@@ -6970,25 +7455,20 @@ class Service:
         self.transport = transport
         self.inventory = inventory
         self.exporter = Exporter(transport, inventory, memory)
-        self.on_consoles = on_consoles  # whether to show the screen on the machine's consoles
         self.refused = refused  # why nothing is exported, if it is not to be
         # Whether the end of this process boots the machine, as it does in our unit. Then what prevents the
         # start is shown instead: it would be there again after the boot, and nobody could have read it.
         self.reboots = reboots
         self.sleep_lock = SleepLock()
         self.addresses: list[Address] = []
-        self.view = Views(JournalView())
-        self.paths: list[str] = []  # of the consoles that it is shown on
-        self.named: list[str] = []  # the consoles that the kernel had then, whether they work or not
-        self.dirty = True  # something to show has changed
-        self.shown = -REDRAW_SEC  # when it was shown last, in seconds of the monotonic clock
+        self.display = Display(self.report)
+        # The screen is shown on the machine's consoles `on_consoles`.
+        self.views = Views(self.display.outdate, on_consoles=on_consoles)
+        self.display.outputs = [self.views, Manager(), Splash(self.views)]
+        self.signals = Signals(self.display.outdate, self.views.close)
+        self.sources: list[News] = []  # what has a say in exports; none while nothing is exported
         self.ready = False
         self.running = False  # past all that a start may fail at
-        self.stopping = False
-        self.signals = -1
-        self.status = ""
-        self.splash = ""
-        self.pause = LOCK_POLL_SEC[0]
 
     def run(self) -> int:
         """Returns the exit code. Raises UserError or OSError for what prevents the start, unless it is shown
@@ -7008,18 +7488,16 @@ class Service:
     def refuse(self) -> int:
         """Shows why nothing is exported, until it is told to stop. Returns the exit code."""
         error(self.refused)
-        self.stopping = False
-        if self.signals < 0:
-            self.catch_signals()
-        self.open_view()
+        self.sources = []
+        self.signals.stopping = False
+        self.signals.catch()
+        self.views.begin()
         notify("READY=1")
         try:
             self.loop()
         finally:
             notify("STOPPING=1")
-            if self.splash:
-                plymouth("")
-            self.close_view(failed=False)
+            self.close_display(failed=False)
         return 0
 
     def export(self) -> int:
@@ -7031,21 +7509,29 @@ class Service:
         self.exporter.ledger.lock()
         self.exporter.begin()
         self.inventory.stays.kept = True
-        self.catch_signals()
+        self.signals.catch()
+        self.exporter.tree.wake = self.signals.wake
         failed = True
         last: list[str] = []  # messages of the stop
         try:
             # Listening comes before looking: what happens in between is then looked at twice, not missed.
-            self.uevents = Uevents()
+            uevents = Uevents()
             if self.inventory.all:
                 self.inventory.rescan()
                 self.transport.check_names(self.inventory.candidates(), named=not self.inventory.all)
             self.inventory.check_rules()
             self.synchronise(strict=True)
-            self.clients = Clients()
-            self.network = Network()
-            self.addresses = self.network.addresses()
-            self.open_view()
+            clients, network = Clients(), Network()
+            self.addresses = network.addresses()
+            self.sources = [
+                SnapshotNews(self.exporter, self.display.outdate),
+                Reminder(self.exporter),
+                Incoming(network.socket, lambda: self.read_addresses(network)),
+                Incoming(clients.socket, lambda: self.note_clients(clients)),
+                Incoming(uevents.socket, lambda: self.read_disks(uevents)),
+                Exports(self.exporter, self.synchronise),
+            ]
+            self.views.begin()
             self.running = True
             self.exporter.tree.guard()
             self.loop()
@@ -7055,20 +7541,20 @@ class Service:
                 log.screen = last.append
             clean = self.stop()
             shown_only = os.isatty(log.errors)  # elsewhere they were written at once
-            self.close_view(failed=failed)
+            self.close_display(failed=failed)
             for message in last if shown_only else []:
                 error(message)
         return 0 if clean else 1
 
-    def close_view(self, *, failed: bool) -> None:
-        self.view.close()
+    def close_display(self, *, failed: bool) -> None:
+        self.display.close()
         log.screen, log.errors = None, 2
-        for message in self.view.messages if failed else []:
+        for message in self.views.messages if failed else []:
             error(message)
 
     def synchronise(self, *, strict: bool = False) -> None:
         """Has exported what the disks ask for; see Exporter.synchronise()."""
-        self.dirty = True
+        self.display.outdate()
         self.exporter.synchronise(strict=strict)
         if not self.exporter.opened:
             return
@@ -7086,230 +7572,76 @@ class Service:
 
     # Events
 
-    def catch_signals(self) -> None:
-        self.signals, wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        self.exporter.tree.wake = lambda: wake(wakeup)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGWINCH, signal.SIGCONT):
-            signal.signal(number, self.on_signal)
-        # A terminal that hangs up ends what is shown on it, not what is exported.
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    def on_signal(self, number: int, frame: object) -> None:
-        if number in (signal.SIGINT, signal.SIGTERM):
-            if self.stopping:
-                # The first signal stops the program; a second one is from a user who does not want to wait
-                # for a disk that hangs.
-                self.view.close()
-                os._exit(1)
-            self.stop_asked = True
-
-    stop_asked = False
-
-    def open_view(self) -> None:
-        own = os.isatty(1)
-        term = os.environ.get("TERM", "dumb" if own else "")
-        self.paths = [""] if own else consoles() if self.on_consoles else []
-        self.named = named_consoles() if self.on_consoles and not own else []
-        journal = [v for v in self.view.views if type(v) is JournalView]
-        views: list[JournalView | Screen] = [] if own else list(journal) or [JournalView()]
-        for path in self.paths:
-            try:
-                views.append(PlainView(path) if term == "dumb" else Screen(path))
-            except OSError as e:
-                debug(f"Failed to open '{path}', ignoring: {reason_of(e)}")
-        self.view = Views(*views)
-        for screen in self.view.screens:
-            screen.changed = self.set_dirty
-        if self.view.screens:
-            log.screen = self.view.add_message
-            # Standard error may be on the console as well.
-            log.errors = 2 if own else 1
-            for message in log.early:
-                self.view.add_message(message)
-        else:
-            log.screen, log.errors = None, 2
-
-    def set_dirty(self) -> None:
-        self.dirty = True
-
-    def lost_consoles(self) -> set[str]:
-        """Consoles that nothing is shown on or that have no keys: hung up, or out of order when opened.
-
-        A serial line does not work for a moment while the service manager, or whoever has hung it up, closes
-        it; one without hardware never does.
-        """
-        whole = {view.path for view in self.view.views if not view.gone and not view.keyless}
-        return {*self.named, *self.paths} - whole
-
-    def follow_consoles(self) -> None:
-        """Opens the consoles anew if others work now, or if one was hung up."""
-        if not self.on_consoles or os.isatty(1):
-            return
-        if consoles() == self.paths and not self.lost_consoles().intersection(self.paths):
-            return
-        messages = self.view.messages
-        self.view.close()
-        self.open_view()
-        for screen in self.view.screens:
-            screen.messages = list(messages) or screen.messages
-
     def loop(self) -> None:
         """Waits for news and acts on it, until a signal says to stop. Nothing wakes it up without reason."""
-        exporter, stores = self.exporter, self.exporter.stores
-        poll = select.poll()
-        poll.register(self.signals, select.POLLIN)
-        if not self.refused:
-            for source in (self.uevents.socket, self.network.socket, self.clients.socket):
-                poll.register(source, select.POLLIN)
-        # What the service manager prints on the console about this very start is drawn over a little later.
-        shown = self.view.screens or self.on_consoles
-        redraws = [time.monotonic() + 1, time.monotonic() + 4] if shown else []
-        pause = 0.0  # until consoles that are out of order are tried again
-        lost: set[str] = set()
-        news = False  # whether device-mapper has news that were not looked at yet
-        while not self.stop_asked:
-            now = time.monotonic()
-            self.dirty = self.dirty or exporter.changed
-            exporter.changed = False
-            if redraws and redraws[0] <= now:
-                redraws.pop(0)
-                self.follow_consoles()
-                self.dirty = True
-            if self.dirty and now - self.shown >= REDRAW_SEC:
-                self.show()
-                now = self.shown
-            if lost != self.lost_consoles():
-                lost = self.lost_consoles()
-                pause, redraws = CONSOLE_WAIT_SEC, []
-            if lost and self.on_consoles and not redraws:
-                redraws.append(now + pause)
-                pause *= 2
-            deadlines = redraws[:1]
-            if self.dirty:
-                deadlines.append(self.shown + REDRAW_SEC)
-            if not self.refused and (exporter.pending() or not exporter.opened):
-                deadlines.append(now + self.pause)
-            if exporter.courtesy.again:
-                if exporter.courtesy.again <= now:
-                    exporter.tell()
-                    now = time.monotonic()
-                deadlines.append(exporter.courtesy.again or now)
-            if exporter.memory.filled and not self.refused:
-                if now - stores.divided >= (STORE_POLL_SEC[0] if news else exporter.memory.pause):
-                    exporter.share_memory()
-                    news = False
-                deadlines.append(stores.divided + (STORE_POLL_SEC[0] if news else exporter.memory.pause))
-            if exporter.outdated:
-                deadlines.append(now)
-            timeout = max(0, min(deadlines) - now) * 1000 + 1 if deadlines else None
-            events = -1 if news else stores.news
-            ready = self.wait(poll, timeout, events)
-            if events >= 0:
-                news = events in ready
-            if self.signals in ready:
-                os.read(self.signals, 4096)
-                self.dirty = True
-            if not self.refused:
-                self.take_news(ready)
+        while not self.signals.stop_asked:
+            # Disks come before what is shown of them, and that before the consoles that it was shown on.
+            news = [
+                self.signals,
+                self.sleep_lock,
+                *self.sources,
+                *self.views.news(),
+                self.display,
+                self.views,
+            ]
+            for each in attend(news):
+                # A service manager ends all processes of a unit, also the one that keeps the machine awake.
+                if self.signals.stop_asked:
+                    break
+                if each.act():
+                    self.exporter.outdated = True
 
-    def wait(self, poll: select.poll, timeout: float | None, events: int) -> set[int]:
-        """Waits that many milliseconds for one of the descriptors that `poll` has, and for `events`.
-
-        Returns those that have news. Terminals and the lock against sleep are served here, since their
-        descriptors change.
-        """
-        keys = {screen.keys: screen for screen in self.view.screens if screen.keys >= 0}
-        unsent = {screen.terminal: screen for screen in self.view.screens if screen.unsent}
-        lock = self.sleep_lock.fd
-        # For the lock just the error that the kernel always reports.
-        masks = {**dict.fromkeys(keys, select.POLLIN), **dict.fromkeys(unsent, select.POLLOUT)}
-        masks.update({lock: 0, events: select.POLLIN})
-        masks.pop(-1, None)
-        for fd, mask in masks.items():
-            poll.register(fd, mask)
-        ready = {fd for fd, _ in poll.poll(timeout)}
-        for fd in masks:
-            poll.unregister(fd)
-        for fd in ready & unsent.keys():
-            unsent[fd].send()
-        for fd in ready & keys.keys():
-            keys[fd].read_keys()
-        if lock in ready and not self.stop_asked:  # a service manager ends all processes of a unit
-            self.sleep_lock.lost()
-        return ready
-
-    def take_news(self, ready: set[int]) -> None:
-        """Brings disks and addresses up to date with what the sockets say."""
-        if self.network.socket.fileno() in ready and self.network.changed():
+    def read_addresses(self, network: Network) -> bool:
+        """Brings the addresses up to date."""
+        if network.changed():
             try:
-                self.addresses = self.network.addresses()
+                self.addresses = network.addresses()
             except OSError as e:
                 warning(f"Failed to read this machine's addresses: {reason_of(e)}")
-            self.dirty = True
-        if self.clients.socket.fileno() in ready and self.clients.changed():
-            self.dirty = True
-        again = bool(self.exporter.tree.finished) or self.exporter.outdated
-        self.exporter.outdated = False
-        if self.uevents.socket.fileno() in ready:
-            names = self.uevents.changed()
-            if names is None:
-                debug("Uevents were lost, reading all disks again")
-                self.inventory.rescan()
-            elif names:
-                self.inventory.update(names)
-            again = again or names is None or bool(names)
-        if again:
-            self.pause = LOCK_POLL_SEC[0]
-            self.synchronise()
-        elif self.exporter.pending() or not self.exporter.opened:
-            self.pause = min(self.pause * 1.5, LOCK_POLL_SEC[1])
-            self.synchronise()
+            self.display.outdate()
+        return False
 
-    def show(self) -> None:
-        self.dirty = False
-        disks = self.inventory.disks.values()
-        report = Report(
+    def note_clients(self, clients: Clients) -> bool:
+        if clients.changed():
+            self.display.outdate()
+        return False
+
+    def read_disks(self, uevents: Uevents) -> bool:
+        """Brings the disks up to date; True if there is news of some."""
+        names = uevents.changed()
+        if names is None:
+            debug("Uevents were lost, reading all disks again")
+            self.inventory.rescan()
+        elif names:
+            self.inventory.update(names)
+        return names is None or bool(names)
+
+    def report(self) -> Report:
+        """What there is to show now."""
+        report = take_report(
             self.machine,
-            self.transport,
+            [self.transport],
             self.addresses,
-            disks,
+            self.inventory.disks.values(),
             self.exporter.memory,
-            self.refused,
-            self.exporter.awaited,
-            self.idle_rules(),
-            reboots=self.reboots,
+            attached=self.transport.attached(),
+            filtered=filters_input(),
         )
-        report.attached = self.transport.without_seats(Clients.attached(self.transport.ports.values()))
-        if filters_input():
-            report.firewall = self.transport.firewall_text()
-        self.view.show(report)
-        if (status := report.status()) != self.status:
-            self.status = status
-            notify(f"STATUS={status}")
-        # Not when it began: with many disks that takes long, and other work has to get its turn.
-        self.shown = time.monotonic()
-        if self.view.beside_plymouth and (splash := report.for_plymouth()) != self.splash:
-            self.splash = splash
-            plymouth(splash)
+        report.refused = self.refused
+        report.reboots = self.reboots
+        report.awaited = list(self.exporter.awaited)
+        report.idle = self.idle_rules()
+        report.messages = list(self.views.messages)
+        return report
 
     def stop(self) -> bool:
         """Takes all exports down again; False if some would not go."""
-        self.stopping = True
+        self.signals.stopping = True
         if self.running or not self.reboots:
             notify("STOPPING=1")
         clean = self.exporter.stop()
         self.sleep_lock.release()
-        if self.splash:
-            plymouth("")
         return clean
-
-
-def wake(fd: int) -> None:
-    try:
-        os.write(fd, b"\0")
-    except OSError:
-        pass  # full: it wakes up anyway
 
 
 # -----------------------------------------------------------------------------------------------------------

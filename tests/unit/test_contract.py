@@ -586,7 +586,7 @@ def test_only_families_with_a_port_are_reachable(busy: storagetm.NvmeTcp) -> Non
         storagetm.Address(V6, "2001:db8::1", "eth0", False),
     ]
     assert busy.reachable(addresses) == addresses
-    assert [busy.connect(a, "connect-all") for a in addresses] == [
+    assert [i.line for i in busy.instructions([], addresses)] == [
         "nvme connect-all -t tcp -a 192.0.2.1 -s 59936",
         "nvme connect-all -t tcp -a fe80::1 -s 36681 -f INTERFACE",
         "nvme connect-all -t tcp -a 2001:db8::1 -s 36681",

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import storagetm
-from tests.unit.test_shown import Named, disk, report
+from tests.unit.test_shown import Named, addresses, disk
 
 PATH = "nvmet/subsystems/quux.{}/namespaces/1/write_protect"
 
@@ -88,19 +88,24 @@ def test_refusal_is_said_once_and_tried_again_later(
     service.synchronise()
     assert len(asked) == 1
     pauses = []
+    reminder = storagetm.Reminder(service.exporter)
     for _ in range(10):
-        pauses.append(service.exporter.courtesy.again - now)
-        now = service.exporter.courtesy.again
-        service.exporter.tell()
+        due = reminder.due()
+        assert due
+        pauses.append(due - now)
+        now = due
+        assert reminder.act()  # exports have to be looked at again
         assert all(b.adopted for b in service.exporter.tree.live.values())
+        service.synchronise()
     assert len(asked) == 11
     assert capfd.readouterr().err == ""
     assert pauses == [9, 20, 40, 80, 160, 320, 600, 600, 600, 600]
     failing(monkeypatch, None)
     now = service.exporter.courtesy.again
-    service.exporter.tell()
+    assert reminder.act()
+    service.synchronise()
     assert tuple(capfd.readouterr()) == ("Clients are told again which disks are read-only\n", "")
-    assert service.exporter.courtesy.again == 0
+    assert reminder.due() is None
 
 
 def test_refusal_about_one_disk_leaves_others_alone(
@@ -218,10 +223,20 @@ def test_half_an_answer_may_show_a_firewall(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_ports_to_let_in_are_named() -> None:
-    shown = report([disk("vda")])
-    shown.firewall = shown.transport.firewall_text()
+    transport = storagetm.NvmeTcp(Named(), "quux")
+    transport.ports = {storagetm.AF_INET: 59936, storagetm.AF_INET6: 36681}
+
+    def taken(*, filtered: bool) -> storagetm.Report:
+        memory = storagetm.Memory()
+        return storagetm.take_report(
+            Named(), [transport], addresses(), [disk("vda")], memory, filtered=filtered
+        )
+
     text = "This machine has a firewall, which must let in TCP ports 59936 and 36681"
-    assert shown.facts()["firewall"] == text
-    assert ("", f"{text}.") in [line for block in shown.blocks(80) for line in block]
-    del shown.transport.ports[storagetm.AF_INET6]
-    assert shown.transport.firewall_text().endswith(" must let in TCP port 59936")
+    for filtered in (True, False):
+        shown = taken(filtered=filtered)
+        assert [f.text for f in shown.facts() if f.kind == "firewall"] == [text] * filtered
+        lines = [line for block in shown.blocks(80) for line in block]
+        assert (("", f"{text}.") in lines) is filtered
+    del transport.ports[storagetm.AF_INET6]
+    assert taken(filtered=True).firewall.endswith(" must let in TCP port 59936")

@@ -131,7 +131,7 @@ def test_best_address_is_shown() -> None:
     transport = storagetm.NvmeTcp(Named(), PREFIX)
     transport.ports = {V4: 59936, V6: 36681}
     ordered = sorted([bridge, cable], key=storagetm.Address.rank)
-    shown = storagetm.Report(Named(), transport, ordered, [disk("vda")])
+    shown = storagetm.take_report(Named(), [transport], ordered, [disk("vda")], storagetm.Memory())
     command = f"-t tcp -a {cable.text} -s 36681 -f INTERFACE"
     assert shown.for_plymouth() == f"nvme connect-all {command}"
     text = "\n".join(line for block in shown.blocks(200) for _, line in block)

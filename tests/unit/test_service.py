@@ -86,7 +86,6 @@ class Run:
             paths, not paths, False, access=storagetm.Access((), access), stays=stays
         )
         self.service = storagetm.Service(made, storagetm.NvmeTcp(made), inventory)
-        self.service.view.beside_plymouth = False  # that of this computer
         if paths:
             inventory.check_named()
         self.service.exporter.ledger.lock()
@@ -247,7 +246,7 @@ def test_start_waits_for_a_lock_for_a_while(
         assert nvmet.calls == []
         assert [d.name for d in run.service.exporter.pending()] == ["vdb"]
         assert manager.told() == []
-        run.service.show()
+        run.service.display.act()
         assert "Exporting nothing yet, waiting for '/dev/vdb' (another process holds its lock)\n" in (
             capfd.readouterr().out
         )
@@ -825,16 +824,15 @@ class Failing:
         stays = storagetm.Stays(storagetm.RUN + "disks", made.id)  # a stop leaves a file beside it
         inventory = storagetm.Inventory((), True, False, stays=stays)
         self.service = storagetm.Service(made, storagetm.NvmeTcp(made, nqn), inventory)
-        self.service.view.beside_plymouth = False
         self.looped = False
         monkeypatch.setattr(storagetm, "prepare_kernel", lambda: None)
-        monkeypatch.setattr(self.service, "catch_signals", lambda: None)
-        monkeypatch.setattr(self.service, "open_view", lambda: None)
+        monkeypatch.setattr(self.service.signals, "catch", lambda: None)
+        monkeypatch.setattr(self.service.views, "begin", lambda: None)
         monkeypatch.setattr(self.service, "loop", self.loop)
 
     def loop(self) -> None:
         self.looped = True
-        self.service.show()
+        self.service.display.act()
 
 
 def raising(problem: Exception) -> None:
@@ -1124,14 +1122,14 @@ def test_status_is_told_when_it_changes(
     memory = "; snapshots use 0 B of 3.2 GB of memory (0 %)" if access == SNAPSHOT else ""
     run = start()
     run.service.synchronise(strict=True)
-    run.service.show()
-    run.service.show()
+    run.service.display.act()
+    run.service.display.act()
     assert manager.told() == [
         "READY=1",
         f"STATUS=Exporting {count} at no address (the network is down){memory}.",
     ]
     run.service.addresses = [storagetm.Address(storagetm.AF_INET, "192.0.2.1", "eth0", False)]
-    run.service.show()
+    run.service.display.act()
     assert manager.told() == [f"STATUS=Exporting {count} at 1 address{memory}."]
 
 
@@ -1139,9 +1137,9 @@ def test_first_signal_stops_and_the_second_ends(start: Start, monkeypatch: pytes
     run = start()
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    run.service.on_signal(15, None)
-    assert run.service.stop_asked
+    run.service.signals.on_signal(15, None)
+    assert run.service.signals.stop_asked
     assert codes == []
-    run.service.stopping = True
-    run.service.on_signal(15, None)
+    run.service.signals.stopping = True
+    run.service.signals.on_signal(15, None)
     assert codes == [1]

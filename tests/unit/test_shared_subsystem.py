@@ -61,7 +61,7 @@ def test_one_command_attaches_all() -> None:
         d.size, d.access = 1 << 30, storagetm.READ_ONLY
         d.branch = transport.disk_branches(d)[-1]
     address = storagetm.Address(storagetm.AF_INET, "192.0.2.1", "eth0", link_local=False)
-    report = storagetm.Report(Named(), transport, [address], disks, storagetm.Memory())
+    report = storagetm.take_report(Named(), [transport], [address], disks, storagetm.Memory())
     text = "\n".join(line for block in report.blocks(80) for _, line in block)
     assert "nvme connect -t tcp -a 192.0.2.1 -s 16858 -n quux" in " ".join(text.split())
     assert "connect-all" not in text
@@ -71,7 +71,7 @@ def test_one_command_attaches_all() -> None:
     assert re.search("sda .*DISK-ONE", text)
     assert re.search("sdb .*TWO", text)
     assert transport.identities.serial(disks[1]) not in text
-    facts = "\n".join(report.facts().values())
+    facts = "\n".join(fact.text for fact in report.facts())
     assert "Exporting '/dev/sdb'" in facts
     assert "as quux, namespace 0x2" in facts
     assert transport.identities.serial(disks[1]) not in facts

@@ -73,7 +73,8 @@ def report(
     machine = Named()
     transport = storagetm.NvmeTcp(machine, prefix)
     transport.ports = {V4: 59936, V6: 36681}
-    return storagetm.Report(machine, transport, addresses() if where is None else where, disks)
+    where = addresses() if where is None else where
+    return storagetm.take_report(machine, [transport], where, disks, storagetm.Memory())
 
 
 @pytest.fixture
@@ -227,12 +228,14 @@ def test_disks_that_are_not_exported_have_reasons(screen: storagetm.Screen) -> N
 
 def test_last_three_messages_are_shown(screen: storagetm.Screen) -> None:
     """The last three, above the last line, with the time."""
-    asked = []
-    screen.changed = lambda: asked.append(1)
+    asked: list[int] = []
+    views = storagetm.Views(lambda: asked.append(1))
     for i in range(4):
-        screen.add_message(f"message {i}")
-    screen.add_message("long " * 20)
-    page = rows(screen.drawn(report([disk("vda")]), 80, 25))
+        views.add_message(f"message {i}")
+    views.add_message("long " * 20)
+    shown = report([disk("vda")])
+    shown.messages = views.messages
+    page = rows(screen.drawn(shown, 80, 25))
     assert page[-1] == "Ctrl-C stops exporting."
     assert re.fullmatch(r"\d\d:\d\d:\d\d message 2", page[-6])
     assert re.fullmatch(r"\d\d:\d\d:\d\d message 3", page[-5])
@@ -260,17 +263,17 @@ def test_keys_turn_pages(screen: storagetm.Screen) -> None:
             (b" ", 0),
         ):
             os.write(outgoing, keys)
-            screen.read_keys()
+            screen.act()
             assert screen.page == page, keys
         os.write(outgoing, b"b")
-        screen.read_keys()
+        screen.act()
         # With fewer disks, that page is gone.
         text = screen.drawn(report([disk("vda")]), 80, 25)
         assert (screen.page, screen.pages) == (0, 1)
         assert "Page" not in text
     finally:
         os.close(outgoing)
-    screen.read_keys()
+    screen.act()
     assert screen.keys == -1
     os.close(incoming)
 
@@ -309,7 +312,7 @@ def test_real_terminal_is_left_as_it_was() -> None:
             screen.show(shown)
             while screen.page < 2:
                 select.select([screen.keys], [], [])
-                screen.read_keys()
+                screen.act()
                 screen.show(shown)
             screen.close()
             os.write(1, b"the end")
@@ -379,7 +382,7 @@ def test_long_text_takes_more_rows(length: int, expected: int) -> None:
 
 
 def test_plain_terminal_gets_ascii(capfd: pytest.CaptureFixture[str]) -> None:
-    view = storagetm.PlainView()
+    view = storagetm.Plain()
     shown = report([disk("vda"), disk("vdb")], addresses(3))
     shown.title = "Storage target mode: café (Débian)"
     for _ in range(2):
@@ -404,7 +407,7 @@ def lines(capfd: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_journal_has_each_fact_once(lines: Any) -> None:
-    view = storagetm.JournalView()
+    view = storagetm.Journal()
     other = disk("vdb")
     other.branch, other.left_out = None, "it has size 0"
     disks = [disk("vda"), other]
@@ -416,7 +419,7 @@ def test_journal_has_each_fact_once(lines: Any) -> None:
 
 
 def test_journal_has_what_changes(lines: Any) -> None:
-    view = storagetm.JournalView()
+    view = storagetm.Journal()
     first, second = disk("vda"), disk("vdb", 2)
     view.show(report([first]))
     lines()
@@ -438,7 +441,7 @@ def test_journal_has_what_changes(lines: Any) -> None:
 
 
 def test_journal_has_new_sizes(lines: Any) -> None:
-    view = storagetm.JournalView()
+    view = storagetm.Journal()
     grown = disk("vda")
     view.show(report([grown]))
     lines()
@@ -450,7 +453,7 @@ def test_journal_has_new_sizes(lines: Any) -> None:
 
 
 def test_journal_has_reasons_that_change(lines: Any) -> None:
-    view = storagetm.JournalView()
+    view = storagetm.Journal()
     other = disk("vda")
     other.branch, other.waiting = None, "another process holds its lock"
     view.show(report([other]))
@@ -493,7 +496,9 @@ def test_only_addresses_of_families_that_are_exported() -> None:
     transport = storagetm.NvmeTcp(machine, PREFIX)
     transport.ports = {V4: 59936}
     assert (
-        storagetm.Report(machine, transport, addresses(3)[1:], []).for_plymouth().endswith("network is down")
+        storagetm.take_report(machine, [transport], addresses(3)[1:], [], storagetm.Memory())
+        .for_plymouth()
+        .endswith("network is down")
     )
 
 

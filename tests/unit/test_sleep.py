@@ -119,16 +119,15 @@ def test_nothing_is_started_where_there_is_no_logind(missing: str, monkeypatch: 
     lock.release()
 
 
-def refusing() -> tuple[storagetm.Service, int]:
-    """A service that exports nothing and has the lock, and the descriptor that wakes up its loop."""
+def refusing() -> storagetm.Service:
+    """A service that exports nothing and has the lock."""
     made = storagetm.Machine()
     service = storagetm.Service(
         made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False), refused="for this test"
     )
-    service.view.beside_plymouth = False
-    service.signals, wakeup = os.pipe()
+    service.signals.fd, service.signals.wakeup = os.pipe()
     service.sleep_lock.take()
-    return service, wakeup
+    return service
 
 
 def test_program_that_ends_is_noticed_once(
@@ -136,15 +135,16 @@ def test_program_that_ends_is_noticed_once(
 ) -> None:
     """As it does when logind refuses. The loop notices that once, and goes on."""
     inhibit.write_text("#!/bin/sh\nexit 1\n")
-    service, wakeup = refusing()
-    lost = service.sleep_lock.lost
+    service = refusing()
+    lost = service.sleep_lock.act
 
-    def stop() -> None:
-        lost()
-        service.stop_asked = True
-        os.write(wakeup, b"\0")
+    def stop() -> bool:
+        again = lost()
+        service.signals.stop_asked = True
+        service.signals.wake()
+        return again
 
-    monkeypatch.setattr(service.sleep_lock, "lost", stop)
+    monkeypatch.setattr(service.sleep_lock, "act", stop)
     service.loop()
     assert service.sleep_lock.fd == -1
     assert capfd.readouterr().err == (
@@ -162,14 +162,20 @@ def test_program_that_a_stop_ends_is_no_failure(
 ) -> None:
     """A service manager ends all processes of a unit at once. That is no failure."""
     inhibit.write_text("#!/bin/sh\nexit 1\n")
-    service, wakeup = refusing()
+    service = refusing()
     pid = service.sleep_lock.pid
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    # As a signal does between two looks at whether to stop.
-    monkeypatch.setattr(service, "show", lambda: setattr(service, "stop_asked", True))
+    # As a signal does while the loop waits for news, among which is the end of the program.
+    due = service.display.due
+
+    def signalled() -> float | None:
+        service.signals.stop_asked = True
+        return due()
+
+    monkeypatch.setattr(service.display, "due", signalled)
     service.loop()
+    assert service.sleep_lock.fd >= 0
     service.sleep_lock.release()
-    os.close(wakeup)
     os.waitpid(pid, 0)
     assert capfd.readouterr().err == ""
 

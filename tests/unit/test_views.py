@@ -148,8 +148,9 @@ def test_keys_work_on_either_console(terminal: Terminal) -> None:
             os.setsid()
             caught: list[int] = []
             signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-            view = storagetm.Views(*(storagetm.Screen(path) for _, path in ends))
-            settings = [termios.tcgetattr(s.keys)[3] for s in view.screens]
+            view, screens = storagetm.Views(lambda: None), [storagetm.Screen(path) for _, path in ends]
+            view.own, view.terminals = True, [*screens]
+            settings = [termios.tcgetattr(s.keys)[3] for s in screens]
             assert [bool(s & termios.ISIG) for s in settings] == [True, False]
             assert not any(s & (termios.ICANON | termios.ECHO) for s in settings)
             shown = report([disk(f"vd{i}") for i in range(30)])
@@ -157,14 +158,14 @@ def test_keys_work_on_either_console(terminal: Terminal) -> None:
             told = 0
             while told < 2:
                 if len(caught) > told:
-                    view.screens[told].write("caught")
+                    screens[told].write("caught")
                     told += 1
-                ready = select.select([s.keys for s in view.screens], [], [], 0.1)[0]
-                for screen in view.screens:
+                ready = select.select([s.keys for s in screens], [], [], 0.1)[0]
+                for screen in screens:
                     if screen.keys in ready:
-                        screen.read_keys()
+                        screen.act()
                         screen.show(shown)
-            pages = [s.page for s in view.screens]
+            pages = [s.page for s in screens]
             view.close()
             assert pages == [2, 1]
             code = 0
@@ -201,7 +202,7 @@ def service(places: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[storagetm
     transport = storagetm.NvmeTcp(Named(), "quux")
     made = storagetm.Service(Named(), transport, storagetm.Inventory((), True, False), on_consoles=True)
     yield made
-    made.view.close()
+    made.views.close()
 
 
 def test_each_console_has_the_whole_screen(
@@ -213,12 +214,14 @@ def test_each_console_has_the_whole_screen(
     """Each has the whole screen, messages included; facts are in the journal as well, once."""
     ends = [terminal(), terminal()]
     monkeypatch.setattr(storagetm, "consoles", lambda: [path for _, path in ends])
-    service.open_view()
+    service.views.open()
     storagetm.log.journal = {1, 2}
-    assert service.view.screens
+    assert service.views.terminals
     storagetm.info("a fact")
     storagetm.warning("a warning")
-    service.view.show(report([disk("vda")], addresses(1)))
+    shown = report([disk("vda")], addresses(1))
+    shown.messages = service.report().messages
+    service.views.show(shown)
     for master, _ in ends:
         text = output(master, b"Ctrl-C stops")
         for part in (b"connect-all -t tcp -a 192.0.2.1", b"a fact", b"a warning", b"/dev/vda "):
@@ -253,30 +256,30 @@ def test_console_that_works_later_gets_the_screen(
     (serial, path), (monitor, other) = terminal(), terminal()
     (places / "dev/tty1").symlink_to(other)
     shown = report([disk("vda")], addresses(1))
-    service.open_view()
-    service.view.show(shown)
+    service.views.open()
+    service.views.show(shown)
     assert b"connect-all -t tcp -a 192.0.2.1" in output(monitor, b".vda")
-    assert service.lost_consoles() == {f"{places}/dev/ttyS0"}
-    before = service.view
-    service.follow_consoles()
-    assert service.view is before  # that would draw it again for nothing
+    assert service.views.lost_consoles() == {f"{places}/dev/ttyS0"}
+    before = service.views.terminals
+    service.views.follow()
+    assert service.views.terminals is before  # that would draw it again for nothing
 
     (places / "dev/ttyS0").symlink_to(path)
-    service.follow_consoles()
-    assert service.lost_consoles() == set()
-    service.view.show(shown)
+    service.views.follow()
+    assert service.views.lost_consoles() == set()
+    service.views.show(shown)
     assert b"connect-all -t tcp -a 192.0.2.1" in output(serial, b".vda")
-    before = service.view
-    service.follow_consoles()
-    assert service.view is before
+    before = service.views.terminals
+    service.views.follow()
+    assert service.views.terminals is before
 
     with monkeypatch.context() as hung_up:
         hung_up.setattr(os, "write", Mock(side_effect=OSError(errno.EIO, "hung up")))
-        service.view.show(shown)
-    assert service.lost_consoles() == {f"{places}/dev/ttyS0"}
-    service.follow_consoles()
-    assert service.lost_consoles() == set()
-    service.view.show(shown)
+        service.views.show(shown)
+    assert service.views.lost_consoles() == {f"{places}/dev/ttyS0"}
+    service.views.follow()
+    assert service.views.lost_consoles() == set()
+    service.views.show(shown)
     assert b"connect-all -t tcp -a 192.0.2.1" in output(serial, b".vda")
     assert capfd.readouterr().out.count("Attach all disks with:") <= 1
 
@@ -327,10 +330,10 @@ def test_keys_of_a_console_may_come_later(
 
     with monkeypatch.context() as closing:
         closing.setattr(os, "open", opened)
-        service.open_view()
-    assert service.lost_consoles() == {path}
-    service.view.show(report([disk("vda")], addresses(1)))
-    assert service.lost_consoles() == set()
+        service.views.open()
+    assert service.views.lost_consoles() == {path}
+    service.views.show(report([disk("vda")], addresses(1)))
+    assert service.views.lost_consoles() == set()
     assert not echoes(path)
 
 
@@ -342,11 +345,11 @@ def test_without_a_console_there_is_the_journal(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Then there is the journal; and nobody looks for a console who is not asked to."""
-    service.on_consoles = on_consoles
+    service.views.on_consoles = on_consoles
     monkeypatch.setattr(storagetm, "consoles", lambda: [] if on_consoles else pytest.fail("it looked"))
-    service.open_view()
+    service.views.open()
     storagetm.warning("a warning")
-    service.view.show(report([disk("vda")], addresses(1)))
+    service.views.show(report([disk("vda")], addresses(1)))
     out, err = capfd.readouterr()
     assert out.startswith("Attach all disks with: nvme connect-all")
     assert err == "a warning\n"
@@ -359,8 +362,8 @@ def test_dumb_console_gets_plain_lines(
     master, path = terminal()
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(storagetm, "consoles", lambda: [path, f"{path}-gone"])
-    service.open_view()
-    service.view.show(report([disk("vda")], addresses(1)))
+    service.views.open()
+    service.views.show(report([disk("vda")], addresses(1)))
     text = output(master, b".vda\r\n")
     assert b"\x1b" not in text
     assert b"connect-all -t tcp -a 192.0.2.1" in text

@@ -112,7 +112,11 @@ def test_long_path_in_a_shared_subsystem_has_its_own_row(screen: storagetm.Scree
     disks = [named(long, 1), named("/dev/vda", 2)]
     for number, made in enumerate(disks, 1):
         made.stay = storagetm.Stay(number, "")
-    shown = rows(screen.drawn(storagetm.Report(machine, transport, addresses(), disks), 80, 25))
+    shown = rows(
+        screen.drawn(
+            storagetm.take_report(machine, [transport], addresses(), disks, storagetm.Memory()), 80, 25
+        )
+    )
     start = shown.index("Namespaces:")
     assert shown[start + 2 : start + 5] == [
         "   0x2 /dev/vda       2.0 GB  READ-WRITE    QEMU HARDDISK  SERIAL-2",
@@ -144,10 +148,10 @@ def test_title_stays_at_the_top(screen: storagetm.Screen, letter: str, width: in
     shown = report([named(f"/srv/{letter * 40}.img", i) for i in range(2)])
     left_out = named(f"/{letter * 50}")
     left_out.branch, left_out.left_out = None, f"it is {letter * 90}"
-    shown.others.append((left_out, left_out.status()))
+    shown.others.append(storagetm.OtherRow(left_out))
     shown.title = f"Storage target mode: {letter * 60}"
     for i in range(3):
-        screen.add_message(f"{i} {letter * 60}\n{letter * 60}")
+        shown.messages.append(f"{i} {letter * 60}\n{letter * 60}")
     for number in range(3):
         screen.page = number
         page = rows(screen.drawn(shown, width, height), width, height)
@@ -173,12 +177,12 @@ def test_nothing_moves_the_cursor(screen: storagetm.Screen, capfd: pytest.Captur
     """In a title, a message or a name."""
     shown = report([disk("vda")])
     shown.title = "Storage\x1b[2J\ntarget"
-    screen.add_message("'new\nline\x1b[H\x07' is bad")
+    shown.messages.append("12:00:00 'new\nline\x1b[H\x07' is bad")
     page = rows(screen.drawn(shown, 80, 25))
     assert page[0] == " Storage?[2J target"
     assert page[-3].endswith(" 'new line?[H?' is bad")
     capfd.readouterr()
-    storagetm.PlainView().show(shown)
+    storagetm.Plain().show(shown)
     assert capfd.readouterr().out.startswith("\nStorage?[2J target\n")
 
 
@@ -227,11 +231,13 @@ def test_each_command_can_be_typed(
     machine = Named()
     transport = (storagetm.SharedNvmeTcp if shared else storagetm.NvmeTcp)(machine, "büro")
     transport.ports = {storagetm.AF_INET: 59936}
-    shown = storagetm.Report(machine, transport, addresses(), [named("/srv/日本.img")])
+    shown = storagetm.take_report(
+        machine, [transport], addresses(), [named("/srv/日本.img")], storagetm.Memory()
+    )
     expected = os.fsencode("büro" if shared else "büro.日本.img")
-    storagetm.PlainView().show(shown)
+    storagetm.Plain().show(shown)
     plain = capfd.readouterr().out
-    storagetm.JournalView().show(shown)
+    storagetm.Journal().show(shown)
     journal = "".join(re.findall(r"with: (.*\n)", capfd.readouterr().out))
     texts = [plain, "\n".join(rows(screen.drawn(shown, 80, 25)))]
     if shared:
@@ -252,7 +258,7 @@ def test_plymouth_gets_no_half_command() -> None:
     machine = Named()
     transport = storagetm.SharedNvmeTcp(machine, "nqn." + "x" * 215)
     transport.ports = {storagetm.AF_INET: 59936}
-    shown = storagetm.Report(machine, transport, addresses(), [disk("vda")])
+    shown = storagetm.take_report(machine, [transport], addresses(), [disk("vda")], storagetm.Memory())
     assert shown.for_plymouth() == "nvme connect-all -t tcp -a 192.0.2.1 -s 59936"
 
 
