@@ -6327,6 +6327,100 @@ def why_failed(export: Export, failure: Failure, transports: Iterable[Transport]
     return Reason(f"{reason_of(problem)} ('{failure.entry.path}')")
 
 
+class Wanted:
+    """What disks ask for, and what is there of it.
+
+    `locks` is whether a disk is only exported once its lock is held.
+    """
+
+    def __init__(self, instance: str, transports: Sequence[Transport], tree: Tree, *, locks: bool) -> None:
+        self.instance = instance
+        self.transports = transports
+        self.tree = tree
+        self.locks = locks
+
+    def why_no_transport(self, export: Export) -> str:
+        """Why a disk can be exported in no way; empty if it can."""
+        reasons = [transport.why_not(export) for transport in self.transports]
+        return reasons[0] if reasons and all(reasons) else ""
+
+    def is_hopeless(self, export: Export) -> bool:
+        """Whether all that could export a disk has failed."""
+        return "" in export.failed or all(t.name in export.failed for t in self.transports)
+
+    def scaffolds(self) -> list[Branch]:
+        return [s for transport in self.transports for s in transport.scaffolds(self.tree.live)]
+
+    def branches(self, exports: Iterable[Export]) -> tuple[list[Branch], dict[str, tuple[Export, str]]]:
+        """All branches that these disks ask for; and whose they are, disk and transport or "", by root."""
+        branches = [branch for transport in self.transports for branch in transport.common()]
+        owners: dict[str, tuple[Export, str]] = {}
+        claimed: dict[tuple[str, str], Export] = {}
+        # Disks that clients know come first.
+        for export in sorted(exports, key=lambda e: not e.live):
+            if not (found := self.of(export)):
+                continue
+            claims = [claim for branch in found.values() for claim in branch.claims]
+            if twins := [(kind, claimed[kind, x]) for kind, x in claims if (kind, x) in claimed]:
+                self.leave_out_twin(export, *twins[0])
+                continue
+            claimed.update(dict.fromkeys(claims, export))
+            branches += found.values()
+            owners.update((branch.root, (export, name)) for name, branch in found.items())
+        return branches, owners
+
+    def of(self, export: Export) -> dict[str, Branch]:
+        """What makes a disk reachable, by transport, after what stands between, which is under ""."""
+        if self.is_hopeless(export):
+            return {}
+        if not export.held and self.locks:
+            # What an earlier run exported stays while the lock that died with it is waited for.
+            found = self.live_of(export)
+            between = self.backing_of(found.values())
+            return {"": between, **found} if between else found
+        disk = export.disk
+        about = disk.tag, disk.size, disk.model, disk.serial, disk.id_serial, export.access, export.stay
+        basis = (*about, *(transport.basis() for transport in self.transports))
+        if export.wanted is None or export.wanted[0] != basis:
+            between = backing(disk, export.access, self.instance)
+            usable = [t for t in self.transports if not t.why_not(export)]
+            branches = {t.name: t.branch(export, between) for t in usable}
+            export.wanted = basis, {"": between, **branches}
+        found = {name: b for name, b in export.wanted[1].items() if name not in export.failed}
+        return found if len(found) > 1 else {}
+
+    def live_of(self, export: Export) -> dict[str, Branch]:
+        """What of a disk is live, by transport."""
+        found = {t.name: self.tree.live.get(t.root(export)) for t in self.transports}
+        return {name: branch for name, branch in found.items() if branch and branch.tag == export.disk.tag}
+
+    def backing_of(self, branches: Iterable[Branch]) -> Branch | None:
+        """What is live between a disk and the branches that export it."""
+        needs = [(branch.tag, self.tree.live.get(root)) for branch in branches for root in branch.needs]
+        return next((b for tag, b in needs if b and b.tag == tag), None)
+
+    def live_access(self, export: Export) -> str:
+        """The kind of access with which a disk is exported now; empty if it is not."""
+        needs = {root for branch in self.live_of(export).values() for root in branch.needs}
+        wanted = {access: backing(export.disk, access, self.instance).root for access in ACCESS}
+        return next((access for access, root in wanted.items() if root in needs), "")
+
+    def note_live(self, exports: Iterable[Export], failures: Iterable[Failure]) -> None:
+        """Brings up to date what of each disk is live."""
+        gone = {failure.branch.root for failure in failures} | self.tree.leaving
+        for export in exports:
+            roots = [(t.name, t.root(export)) for t in self.transports]
+            live = [(name, self.tree.live.get(root)) for name, root in roots if root not in gone]
+            export.live = {name: branch for name, branch in live if branch}
+            export.backing = self.backing_of(export.live.values())
+
+    def leave_out_twin(self, export: Export, kind: str, other: Export) -> None:
+        """Keeps a disk out that would have an identity of another one."""
+        why = f"its {kind} would be that of '{other.disk.node}', and clients would take it for that one"
+        advice = "".join(f"; {text}" for t in self.transports if (text := t.about_twins(kind)))
+        export.leave_out(Reason(why + advice))
+
+
 class Exporter:
     """Brings what is exported to what the disks ask for: at first, later, after a crash and at the end.
 
@@ -6347,7 +6441,7 @@ class Exporter:
         self.memory = memory or Memory()
         self.ledger = Ledger(f"{RUN}{instance}.entries")
         self.tree = Rehearsal(CONFIGFS, self.ledger, rehearse) if rehearse else Tree(CONFIGFS, self.ledger)
-        self.locks = rehearse is None  # whether a disk is only exported once its lock is held
+        self.want = Wanted(instance, transports, self.tree, locks=rehearse is None)
         self.media = MediumWatch(lambda: self.tree.wake())
         self.rules = NotedRules(f"{RUN}{instance}.access", inventory.access)
         self.started = time.monotonic()
@@ -6394,7 +6488,7 @@ class Exporter:
         exports = self.choose()
         allow_files(len(exports))
         for export in exports:
-            if not (export.held or self.is_hopeless(export)):
+            if not (export.held or self.want.is_hopeless(export)):
                 self.claim(export, now, strict=strict)
         if self.inventory.stays.first is None:
             self.inventory.stays.begin_with([e.disk for e in self.inventory.exports.values()])
@@ -6424,17 +6518,12 @@ class Exporter:
     def choose(self) -> list[Export]:
         """The disks that one of the transports can export, in the order to show them."""
         for export in self.inventory.candidates():
-            if why := self.why_no_transport(export):
+            if why := self.want.why_no_transport(export):
                 export.leave_out(Reason(why))
         for export in self.inventory.exports.values():
             if export.disk.removable:
                 export.disk.watch_medium()
         return self.inventory.candidates()
-
-    def why_no_transport(self, export: Export) -> str:
-        """Why a disk can be exported in no way; empty if it can."""
-        reasons = [transport.why_not(export) for transport in self.transports]
-        return reasons[0] if reasons and all(reasons) else ""
 
     def rehearse(self) -> list[Failure]:
         """Shows the steps to what is wanted, without waiting for anything; returns what would fail."""
@@ -6444,18 +6533,16 @@ class Exporter:
             debug(f"Nothing of ours is noted as exported: {reason_of(e)}")
         for transport in self.transports:
             transport.adopt(self.tree.live)
-        exports = [e for e in self.inventory.candidates() if not self.why_no_transport(e)]
+        exports = [e for e in self.inventory.candidates() if not self.want.why_no_transport(e)]
         self.inventory.begin_stays(exports)
-        scaffolds = self.scaffolds()
-        return self.tree.apply(self.tree.plan(self.wanted(exports)[0], scaffolds))
-
-    def is_hopeless(self, export: Export) -> bool:
-        """Whether all that could export a disk has failed."""
-        return "" in export.failed or all(t.name in export.failed for t in self.transports)
+        scaffolds = self.want.scaffolds()
+        return self.tree.apply(self.tree.plan(self.want.branches(exports)[0], scaffolds))
 
     def pending(self) -> list[Export]:
         return [
-            e for e in self.inventory.candidates() if e.waiting and not e.held and not self.is_hopeless(e)
+            e
+            for e in self.inventory.candidates()
+            if e.waiting and not e.held and not self.want.is_hopeless(e)
         ]
 
     def still_awaited(self, now: float) -> list[str]:
@@ -6491,19 +6578,13 @@ class Exporter:
             export.waiting_since, export.waiting_named = 0.0, False
             # To open it has waited for the kernel to read its partition table.
             self.inventory.decide(export)
-            if self.rules.same and (access := self.live_access(export)):
+            if self.rules.same and (access := self.want.live_access(export)):
                 export.access = access
         elif export.waiting_named and not told:
             warning(
                 f"'{export.disk.node}' is not exported yet: {export.waiting}; it will be as soon as that is "
                 "released"
             )
-
-    def live_access(self, export: Export) -> str:
-        """The kind of access with which a disk is exported now; empty if it is not."""
-        needs = {root for branch in self.live_of(export).values() for root in branch.needs}
-        wanted = {access: backing(export.disk, access, self.instance).root for access in ACCESS}
-        return next((access for access, root in wanted.items() if root in needs), "")
 
     def apply(self, exports: Sequence[Export], *, strict: bool) -> None:
         """Makes what these disks ask for, and takes away all else."""
@@ -6519,13 +6600,13 @@ class Exporter:
         patience = LOCK_WAIT_SEC if strict else REMOVAL_WAIT_SEC
         tries = 3  # for what cannot be removed
         while True:
-            scaffolds = self.scaffolds()
-            branches, owners = self.wanted(exports)
+            scaffolds = self.want.scaffolds()
+            branches, owners = self.want.branches(exports)
             self.share_memory(branches)
             failures = self.tree.apply(self.tree.plan(branches, scaffolds), patience)
             if any(transport.adapt(failure) for failure in failures for transport in self.transports):
                 continue
-            self.note_live(failures)
+            self.want.note_live(self.inventory.exports.values(), failures)
             tries -= 1
             for failure in failures:
                 owner = owners.get(failure.branch.root)
@@ -6540,74 +6621,6 @@ class Exporter:
             if export.held:
                 left = "" if export.live else "the kernel is still taking away what was there before it"
                 export.waiting = Reason(left)
-
-    def scaffolds(self) -> list[Branch]:
-        return [s for transport in self.transports for s in transport.scaffolds(self.tree.live)]
-
-    def wanted(self, exports: Iterable[Export]) -> tuple[list[Branch], dict[str, tuple[Export, str]]]:
-        """All branches that these disks ask for, and whose they are."""
-        branches = [branch for transport in self.transports for branch in transport.common()]
-        owners: dict[str, tuple[Export, str]] = {}
-        claimed: dict[tuple[str, str], Export] = {}
-        # Disks that clients know come first.
-        for export in sorted(exports, key=lambda e: not e.live):
-            if not (found := self.wanted_branches(export)):
-                continue
-            claims = [claim for branch in found.values() for claim in branch.claims]
-            if twins := [(kind, claimed[kind, x]) for kind, x in claims if (kind, x) in claimed]:
-                self.leave_out_twin(export, *twins[0])
-                continue
-            claimed.update(dict.fromkeys(claims, export))
-            branches += found.values()
-            owners.update((branch.root, (export, name)) for name, branch in found.items())
-        return branches, owners
-
-    def wanted_branches(self, export: Export) -> dict[str, Branch]:
-        """What makes a disk reachable, by transport, and under "" what stands between; none if it is not to
-        be.
-        """
-        if self.is_hopeless(export):
-            return {}
-        if not export.held and self.locks:
-            # What an earlier run exported stays while the lock that died with it is waited for.
-            found = self.live_of(export)
-            between = self.backing_of(found.values())
-            return {"": between, **found} if between else found
-        disk = export.disk
-        about = disk.tag, disk.size, disk.model, disk.serial, disk.id_serial, export.access, export.stay
-        basis = (*about, *(transport.basis() for transport in self.transports))
-        if export.wanted is None or export.wanted[0] != basis:
-            between = backing(disk, export.access, self.instance)
-            usable = [t for t in self.transports if not t.why_not(export)]
-            branches = {t.name: t.branch(export, between) for t in usable}
-            export.wanted = basis, {"": between, **branches}
-        found = {name: b for name, b in export.wanted[1].items() if name not in export.failed}
-        return found if len(found) > 1 else {}
-
-    def live_of(self, export: Export) -> dict[str, Branch]:
-        """What of a disk is live, by transport."""
-        found = {t.name: self.tree.live.get(t.root(export)) for t in self.transports}
-        return {name: branch for name, branch in found.items() if branch and branch.tag == export.disk.tag}
-
-    def backing_of(self, branches: Iterable[Branch]) -> Branch | None:
-        """What is live between a disk and the branches that export it."""
-        needs = [(branch.tag, self.tree.live.get(root)) for branch in branches for root in branch.needs]
-        return next((b for tag, b in needs if b and b.tag == tag), None)
-
-    def note_live(self, failures: Iterable[Failure]) -> None:
-        """Brings up to date what of each disk is live."""
-        gone = {failure.branch.root for failure in failures} | self.tree.leaving
-        for export in self.inventory.exports.values():
-            roots = [(t.name, t.root(export)) for t in self.transports]
-            live = [(name, self.tree.live.get(root)) for name, root in roots if root not in gone]
-            export.live = {name: branch for name, branch in live if branch}
-            export.backing = self.backing_of(export.live.values())
-
-    def leave_out_twin(self, export: Export, kind: str, other: Export) -> None:
-        """Keeps a disk out that would have an identity of another one."""
-        why = f"its {kind} would be that of '{other.disk.node}', and clients would take it for that one"
-        advice = "".join(f"; {text}" for t in self.transports if (text := t.about_twins(kind)))
-        export.leave_out(Reason(why + advice))
 
     # The end
 
@@ -6664,7 +6677,7 @@ class Exporter:
         """Tells the user, once, what could not be done, and leaves the disk alone until it changes."""
         if owner:
             export, transport = owner
-            if not self.is_hopeless(export) and transport not in export.failed:
+            if not self.want.is_hopeless(export) and transport not in export.failed:
                 why = why_failed(export, failure, self.transports)
                 fatal = strict and (export.named or failure.entry.dooms(failure.error))
                 self.give_up(export, why, transport, fatal=fatal)
@@ -6686,7 +6699,7 @@ class Exporter:
         """
         message = f"Failed to export '{export.disk.node}': {reason}"
         export.failed[transport] = reason
-        if self.is_hopeless(export):
+        if self.want.is_hopeless(export):
             export.release()
         if fatal:
             raise UserError(message)
