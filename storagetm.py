@@ -763,22 +763,29 @@ def birth_time(path: str) -> str:
 
 
 def mount_configfs() -> None:
-    """Mounts configfs at its place, if it is not there. Raises UserError."""
+    """Mounts configfs at its place. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = 0x2 | 0x4 | 0x8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
+    if libc.mount(b"configfs", os.fsencode(CONFIGFS), b"configfs", ctypes.c_ulong(flags), None) < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+def prepare_configfs() -> None:
+    """Loads configfs and mounts it, where that is missing. Raises UserError."""
     if not os.path.isdir(CONFIGFS):
         load_module("configfs")
     if not os.path.isdir(CONFIGFS):
         raise UserError(
             "This kernel has no configfs, through which disks are exported; boot one with CONFIG_CONFIGFS_FS"
         )
-    if os.path.ismount(CONFIGFS):
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    flags = 0x2 | 0x4 | 0x8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
-    if libc.mount(b"configfs", os.fsencode(CONFIGFS), b"configfs", ctypes.c_ulong(flags), None) < 0:
-        raise UserError(
-            f"Failed to mount configfs on '{CONFIGFS}': {os.strerror(ctypes.get_errno())}; mount it, then "
-            "start again"
-        )
+    if not os.path.ismount(CONFIGFS):
+        try:
+            mount_configfs()
+        except OSError as e:
+            raise UserError(
+                f"Failed to mount configfs on '{CONFIGFS}': {reason_of(e)}; mount it, then start again"
+            ) from e
 
 
 class ConsoleLevel:
@@ -5252,9 +5259,9 @@ def revive_snapshot(name: str) -> None:
 
 # Before you add a transport
 #
-# A transport is a class derived from Transport, in a section of its own. It says which branches make a disk
-# reachable, and nothing else. To make and remove them, to note them, to take them over after a crash, to show
-# them in a dry run: that is for the tree, which knows no transport. So
+# A transport is a class derived from Transport, in a section of its own. It says which branches make a
+# disk reachable, and nothing else. To make and remove them, to note them, to take them over after a crash,
+# to show them in a dry run: that is for the tree, which knows no transport. So
 #
 # - think of what the kernel has when the process is killed after each step, and when the step fails: a
 #   branch's first entry has to tell whose it is (Entry.identity()), and what lets clients in is the last
@@ -5901,7 +5908,7 @@ class NvmeTcp(Transport):
             )
         if os.path.isdir(CONFIGFS + "nvmet"):
             return
-        mount_configfs()
+        prepare_configfs()
         if not os.path.isdir(CONFIGFS + "nvmet"):
             raise UserError(
                 f"This kernel ({os.uname().release}) has no NVMe target, or its module 'nvmet' is not "
@@ -6254,8 +6261,8 @@ class Stores:
             export = self.mapped(name)
             warning(
                 f"A client's write to '{export.disk.node if export else name}' failed, since a sector "
-                "beside it cannot be read, and other I/O may have failed at that moment; what clients changed "
-                "before is kept"
+                "beside it cannot be read, and other I/O may have failed at that moment; what clients "
+                "changed before is kept"
             )
         if not before and self.memory.filled and self.memory.size < self.memory.asked:
             size, asked = size_text(self.memory.size), size_text(self.memory.asked)

@@ -203,12 +203,12 @@ def test_nqn_too_long_for_a_disk(places: Path, capfd: pytest.CaptureFixture[str]
 
 def test_service_checks_names_too(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (places / "longer.img").write_bytes(bytes(512))
-    monkeypatch.setattr(storagetm, "prepare_kernel", lambda: pytest.fail("it went on"))
+    monkeypatch.setattr(storagetm.NvmeTcp, "prepare", lambda _: pytest.fail("it went on"))
     machine = storagetm.Machine()
     transport = storagetm.NvmeTcp(machine, "n" * 213)
-    inventory = storagetm.Inventory([f"{places}/longer.img"], False, False)
+    inventory = storagetm.Inventory([storagetm.NamedDisks([f"{places}/longer.img"])])
     with pytest.raises(storagetm.UsageError, match="has 224 bytes"):
-        storagetm.Service(machine, transport, inventory).run()
+        storagetm.Service(machine, transport.prefix, transport, inventory).run()
 
 
 @pytest.mark.usefixtures("places")

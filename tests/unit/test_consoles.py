@@ -199,7 +199,9 @@ def service(places: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[storagetm
     monkeypatch.setattr(storagetm, "end_text_plymouth", lambda: True)
     monkeypatch.delenv("TERM", raising=False)
     transport = storagetm.NvmeTcp(Named(), "quux")
-    made = storagetm.Service(Named(), transport, storagetm.Inventory((), True, False), on_consoles=True)
+    made = storagetm.Service(
+        Named(), transport, storagetm.Inventory([storagetm.BlockDevices()]), on_consoles=True
+    )
     yield made
     made.view.close()
 

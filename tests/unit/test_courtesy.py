@@ -26,7 +26,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> storagetm.Servic
     for name in ("CONFIGFS", "RUN", "PROC", "SYS"):
         monkeypatch.setattr(storagetm, name, f"{tmp_path}/{name.lower()}/")
     transport = storagetm.NvmeTcp(Named(), "quux")
-    made = storagetm.Service(Named(), transport, storagetm.Inventory((), True, False))
+    made = storagetm.Service(Named(), transport, storagetm.Inventory([storagetm.BlockDevices()]))
     for name in ("vda", "vdb"):
         subsystem = f"nvmet/subsystems/quux.{name}"
         entries = [

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import storagetm
+from tests.unit.exports import machine, made_export
 
 SCRIPT = Path(storagetm.__file__)
 # Python takes "C" for UTF-8 unless told not to. Then it is ASCII, as if no other locale were installed.
@@ -87,17 +88,14 @@ def test_nothing_raises(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 def test_identities_are_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a disk whose serial number has such a letter, wherever it was read."""
-    machine = storagetm.Machine.__new__(storagetm.Machine)
-    machine.id, machine.os, machine.os_version = bytes(16), "debian", "13"
-    disk = storagetm.Disk("vda", "/dev/vda", "vda")
-    disk.id_serial, disk.tag = "SÉRIE-№1", "1:1 1"
+    export = made_export("vda", id_serial="SÉRIE-№1", tag="1:1 1")
 
     def identities() -> list[object]:
-        transport = storagetm.NvmeTcp(machine, "préfixe")
+        transport = storagetm.NvmeTcp(machine(identity=bytes(16)), "préfixe")
         found = [
-            transport.identities.uuid(disk),
-            transport.identities.nguid(disk),
-            transport.identities.serial(disk),
+            transport.identities.uuid(export),
+            transport.identities.nguid(export),
+            transport.identities.serial(export),
         ]
         return [*found, transport.port_number(storagetm.AF_INET), storagetm.Mapping.path_for("№", "é")]
 

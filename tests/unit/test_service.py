@@ -82,25 +82,25 @@ class Run:
         made = storagetm.Machine()
         stays = storagetm.Stays(storagetm.RUN + "disks", made.id)
         stays.kept = True
-        inventory = storagetm.Inventory(
-            paths, not paths, False, access=storagetm.Access((), access), stays=stays
-        )
-        self.service = storagetm.Service(made, storagetm.NvmeTcp(made), inventory)
+        source = storagetm.NamedDisks(paths) if paths else storagetm.BlockDevices()
+        inventory = storagetm.Inventory([source], storagetm.Access((), access), stays)
+        transport = storagetm.NvmeTcp(made)
+        self.service = storagetm.Service(made, transport.prefix, transport, inventory)
         self.service.view.beside_plymouth = False  # that of this computer
         if paths:
             inventory.check_named()
         self.service.exporter.ledger.lock()
         self.service.exporter.tree.adopt()
-        self.service.transport.choose_ports(self.service.exporter.tree.live)
+        self.service.transport.adopt(self.service.exporter.tree.live)
         if not paths:
             inventory.rescan()
 
     @property
     def exported(self) -> list[str]:
-        return sorted(d.name for d in self.service.inventory.disks.values() if d.branch)
+        return sorted(e.disk.name for e in self.service.inventory.exports.values() if e.live)
 
-    def disk(self, name: str) -> storagetm.Disk:
-        return self.service.inventory.disks[name]
+    def disk(self, name: str) -> storagetm.Export:
+        return self.service.inventory.exports[name]
 
     def namespace(self, name: str) -> str:
         """Where the disk's namespace is in configfs, or will be."""
@@ -110,8 +110,8 @@ class Run:
 
     def kill(self) -> None:
         """What remains of a process that was killed: nothing but what is in the kernel."""
-        for disk in self.service.inventory.disks.values():
-            disk.close()
+        for export in self.service.inventory.exports.values():
+            export.release()
         self.service.exporter.ledger.close()
 
 
@@ -177,7 +177,7 @@ def test_all_disks(start: Start, nvmet: Nvmet, manager: Manager, disks: list[str
     assert manager.told() == ["STOPPING=1"]
     assert nvmet.contents() == before
     assert not os.path.exists(run.service.exporter.ledger.path)
-    assert all(d.fd < 0 for d in run.service.inventory.disks.values())
+    assert all(d.fd < 0 for d in run.service.inventory.exports.values())
 
 
 def test_named_disk(start: Start, nvmet: Nvmet) -> None:
@@ -215,7 +215,7 @@ def test_lost_changes(
     assert subsystems(nvmet) == ["vdc"]
     why = "what clients had changed is lost; start storagetm again to export it without that"
     assert capfd.readouterr().err == f"'/dev/vdb' is no longer exported: {why}\n"
-    assert run.disk("vdb").status() == why
+    assert run.disk("vdb").why_not == why
 
 
 # Waiting
@@ -224,7 +224,7 @@ def test_lost_changes(
 def later(run: Run, seconds: float) -> None:
     """Lets time pass."""
     run.service.exporter.started -= seconds
-    for disk in run.service.inventory.disks.values():
+    for disk in run.service.inventory.exports.values():
         if disk.waiting_since:
             disk.waiting_since -= seconds
 
@@ -243,7 +243,7 @@ def test_start_waits_for_a_lock_for_a_while(
         fcntl.flock(holder, fcntl.LOCK_SH)
         run.service.synchronise(strict=True)
         assert nvmet.calls == []
-        assert [d.name for d in run.service.exporter.pending()] == ["vdb"]
+        assert [e.disk.name for e in run.service.exporter.pending()] == ["vdb"]
         assert manager.told() == []
         run.service.show()
         assert "Exporting nothing yet, waiting for '/dev/vdb' (another process holds its lock)\n" in (
@@ -278,7 +278,7 @@ def test_lock_of_a_later_disk_delays_no_other(
     entry = machine.path("/run/udev/data/b254:16")
     entry.write_text(entry.read_text().replace("by-diskseq/2\n", "by-diskseq/77\n"))
     with machine.path("open-254:16").open("w") as holder:
-        run.disk("vdb").close()
+        run.disk("vdb").release()
         fcntl.flock(holder, fcntl.LOCK_SH)
         run.service.inventory.update(["vdb"])
         run.service.synchronise()
@@ -444,7 +444,7 @@ def test_another_disk_takes_its_place(
     assert f"mkdir nvmet/subsystems/{PREFIX}.vdb" in nvmet.calls[before:]
     assert subsystems(nvmet) == disks
     assert run.disk("vdb").fd >= 0
-    assert run.disk("vdb").model == "Other"
+    assert run.disk("vdb").disk.model == "Other"
 
 
 def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
@@ -473,7 +473,7 @@ def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: C
     run.service.synchronise()
     assert run.service.exporter.tree.leaving == {run.service.transport.root(run.disk("vdb"))}
     assert "vdb" not in run.exported
-    assert run.disk("vdb").status() == "the kernel is still taking away what was there before it"
+    assert run.disk("vdb").why_not == "the kernel is still taking away what was there before it"
     assert run.service.exporter.pending() == []
 
     for path in ("/sys/class/block/vdc", "/sys/block/vdc"):
@@ -482,7 +482,7 @@ def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: C
     run.service.synchronise()
     assert released.is_set()
     assert "vdb" in run.exported
-    assert run.disk("vdb").status() == ""
+    assert run.disk("vdb").why_not == ""
 
 
 def owe(machine: CapturedMachine, name: str, inflight: str) -> None:
@@ -516,7 +516,7 @@ def test_pulled_disk_owes_answers(
     run.service.synchronise(strict=True)
     root = run.service.transport.root(run.disk("vdb"))
     pull(run, machine, "vdb", "       1        0")
-    assert "vdb" not in run.service.inventory.disks
+    assert "vdb" not in run.service.inventory.exports
     assert run.service.exporter.tree.leaving == {root}
     assert [c for c in nvmet.calls if "vdb" in c and c.startswith("unlink")] != []
     assert subsystems(nvmet) == disks
@@ -566,7 +566,7 @@ def test_pulled_disk_answers_during_the_stop(
     assert last.index(f"rmdir nvmet/subsystems/{PREFIX}.vdb") > max(map(last.index, others))
 
 
-def resized(disk: storagetm.Disk) -> list[str]:
+def resized(disk: storagetm.Export) -> list[str]:
     """The calls that give the device over a disk its new size."""
     mapping = storagetm.mapping_of(disk.backing)
     names = [mapping.path] if mapping else []
@@ -624,7 +624,7 @@ def test_disk_that_fails(
     reason = f"Input/output error ('{run.namespace('vdb')}/enable')"
     assert capfd.readouterr().err == f"Failed to export '/dev/vdb': {reason}\n"
     assert run.disk("vdb").fd < 0
-    assert run.disk("vdb").status() == reason
+    assert run.disk("vdb").why_not == reason
 
     before = len(nvmet.calls)
     run.service.inventory.update(["vdb"])
@@ -642,7 +642,7 @@ def test_disk_that_fails(
     run.service.inventory.update(["vdb"])
     run.service.synchronise()
     assert subsystems(nvmet) == disks
-    assert run.disk("vdb").status() == ""
+    assert run.disk("vdb").why_not == ""
 
 
 @pytest.mark.parametrize(
@@ -697,7 +697,7 @@ def test_name_of_device_is_taken(
 ) -> None:
     run = start()
     disk = run.disk("vdb")
-    mapping = storagetm.mapping_of(storagetm.backing(disk, disk.access, run.service.transport.prefix))
+    mapping = storagetm.mapping_of(storagetm.backing(disk.disk, disk.access, run.service.transport.prefix))
     assert mapping
     name = mapping.name
     assert nvmet.mapper
@@ -813,11 +813,12 @@ class Failing:
     def __init__(self, nqn: str, monkeypatch: pytest.MonkeyPatch) -> None:
         made = storagetm.Machine()
         stays = storagetm.Stays(storagetm.RUN + "disks", made.id)  # a stop leaves a file beside it
-        inventory = storagetm.Inventory((), True, False, stays=stays)
-        self.service = storagetm.Service(made, storagetm.NvmeTcp(made, nqn), inventory)
+        inventory = storagetm.Inventory([storagetm.BlockDevices()], stays=stays)
+        transport = storagetm.NvmeTcp(made, nqn)
+        self.service = storagetm.Service(made, transport.prefix, transport, inventory)
         self.service.view.beside_plymouth = False
         self.looped = False
-        monkeypatch.setattr(storagetm, "prepare_kernel", lambda: None)
+        monkeypatch.setattr(storagetm.NvmeTcp, "prepare", lambda _: None)
         monkeypatch.setattr(self.service, "catch_signals", lambda: None)
         monkeypatch.setattr(self.service, "open_view", lambda: None)
         monkeypatch.setattr(self.service, "loop", self.loop)
@@ -842,13 +843,13 @@ def run(request: pytest.FixtureRequest, nvmet: Nvmet, monkeypatch: pytest.Monkey
 def failure(request: pytest.FixtureRequest, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Why the start fails. The disks have been exported already when the network is looked at."""
 
-    def fail(name: str, problem: Exception) -> None:
-        monkeypatch.setattr(storagetm, name, lambda: raising(problem))
+    def fail(name: str, problem: Exception, owner: object = storagetm) -> None:
+        monkeypatch.setattr(owner, name, lambda *_: raising(problem))
 
     fd = -1
     reason = "The module 'nvmet-tcp' cannot be loaded; install it"
     if request.param == "no nvmet":
-        fail("prepare_kernel", storagetm.UserError(reason))
+        fail("prepare", storagetm.UserError(reason), storagetm.NvmeTcp)
     elif request.param == "another instance":
         os.makedirs(storagetm.RUN, exist_ok=True)
         fd = os.open(f"{storagetm.RUN}{PREFIX}.entries.lock", os.O_RDWR | os.O_CREAT)
@@ -915,7 +916,7 @@ def test_what_an_earlier_start_exported(
     first.kill()
     run.service.reboots = True
     problem = storagetm.UserError("Failed to find a free port")
-    monkeypatch.setattr(run.service.transport, "choose_ports", lambda _: raising(problem))
+    monkeypatch.setattr(run.service.transport, "adopt", lambda _: raising(problem))
     assert run.service.run() == 0
     assert run.service.refused == "Failed to find a free port; but what an earlier start exported still is"
     assert subsystems(nvmet) == disks
@@ -947,7 +948,7 @@ def test_restart_while_udev_looks_at_the_disks(start: Start, nvmet: Nvmet, machi
         fcntl.flock(holder, fcntl.LOCK_SH)
         second = start()
         second.service.synchronise(strict=True)
-        assert [d.name for d in second.service.exporter.pending()] == ["vdb"]
+        assert [e.disk.name for e in second.service.exporter.pending()] == ["vdb"]
     second.service.synchronise()
     assert second.disk("vdb").fd >= 0
     calls = without_courtesy(nvmet.calls[before:])
@@ -1069,7 +1070,7 @@ def test_seat_that_a_client_has_taken(start: Start, nvmet: Nvmet, seats: Seats) 
     run = start()
     run.service.synchronise()
     assert run.exported == subsystems(nvmet) == []
-    assert run.disk("vdb").failed.startswith("several clients have attached it already; detach it from all")
+    assert run.disk("vdb").why_not.startswith("several clients have attached it already; detach it from all")
 
 
 @may_write
@@ -1092,7 +1093,7 @@ def test_seat_that_is_refused(
     run = start()
     run.service.synchronise()
     assert run.exported == subsystems(nvmet) == []
-    assert all(re.fullmatch(reason, run.disk(name).failed) for name in disks)
+    assert all(re.fullmatch(reason, run.disk(name).why_not) for name in disks)
     # What takes seconds to fail is not tried for each disk.
     tries = len([c for c in nvmet.calls if c.startswith("attach")])
     assert tries == (len(disks) if problem.errno else 1)

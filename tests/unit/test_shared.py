@@ -4,36 +4,34 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 
 import pytest
 
 import storagetm
-
-
-def disk(name: str, serial: str = "") -> storagetm.Disk:
-    made = storagetm.Disk(name, f"/dev/{name}", name)
-    made.id_serial = serial
-    made.fd = os.open("/dev/null", os.O_RDONLY)
-    return made
+from tests.unit.exports import machine, made_export, wanted_of
 
 
 def test_too_many_namespaces() -> None:
     """The kernel's reason is one that it also has for open files."""
-    transport = storagetm.SharedNvmeTcp(storagetm.Machine(), "quux")
+    transport = storagetm.SharedNvmeTcp(machine(), "quux")
     problem = OSError(errno.EMFILE, "", "/dev/sda")
     entry = storagetm.Attribute("nvmet/subsystems/quux/namespaces/1025/enable", "1")
     failure = storagetm.Failure(storagetm.Branch("", [entry]), entry, problem)
     assert "--subsystem=per-disk" in transport.explain(failure)
-    assert storagetm.NvmeTcp(storagetm.Machine(), "quux").explain(failure) == ""
+    assert storagetm.NvmeTcp(machine(), "quux").explain(failure) == ""
     assert "ulimit" in storagetm.reason_of(problem)
 
 
 def test_nguid() -> None:
     """It lasts, differs from disk to disk, also without serial numbers, and is not the UUID."""
-    transport = storagetm.SharedNvmeTcp(storagetm.Machine(), "quux")
-    disks = [disk("sda", "ONE"), disk("sdb", "TWO"), disk("nullb0"), disk("nullb1")]
+    transport = storagetm.SharedNvmeTcp(machine(), "quux")
+    disks = [
+        made_export("sda", id_serial="ONE"),
+        made_export("sdb", id_serial="TWO"),
+        made_export("nullb0"),
+        made_export("nullb1"),
+    ]
     found = [transport.identities.nguid(d) for d in disks]
     assert found == [transport.identities.nguid(d) for d in disks]
     assert len(set(found)) == 4
@@ -51,16 +49,16 @@ def test_option() -> None:
 
 def test_shown() -> None:
     """One command attaches all; which namespace is which disk is said."""
-    transport = storagetm.SharedNvmeTcp(storagetm.Machine(), "quux")
+    transport = storagetm.SharedNvmeTcp(machine(), "quux")
     transport.ports = {storagetm.AF_INET: 16858}
-    disks = [disk("sda", "ONE"), disk("sdb", "TWO")]
-    disks[0].serial = "DISK-ONE"
+    disks = [made_export("sda", id_serial="ONE"), made_export("sdb", id_serial="TWO")]
+    disks[0].disk.serial = "DISK-ONE"
     for number, d in enumerate(disks, 1):
         d.stay = storagetm.Stay(number, "")
-        d.size, d.access = 1 << 30, storagetm.READ_ONLY
-        d.branch = transport.disk_branches(d)[-1]
+        d.disk.size, d.access = 1 << 30, storagetm.READ_ONLY
+        d.live = {transport.name: wanted_of(transport, d, "quux")[-1]}
     address = storagetm.Address(storagetm.AF_INET, "192.0.2.1", "eth0", link_local=False)
-    report = storagetm.Report(storagetm.Machine(), transport, [address], disks, storagetm.Memory())
+    report = storagetm.Report(machine(), transport, [address], disks, storagetm.Memory())
     text = "\n".join(line for block in report.blocks(80) for _, line in block)
     assert "nvme connect -t tcp -a 192.0.2.1 -s 16858 -n quux" in " ".join(text.split())
     assert "connect-all" not in text

@@ -56,7 +56,7 @@ def test_awake_while_it_exports(
     captured_kernel(machine, monkeypatch)
     made = storagetm.Machine()
     stays = storagetm.Stays(storagetm.RUN + "disks", made.id)  # a stop leaves a file beside it
-    inventory = storagetm.Inventory((), True, False, stays=stays)
+    inventory = storagetm.Inventory([storagetm.BlockDevices()], stays=stays)
     service = storagetm.Service(made, storagetm.NvmeTcp(made), inventory)
     service.exporter.ledger.lock()
     service.inventory.rescan()
@@ -83,7 +83,9 @@ def test_not_before_clients_are_let_in(
     machine = unpack("trixie-fresh")
     captured_kernel(machine, monkeypatch)
     made = storagetm.Machine()
-    service = storagetm.Service(made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False))
+    service = storagetm.Service(
+        made, storagetm.NvmeTcp(made), storagetm.Inventory([storagetm.BlockDevices()])
+    )
     service.inventory.rescan()
     monkeypatch.setattr(service.exporter, "still_awaited", lambda _: ["'/dev/sda' (udev is busy)"])
     service.synchronise(strict=True)
@@ -123,7 +125,10 @@ def refusing() -> tuple[storagetm.Service, int]:
     """A service that exports nothing and has the lock, and the descriptor that wakes up its loop."""
     made = storagetm.Machine()
     service = storagetm.Service(
-        made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False), refused="for this test"
+        made,
+        storagetm.NvmeTcp(made),
+        storagetm.Inventory([storagetm.BlockDevices()]),
+        refused="for this test",
     )
     service.view.beside_plymouth = False
     service.signals, wakeup = os.pipe()
