@@ -44,8 +44,8 @@ def assignments(raw: bytes) -> None:
 def udev_database(raw: bytes) -> None:
     seq, _, entry = raw.partition(b"\n")
     storagetm.is_of_former_disk(entry, storagetm.printable(seq))
-    disk = storagetm.Disk("x", "/dev/x", "x")
-    storagetm.identity_from_udev(disk, storagetm.parse_udev_database(entry))
+    disk = storagetm.BlockDevice("x", "/dev/x", "x")
+    disk.identify_by_udev(storagetm.parse_udev_database(entry))
     assert (disk.model + disk.serial + disk.id_serial).isprintable()
 
 

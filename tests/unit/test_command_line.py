@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import storagetm
 from storagetm import SNAPSHOT
+from tests.unit.exports import made_service
 
 SCRIPT = Path(storagetm.__file__)
 MAN_PAGE = SCRIPT.parent / "docs" / "storagetm.8"
@@ -204,12 +205,12 @@ def test_nqn_too_long_for_a_disk_is_refused(places: Path, capfd: pytest.CaptureF
 
 def test_service_checks_names_too(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (places / "longer.img").write_bytes(bytes(512))
-    monkeypatch.setattr(storagetm, "prepare_kernel", lambda: pytest.fail("it went on"))
+    monkeypatch.setattr(storagetm.NvmeTcp, "prepare", lambda _: pytest.fail("it went on"))
     machine = storagetm.Machine()
     transport = storagetm.NvmeTcp(machine, "n" * 213)
-    inventory = storagetm.Inventory([f"{places}/longer.img"], False, False)
+    inventory = storagetm.Inventory([storagetm.NamedDisks([f"{places}/longer.img"])])
     with pytest.raises(storagetm.UsageError, match="has 224 bytes"):
-        storagetm.Service(machine, transport, inventory).run()
+        made_service(machine, transport, inventory).run()
 
 
 @pytest.mark.usefixtures("places")

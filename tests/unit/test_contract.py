@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import storagetm
-from tests.unit.test_shown import Named
+from tests.unit.exports import Named, made_export, wanted_of
 
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
 PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
@@ -63,13 +63,14 @@ def transport(machine: storagetm.Machine) -> storagetm.NvmeTcp:
     return storagetm.NvmeTcp(machine)
 
 
-def disk(node: str = "/dev/vda", **properties: str) -> storagetm.Disk:
+def disk(node: str = "/dev/vda", **properties: str) -> storagetm.Export:
     """A disk with what udev says of it."""
-    found = storagetm.Disk(node.rpartition("/")[2], node, node.rpartition("/")[2])
-    storagetm.identity_from_udev(found, properties)
-    found.stay = storagetm.Stay(1, "")
-    found.stay.name = found.id_serial or found.stable()
-    return found
+    found = storagetm.BlockDevice(node.rpartition("/")[2], node, node.rpartition("/")[2])
+    found.identify_by_udev(properties)
+    export = storagetm.Export(found)
+    export.stay = storagetm.Stay(1, "")
+    export.stay.name = found.id_serial or found.stable()
+    return export
 
 
 # Primitives
@@ -167,11 +168,11 @@ def test_ports_are_in_range_for_any_prefix(nqn: str) -> None:
     [
         (disk(ID_SERIAL="DISK-A"), "23f6dcb9-5617-4019-9db0-49e2af0000e9"),
         (disk("/dev/nullb0"), "6cae16a3-f3e1-4b3b-9b53-091692726f45"),
-        (storagetm.Disk("disk.img", "/var/tmp/disk.img"), "56ff4049-df8e-4fca-aa73-09aabc53d99b"),
+        (made_export("/var/tmp/disk.img"), "56ff4049-df8e-4fca-aa73-09aabc53d99b"),
     ],
 )
 def test_uuid_is_as_systemd_makes_it(
-    transport: storagetm.NvmeTcp, made: storagetm.Disk, expected: str
+    transport: storagetm.NvmeTcp, made: storagetm.Export, expected: str
 ) -> None:
     assert transport.identities.uuid(made) == expected
 
@@ -464,7 +465,7 @@ V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
 @pytest.mark.usefixtures("nvmet")
 def test_ports_of_the_contract_come_first() -> None:
     transport = storagetm.NvmeTcp(storagetm.Machine())
-    transport.choose_ports({})
+    transport.adopt({})
     assert transport.ports == {V4: 59936, V6: 36681}
 
 
@@ -472,7 +473,7 @@ def test_ports_of_the_contract_come_first() -> None:
 def test_without_ipv6_there_is_one_port(places: Path) -> None:
     (places / "proc/net/if_inet6").unlink()
     transport = storagetm.NvmeTcp(storagetm.Machine())
-    transport.choose_ports({})
+    transport.adopt({})
     assert transport.ports == {V4: 59936}
 
 
@@ -483,7 +484,7 @@ def test_ports_of_an_earlier_run_are_taken_again(nvmet: Path) -> None:
     transport = storagetm.NvmeTcp(storagetm.Machine())
     live = {"nvmet/subsystems/x": "254:0 1", "nvmet/ports/1234": "port", "nvmet/ports/4321": "port"}
     live["nvmet/ports/2468"] = "passage"
-    transport.choose_ports({r: storagetm.Branch(t, [storagetm.Directory(r)]) for r, t in live.items()})
+    transport.adopt({r: storagetm.Branch(t, [storagetm.Directory(r)]) for r, t in live.items()})
     assert transport.ports == {V4: 1234, V6: 4321}
 
 
@@ -491,7 +492,7 @@ def test_ports_that_are_taken_are_replaced(nvmet: Path, capfd: pytest.CaptureFix
     (nvmet / "59936").mkdir()
     (nvmet / "36681").mkdir()
     transport = storagetm.NvmeTcp(storagetm.Machine())
-    transport.choose_ports({})
+    transport.adopt({})
     assert transport.ports[V4] != 59936
     assert transport.ports[V6] != 36681
     assert [n & 1 for n in transport.ports.values()] == [0, 1]
@@ -511,7 +512,7 @@ def test_search_for_a_free_port_ends(nvmet: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(os, "urandom", urandom)
     with pytest.raises(storagetm.UserError, match="free port for IPv4"):
-        storagetm.NvmeTcp(storagetm.Machine()).choose_ports({})
+        storagetm.NvmeTcp(storagetm.Machine()).adopt({})
     assert len(numbers) == 17  # the last is not tried any more
 
 
@@ -519,7 +520,7 @@ def test_search_for_a_free_port_ends(nvmet: Path, monkeypatch: pytest.MonkeyPatc
 def busy(nvmet: Path) -> storagetm.NvmeTcp:
     """A transport that has chosen its ports."""
     transport = storagetm.NvmeTcp(storagetm.Machine())
-    transport.choose_ports({})
+    transport.adopt({})
     assert nvmet.exists()
     return transport
 
@@ -601,15 +602,15 @@ def test_only_families_with_a_port_are_reachable(busy: storagetm.NvmeTcp) -> Non
 def test_disk_needs_what_is_between_and_its_ports(busy: storagetm.NvmeTcp) -> None:
     """What is in between is made before it and goes after it, as ports do; the passage is for protection."""
     made = disk(ID_SERIAL="DISK-A", ID_SERIAL_SHORT="A", ID_MODEL="Model")
-    made.tag, made.size, made.access = "254:0 1", 1 << 20, storagetm.READ_WRITE
-    between, branch = busy.disk_branches(made)
+    made.disk.tag, made.disk.size, made.access = "254:0 1", 1 << 20, storagetm.READ_WRITE
+    between, branch = wanted_of(busy, made, PREFIX)
     assert (branch.root, branch.tag, branch.adopted) == (f"nvmet/subsystems/{PREFIX}.vda", "254:0 1", False)
     assert (between.root, between.tag, between.needs) == ("disk/254:0-1", "254:0 1", ())
     assert branch.needs == ("disk/254:0-1", "nvmet/ports/59936", "nvmet/ports/36681")
     assert branch.scaffold == ()
     made.access = storagetm.READ_ONLY
     (passage,) = busy.scaffolds({})
-    between, branch = busy.disk_branches(made)
+    between, branch = wanted_of(busy, made, PREFIX)
     assert between.root.startswith("dm/storagetm-vda-")
     assert branch.needs == (between.root, "nvmet/ports/59936", "nvmet/ports/36681")
     assert branch.scaffold == (passage.root,)
@@ -617,24 +618,23 @@ def test_disk_needs_what_is_between_and_its_ports(busy: storagetm.NvmeTcp) -> No
 
 def test_wanted_tree_changes_only_with_the_disk(busy: storagetm.NvmeTcp) -> None:
     made = disk()
-    between, first = busy.disk_branches(made)
-    assert busy.disk_branches(made)[0] is between
-    assert busy.disk_branches(made)[1] is first
+    between, first = wanted_of(busy, made, PREFIX)
+    assert wanted_of(busy, made, PREFIX)[0] is between
+    assert wanted_of(busy, made, PREFIX)[1] is first
     for name, value in (("size", 1), ("tag", "x"), ("model", "M"), ("serial", "S"), ("id_serial", "I")):
-        setattr(made, name, value)
-        changed = busy.disk_branches(made)[1]
+        setattr(made.disk, name, value)
+        changed = wanted_of(busy, made, PREFIX)[1]
         assert not changed.same_as(first), name
-        assert busy.disk_branches(made)[1] is changed
+        assert wanted_of(busy, made, PREFIX)[1] is changed
         first = changed
     del busy.ports[V6]
-    assert not busy.disk_branches(made)[1].same_as(first)
+    assert not wanted_of(busy, made, PREFIX)[1].same_as(first)
 
 
 @pytest.mark.parametrize("access", storagetm.ACCESS)
 def test_file_never_has_the_block_size_of_its_file_system(busy: storagetm.NvmeTcp, access: str) -> None:
     """There is a device of ours in between, in each mode."""
-    made = storagetm.Disk("disk.img", "/run/disk.img")
-    made.access, made.block, made.size = access, 512, 1 << 20
-    mapping = storagetm.mapping_of(busy.disk_branches(made)[0])
+    made = made_export("/run/disk.img", access=access, block=512, size=1 << 20)
+    mapping = storagetm.mapping_of(wanted_of(busy, made, PREFIX)[0])
     assert mapping
     assert (mapping.block, mapping.source()) == (512, ("/run/disk.img", 2048))

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import storagetm
-from tests.unit.test_shown import Named, addresses, disk
+from tests.unit.exports import Named, made_service
+from tests.unit.test_shown import addresses, disk
 
 PATH = "nvmet/subsystems/quux.{}/namespaces/1/write_protect"
 
@@ -26,7 +27,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> storagetm.Servic
     for name in ("CONFIGFS", "RUN", "PROC", "SYS"):
         monkeypatch.setattr(storagetm, name, f"{tmp_path}/{name.lower()}/")
     transport = storagetm.NvmeTcp(Named(), "quux")
-    made = storagetm.Service(Named(), transport, storagetm.Inventory((), True, False))
+    made = made_service(Named(), transport)
     for name in ("vda", "vdb"):
         subsystem = f"nvmet/subsystems/quux.{name}"
         entries = [
@@ -35,6 +36,12 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> storagetm.Servic
         ]
         made.exporter.tree.live[subsystem] = storagetm.Branch("1", entries)
     return made
+
+
+def transport_of(service: storagetm.Service) -> storagetm.NvmeTcp:
+    (transport,) = service.exporter.transports
+    assert isinstance(transport, storagetm.NvmeTcp)
+    return transport
 
 
 def protect(service: storagetm.Service) -> None:
@@ -76,7 +83,7 @@ def test_refusal_is_said_once_and_tried_again_later(
 
     def synchronise(**_: bool) -> None:
         protect(service)
-        service.exporter.courtesy.note(service.exporter.tree.live)
+        transport_of(service).note(service.exporter.tree.live)
 
     monkeypatch.setattr(service.exporter, "synchronise", synchronise)
     asked = failing(monkeypatch, problem)
@@ -101,7 +108,7 @@ def test_refusal_is_said_once_and_tried_again_later(
     assert capfd.readouterr().err == ""
     assert pauses == [9, 20, 40, 80, 160, 320, 600, 600, 600, 600]
     failing(monkeypatch, None)
-    now = service.exporter.courtesy.again
+    now = transport_of(service).due
     assert reminder.act()
     service.synchronise()
     assert tuple(capfd.readouterr()) == ("Clients are told again which disks are read-only\n", "")
@@ -114,17 +121,17 @@ def test_refusal_about_one_disk_leaves_others_alone(
     """A refusal that is about one disk leaves the others alone."""
     asked = failing(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)))
     protect(service)
-    service.exporter.courtesy.note(service.exporter.tree.live)
+    transport_of(service).note(service.exporter.tree.live)
     assert len(asked) == 2
     assert capfd.readouterr().err == "".join(
         f"Failed to tell clients that 'quux.{name}' is read-only: Input/output error; their writes fail\n"
         for name in ("vda", "vdb")
     )
-    assert service.exporter.courtesy.again
+    assert transport_of(service).due
     service.exporter.tree.live.clear()
-    service.exporter.courtesy.note(service.exporter.tree.live)
-    assert not service.transport.host.untold
-    assert service.exporter.courtesy.again == 0
+    transport_of(service).note(service.exporter.tree.live)
+    assert not transport_of(service).host.untold
+    assert transport_of(service).due == 0
 
 
 def test_missing_loopback_address_is_named(
@@ -132,7 +139,7 @@ def test_missing_loopback_address_is_named(
 ) -> None:
     failing(monkeypatch, OSError(errno.EADDRNOTAVAIL, "x"))
     protect(service)
-    service.exporter.courtesy.note(service.exporter.tree.live)
+    transport_of(service).note(service.exporter.tree.live)
     assert "Cannot assign requested address; give 'lo' the address 127.0.0.1. " in capfd.readouterr().err
 
 

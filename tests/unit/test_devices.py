@@ -18,6 +18,7 @@ import pytest
 
 import storagetm
 from tests.unit.conftest import CapturedMachine
+from tests.unit.exports import made_export
 
 Unpack = Callable[[str], CapturedMachine]
 
@@ -88,19 +89,19 @@ def to_be_written() -> storagetm.Access:
 @pytest.fixture
 def inventory() -> Iterator[storagetm.Inventory]:
     """All disks, as --all --read-write sees them."""
-    found = storagetm.Inventory((), True, False, to_be_written())
+    found = storagetm.Inventory([storagetm.BlockDevices()], to_be_written())
     yield found
-    for disk in found.disks.values():
-        disk.close()
+    for export in found.exports.values():
+        export.release()
 
 
 def reasons(inventory: storagetm.Inventory) -> dict[str, str]:
-    return {name: d.left_out for name, d in inventory.disks.items() if not name.startswith("loop")}
+    return {name: d.left_out for name, d in inventory.exports.items() if not name.startswith("loop")}
 
 
 def named(*paths: str, force: bool = False) -> storagetm.Inventory:
     """Disks as they are named on the command line, with --read-write."""
-    found = storagetm.Inventory(paths, False, force, to_be_written())
+    found = storagetm.Inventory([storagetm.NamedDisks(paths)], to_be_written(), force=force)
     found.check_named()
     return found
 
@@ -117,7 +118,7 @@ def test_what_is_in_between_is_no_disk(unpack: Unpack, inventory: storagetm.Inve
 
     def seen() -> set[str]:
         inventory.rescan()
-        return {n for n in inventory.disks if n in ("loop0", "dm-1")}
+        return {n for n in inventory.exports if n in ("loop0", "dm-1")}
 
     (loop / "loop/backing_file").unlink(missing_ok=True)
     assert seen() == {"dm-1"}
@@ -149,7 +150,7 @@ def test_what_stands_on_an_export_is_no_disk(
     inventory.rescan()
     if above == "dm-1":
         assert (
-            inventory.disks[above].left_out == "it is on '/dev/dm-9', through which '/dev/vdb' is exported"
+            inventory.exports[above].left_out == "it is on '/dev/dm-9', through which '/dev/vdb' is exported"
         )
     with pytest.raises(storagetm.UserError, match="it is on '/dev/dm-9'"):
         named(f"/dev/{above}", force=True)
@@ -162,15 +163,15 @@ def test_each_disk_is_left_out_for_its_reason(
     unpack(name)
     inventory.rescan()
     assert reasons(inventory) == REASONS[name]
-    for sysname in inventory.disks.keys() - REASONS[name].keys():
-        assert inventory.disks[sysname].left_out == "it is a loop device"
+    for sysname in inventory.exports.keys() - REASONS[name].keys():
+        assert inventory.exports[sysname].left_out == "it is a loop device"
 
 
 @pytest.mark.parametrize("access", [storagetm.READ_ONLY, storagetm.SNAPSHOT])
 def test_write_protection_matters_only_where_disks_are_written(unpack: Unpack, access: str) -> None:
     """Then disks that are write-protected are exported as well."""
     unpack("trixie-fresh")
-    inventory = storagetm.Inventory((), True, False, storagetm.Access((), access))
+    inventory = storagetm.Inventory([storagetm.BlockDevices()], storagetm.Access((), access))
     inventory.rescan()
     assert reasons(inventory) == {**FRESH, "sr0": "", "vdf": ""}
 
@@ -182,14 +183,14 @@ def test_reasons_are_the_same_without_udev(
     shutil.rmtree(unpack(name).path("/run/udev"))
     inventory.rescan()
     assert reasons(inventory) == REASONS[name]
-    assert not [d.name for d in inventory.disks.values() if d.waiting]
+    assert not [e.disk.name for e in inventory.exports.values() if e.waiting]
 
 
 @pytest.mark.parametrize("name", ["trixie-used", "attached-multipath-stacked"])
 def test_all_twice_exports_even_what_is_in_use(unpack: Unpack, name: str) -> None:
     """Given twice, --all minds no use, but nothing becomes a disk of its own or local by that."""
     unpack(name)
-    inventory = storagetm.Inventory((), True, True, to_be_written())
+    inventory = storagetm.Inventory([storagetm.BlockDevices()], to_be_written(), force=True)
     inventory.rescan()
     expected = {n: "" if why.startswith("it is in use") else why for n, why in REASONS[name].items()}
     if name == "trixie-used":
@@ -200,7 +201,7 @@ def test_all_twice_exports_even_what_is_in_use(unpack: Unpack, name: str) -> Non
 def test_stacked_exports_what_is_made_of_disks(unpack: Unpack) -> None:
     """What is made of disks is exported instead of these, and never both."""
     unpack("trixie-assembled")
-    inventory = storagetm.Inventory((), True, False, to_be_written(), stacked=True)
+    inventory = storagetm.Inventory([storagetm.BlockDevices()], to_be_written(), stacked=True)
     inventory.rescan()
     found = reasons(inventory)
     assert found["dm-1"] == found["md1"] == ""
@@ -216,15 +217,15 @@ def test_stacked_exports_what_is_made_of_disks(unpack: Unpack) -> None:
 def test_exported_first_stays_exported(unpack: Unpack, first: str) -> None:
     """Whatever comes later, and whatever is preferred otherwise."""
     unpack("trixie-assembled")
-    inventory = storagetm.Inventory((), True, False, to_be_written(), stacked=first == "vdc")
+    inventory = storagetm.Inventory([storagetm.BlockDevices()], to_be_written(), stacked=first == "vdc")
     inventory.rescan()
-    disk, other = inventory.disks[first], inventory.disks["dm-1" if first == "vdc" else "vdc"]
+    disk, other = inventory.exports[first], inventory.exports["dm-1" if first == "vdc" else "vdc"]
     disk.fd = os.open("/dev/null", os.O_RDONLY)
     inventory.rescan()
     assert disk.left_out == ""
     assert other.left_out
     # Once it is gone, its place is free.
-    disk.close()
+    disk.release()
     inventory.update([])
     assert other.left_out == ""
     assert disk.left_out
@@ -236,7 +237,7 @@ def test_disks_with_data_in_common_are_refused(unpack: Unpack) -> None:
         upper, lower = sorted(paths, key=lambda p: (not p.endswith("1"), p))
         with pytest.raises(storagetm.UserError, match=f"'{upper}': its data is on '{lower}'"):
             named(*paths, force=True)
-    assert named("/dev/vdc", "/dev/md1").disks.keys() == {"vdc", "md1"}
+    assert named("/dev/vdc", "/dev/md1").exports.keys() == {"vdc", "md1"}
 
 
 class Multipath:
@@ -283,7 +284,7 @@ def test_multipath_disk_is_exported_and_no_path(unpack: Unpack, inventory: stora
     assert found["dm-8"] == ""
     assert found["dm-9"] == "it is a partition of '/dev/dm-8' (mpatha)"
     assert found["sda"] == found["sdb"] == "it is a path to '/dev/dm-8' (mpatha)"
-    assert inventory.disks["dm-8"].lasts()
+    assert inventory.exports["dm-8"].disk.lasts()
 
 
 def test_multipath_disk_in_use_is_left_out(unpack: Unpack, inventory: storagetm.Inventory) -> None:
@@ -301,14 +302,14 @@ def test_multipath_disk_in_use_is_left_out(unpack: Unpack, inventory: storagetm.
 @pytest.mark.parametrize("access", storagetm.ACCESS)
 def test_candidates_are_sorted(unpack: Unpack, access: str) -> None:
     unpack("trixie-fresh")
-    inventory = storagetm.Inventory((), True, False, storagetm.Access((), access))
+    inventory = storagetm.Inventory([storagetm.BlockDevices()], storagetm.Access((), access))
     inventory.rescan()
     protected = [] if access == storagetm.READ_WRITE else ["vdf"]
     drives = [] if access == storagetm.READ_WRITE else ["sr0"]
-    assert [d.name for d in inventory.candidates()] == [
+    assert [e.disk.name for e in inventory.candidates()] == [
         *("sda", "sdb", "sdc", *drives, "vdb", "vdc", "vdd", "vde", *protected, "nvme0n1")
     ]
-    assert [d.node for d in inventory.candidates()][:2] == ["/dev/sda", "/dev/sdb"]
+    assert [e.disk.node for e in inventory.candidates()][:2] == ["/dev/sda", "/dev/sdb"]
 
 
 def test_path_of_multipath_disk_is_no_disk(unpack: Unpack, inventory: storagetm.Inventory) -> None:
@@ -316,7 +317,7 @@ def test_path_of_multipath_disk_is_no_disk(unpack: Unpack, inventory: storagetm.
     hidden = [p.name for p in machine.path("/sys/block").iterdir() if (p / "hidden").read_text() == "1\n"]
     assert hidden == ["nvme1c1n1"]
     inventory.rescan()
-    assert "nvme1c1n1" not in inventory.disks
+    assert "nvme1c1n1" not in inventory.exports
 
 
 def test_drives_are_not_disturbed(unpack: Unpack, inventory: storagetm.Inventory) -> None:
@@ -339,16 +340,16 @@ def test_nothing_is_opened_for_writing(unpack: Unpack, inventory: storagetm.Inve
 def test_inserted_medium_is_found(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     machine = unpack("trixie-fresh")
     inventory.rescan()
-    assert inventory.disks["sr1"].size == 0
+    assert inventory.exports["sr1"].disk.size == 0
     machine.answers["11:1"] = {"drive": storagetm.CDS_DISC_OK, "plain": "", "nonblock": "", "exclusive": ""}
     machine.attribute("sr1", "ro", "0")
     inventory.update(["sr1"])
-    assert inventory.disks["sr1"].left_out == ""
-    assert inventory.disks["sr1"].size == 2097151 * 512
+    assert inventory.exports["sr1"].left_out == ""
+    assert inventory.exports["sr1"].disk.size == 2097151 * 512
     # A drive that cannot say is taken at its word about the size.
     machine.answers["11:1"]["drive"] = storagetm.CDS_NO_INFO
     inventory.update(["sr1"])
-    assert inventory.disks["sr1"].left_out == ""
+    assert inventory.exports["sr1"].left_out == ""
 
 
 def test_empty_card_reader_is_left_out(unpack: Unpack, inventory: storagetm.Inventory) -> None:
@@ -356,16 +357,16 @@ def test_empty_card_reader_is_left_out(unpack: Unpack, inventory: storagetm.Inve
     machine.attribute("sdc", "removable", "1")
     machine.answers["8:32"]["plain"] = "ENOMEDIUM"
     inventory.rescan()
-    assert inventory.disks["sdc"].left_out == NO_MEDIUM
+    assert inventory.exports["sdc"].left_out == NO_MEDIUM
     machine.answers["8:32"]["plain"] = ""
     inventory.update(["sdc"])
-    assert inventory.disks["sdc"].left_out == ""
+    assert inventory.exports["sdc"].left_out == ""
 
 
 def test_disk_of_size_0_is_left_out(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     unpack("trixie-fresh").attribute("vdb", "size", "0")
     inventory.rescan()
-    assert inventory.disks["vdb"].left_out == "it has size 0"
+    assert inventory.exports["vdb"].left_out == "it has size 0"
 
 
 def test_disk_that_is_going_has_gone(unpack: Unpack, inventory: storagetm.Inventory) -> None:
@@ -375,22 +376,22 @@ def test_disk_that_is_going_has_gone(unpack: Unpack, inventory: storagetm.Invent
     going = machine.path("/sys/class/block/vdb/bdi")
     going.unlink()
     inventory.update(["vdb"])
-    assert not inventory.disks["vdb"].left_out.startswith("it has size")
+    assert not inventory.exports["vdb"].left_out.startswith("it has size")
     machine.attribute("vdb", "size", "0")
     inventory.update(["vdb"])
-    assert "vdb" not in inventory.disks
+    assert "vdb" not in inventory.exports
     inventory.rescan()
-    assert "vdb" not in inventory.disks
+    assert "vdb" not in inventory.exports
 
 
 def test_tag_tells_whether_a_disk_has_gone(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     """A disk, a partition by its disk, and never a file."""
     machine = unpack("trixie-partitioned")
     inventory.rescan()
-    disk = inventory.disks["vdb"]
-    partition = storagetm.Disk("vdb1", "/dev/vdb1", "vdb1")
+    disk = inventory.exports["vdb"]
+    partition = made_export("vdb1")
     inventory.probe(partition)
-    tags = disk.tag, partition.tag
+    tags = disk.disk.tag, partition.disk.tag
     assert not any(map(storagetm.has_gone, tags))
     assert storagetm.has_gone(tags[0] + "1")  # another one has its number
     machine.path("/sys/class/block/vdb/bdi").unlink()
@@ -415,10 +416,10 @@ def test_swap_on_a_partition_is_use(unpack: Unpack, inventory: storagetm.Invento
     inventory.rescan()
     # Somewhere out of sight it still is mounted.
     why = "it is in use: '/dev/vdb1' is in use by the system, which does not tell what for"
-    assert inventory.disks["vdb"].left_out == why
+    assert inventory.exports["vdb"].left_out == why
     machine.answers["254:17"]["exclusive"] = ""
     inventory.rescan()
-    assert inventory.disks["vdb"].left_out == "it is in use: '/dev/vdb2' is active swap"
+    assert inventory.exports["vdb"].left_out == "it is in use: '/dev/vdb2' is active swap"
 
 
 def test_file_mounted_through_a_loop_device_is_in_use(unpack: Unpack) -> None:
@@ -458,10 +459,10 @@ def test_mount_is_told_by_its_source(unpack: Unpack, inventory: storagetm.Invent
         + "99 1 0:77 / /mnt/several rw - bcachefs /dev/sda:/dev/sdb rw\n",
     )
     inventory.rescan()
-    assert inventory.disks["sda"].left_out == "it is in use: '/dev/sda' is mounted on '/mnt/several'"
-    assert inventory.disks["sdb"].left_out == "it is in use: '/dev/sdb' is mounted on '/mnt/several'"
+    assert inventory.exports["sda"].left_out == "it is in use: '/dev/sda' is mounted on '/mnt/several'"
+    assert inventory.exports["sdb"].left_out == "it is in use: '/dev/sdb' is mounted on '/mnt/several'"
     # The kernel still tells of the file system's members.
-    assert inventory.disks["vde"].left_out == "it is in use: '/dev/vde' is part of a mounted btrfs"
+    assert inventory.exports["vde"].left_out == "it is in use: '/dev/vde' is part of a mounted btrfs"
 
 
 def test_what_might_be_in_use_is_left_out(unpack: Unpack, inventory: storagetm.Inventory) -> None:
@@ -471,7 +472,7 @@ def test_what_might_be_in_use_is_left_out(unpack: Unpack, inventory: storagetm.I
     holders = machine.path("/sys/class/block/vdb/holders")
     holders.rmdir()
     inventory.rescan()
-    assert inventory.disks["vdb"].left_out == (
+    assert inventory.exports["vdb"].left_out == (
         f"it is in use: its use cannot be determined ('{storagetm.SYS}class/block/vdb/holders': "
         "No such file or directory)"
     )
@@ -483,7 +484,7 @@ def test_without_mountinfo_all_is_left_out(
     unpack("trixie-fresh").path("/proc/self/mountinfo").unlink()
     inventory.rescan()
     assert inventory.candidates() == []
-    assert inventory.disks["vdb"].left_out == "its use by the running system cannot be determined"
+    assert inventory.exports["vdb"].left_out == "its use by the running system cannot be determined"
     assert "Failed to find out which disks are in use: No such file" in capfd.readouterr().err
 
 
@@ -492,11 +493,11 @@ def test_failed_claim_counts_as_use(unpack: Unpack, inventory: storagetm.Invento
     machine.answers["254:16"]["exclusive"] = "EIO"
     inventory.rescan()
     why = "it is in use: its use cannot be determined ('/dev/vdb': Input/output error)"
-    assert inventory.disks["vdb"].left_out == why
+    assert inventory.exports["vdb"].left_out == why
     # Who is not root cannot know, and only looks.
     machine.answers["254:16"]["exclusive"] = "EACCES"
     inventory.rescan()
-    assert ("cannot be determined" in inventory.disks["vdb"].left_out) is (os.geteuid() == 0)
+    assert ("cannot be determined" in inventory.exports["vdb"].left_out) is (os.geteuid() == 0)
 
 
 # The network
@@ -530,7 +531,7 @@ def test_place_in_the_device_tree_tells_network_disks(
 ) -> None:
     move(unpack("trixie-fresh"), "sda", place)
     inventory.rescan()
-    assert inventory.disks["sda"].left_out == expected
+    assert inventory.exports["sda"].left_out == expected
 
 
 @pytest.mark.parametrize(
@@ -560,7 +561,7 @@ def test_bcache_of_a_network_disk_is_one(unpack: Unpack, inventory: storagetm.In
     move(machine, "sda", "platform/host5/session1/target5:0:0/5:0:0:0")
     inventory.rescan()
     why = "it is made of 'sda', which comes over the network (iSCSI)"
-    assert inventory.disks["bcache0"].left_out == why
+    assert inventory.exports["bcache0"].left_out == why
 
 
 @pytest.mark.parametrize(
@@ -580,7 +581,7 @@ def test_transport_of_nvme_tells_network_disks(
     machine = unpack("trixie-fresh")
     (machine.path("/sys/class/block/nvme0n1").resolve().parent / "transport").write_text(transport + "\n")
     inventory.rescan()
-    assert inventory.disks["nvme0n1"].left_out == expected
+    assert inventory.exports["nvme0n1"].left_out == expected
 
 
 def test_nvme_controller_that_is_gone_may_be_remote(unpack: Unpack, inventory: storagetm.Inventory) -> None:
@@ -590,7 +591,7 @@ def test_nvme_controller_that_is_gone_may_be_remote(unpack: Unpack, inventory: s
     (subsystem / "nvme1").unlink()
     inventory.rescan()
     why = "it may come over the network (its NVMe controller does not say)"
-    assert inventory.disks["nvme1n1"].left_out == why
+    assert inventory.exports["nvme1n1"].left_out == why
 
 
 # Identity
@@ -616,7 +617,8 @@ SYSFS = {
 
 
 def identities(inventory: storagetm.Inventory) -> dict[str, tuple[str, str, str]]:
-    return {n: (d.model, d.serial, d.id_serial) for n, d in inventory.disks.items() if n in UDEV}
+    disks = {n: e.disk for n, e in inventory.exports.items() if n in UDEV}
+    return {n: (d.model, d.serial, d.id_serial) for n, d in disks.items()}
 
 
 @pytest.mark.parametrize("name", ["trixie-fresh", "bookworm-used"])
@@ -643,24 +645,24 @@ def test_sd_card_is_identified_by_its_serial_alone(unpack: Unpack) -> None:
     machine.write("/sys/devices/mmc0/mmc0:aaaa/block/mmcblk0/uevent", "MAJOR=179\nMINOR=0\n")
     machine.path("/sys/devices/mmc0/mmc0:aaaa/block/mmcblk0/device").symlink_to("../..")
     machine.path("/sys/class/block/mmcblk0").symlink_to("../../devices/mmc0/mmc0:aaaa/block/mmcblk0")
-    disk = storagetm.Disk("mmcblk0", "/dev/mmcblk0", "mmcblk0")
-    storagetm.identity_from_sysfs(disk)
+    disk = storagetm.BlockDevice("mmcblk0", "/dev/mmcblk0", "mmcblk0")
+    disk.identify_by_sysfs()
     assert (disk.model, disk.serial, disk.id_serial) == ("SC32G", "0x12345678", "0x12345678")
 
 
 def test_size_and_tag_come_from_sysfs(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     unpack("trixie-fresh")
     inventory.rescan()
-    assert inventory.disks["vde"].size == 256 << 20
-    assert inventory.disks["vdb"].tag == "254:16 2"  # number and DISKSEQ
-    assert inventory.disks["vdf"].read_only
+    assert inventory.exports["vde"].disk.size == 256 << 20
+    assert inventory.exports["vdb"].disk.tag == "254:16 2"  # number and DISKSEQ
+    assert inventory.exports["vdf"].disk.read_only
 
 
 def test_disks_without_a_serial_get_different_ones(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     unpack("trixie-used")
     inventory.rescan()
     transport = storagetm.NvmeTcp(storagetm.Machine())
-    nameless = [d for d in inventory.disks.values() if not d.serial]
+    nameless = [e for e in inventory.exports.values() if not e.disk.serial]
     assert len(nameless) > 10
     assert len({transport.identities.serial(d) for d in nameless}) == len(nameless)
 
@@ -669,7 +671,7 @@ def test_what_a_disk_has_tells_it_before_its_place(unpack: Unpack, inventory: st
     """What belongs to the disk comes before its place, and both before its name."""
     machine = unpack("trixie-used")
     inventory.rescan()
-    disks = inventory.disks
+    disks = {key: export.disk for key, export in inventory.exports.items()}
     assert disks["dm-1"].stable().startswith("LVM-")
     assert disks["nvme0n1"].stable().startswith("nvme.1b36-")
     assert disks["sdb"].stable().startswith("t10.ATA")
@@ -687,7 +689,7 @@ def test_udev_is_waited_for(unpack: Unpack, inventory: storagetm.Inventory) -> N
     content = entry.read_bytes()
     entry.unlink()
     inventory.rescan()
-    disk = inventory.disks["vdb"]
+    disk = inventory.exports["vdb"]
     assert disk.waiting == "udev is not done with it"
     assert disk in inventory.candidates()
     entry.write_bytes(content)
@@ -702,16 +704,16 @@ def test_udev_is_waited_for(unpack: Unpack, inventory: storagetm.Inventory) -> N
 def test_disk_that_is_gone_is_closed(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     machine = unpack("trixie-fresh")
     inventory.rescan()
-    disk = inventory.disks["vdb"]
-    storagetm.try_lock(disk)
+    disk = inventory.exports["vdb"]
+    disk.claim()
     for path in ("/sys/class/block/vdb", "/sys/block/vdb"):
         machine.path(path).unlink()
     inventory.update(["vdb"])
-    assert "vdb" not in inventory.disks
+    assert "vdb" not in inventory.exports
     assert disk.fd < 0
     machine.path("/sys/block/vdc").unlink()
     inventory.rescan()
-    assert "vdc" not in inventory.disks
+    assert "vdc" not in inventory.exports
 
 
 def test_new_disk_is_found(unpack: Unpack, inventory: storagetm.Inventory) -> None:
@@ -720,12 +722,12 @@ def test_new_disk_is_found(unpack: Unpack, inventory: storagetm.Inventory) -> No
     target = os.readlink(link)
     link.unlink()
     inventory.rescan()
-    assert "vdb" not in inventory.disks
+    assert "vdb" not in inventory.exports
     link.symlink_to(target)
     inventory.update(["vdb", "eth0", ".."])
-    assert inventory.disks["vdb"].left_out == ""
-    assert "eth0" not in inventory.disks
-    assert ".." not in inventory.disks
+    assert inventory.exports["vdb"].left_out == ""
+    assert "eth0" not in inventory.exports
+    assert ".." not in inventory.exports
 
 
 def test_another_disk_with_the_same_name_starts_afresh(
@@ -734,18 +736,18 @@ def test_another_disk_with_the_same_name_starts_afresh(
     """The lock is that of the disk that was there before."""
     machine = unpack("trixie-fresh")
     inventory.rescan()
-    disk = inventory.disks["vdb"]
-    storagetm.try_lock(disk)
-    disk.failed = "whatever"
+    disk = inventory.exports["vdb"]
+    disk.claim()
+    disk.failed[""] = storagetm.Reason("whatever")
     uevent = machine.path("/sys/class/block/vdb/uevent")
     inventory.update(["vdb"])
     assert disk.fd >= 0
-    assert disk.failed == "whatever"
+    assert disk.failed == {"": "whatever"}
     uevent.write_text(uevent.read_text().replace("DISKSEQ=2\n", "DISKSEQ=77\n"))
     inventory.update(["vdb"])
     assert disk.fd < 0
-    assert disk.failed == ""
-    assert disk.tag == "254:16 77"
+    assert disk.failed == {}
+    assert disk.disk.tag == "254:16 77"
 
 
 @pytest.mark.parametrize(("attribute", "value"), [("size", "4096"), ("ro", "1")])
@@ -754,19 +756,19 @@ def test_failed_disk_is_tried_again_once_it_changes(
 ) -> None:
     machine = unpack("trixie-fresh")
     inventory.rescan()
-    disk = inventory.disks["vdb"]
-    disk.failed = "whatever"
+    disk = inventory.exports["vdb"]
+    disk.failed[""] = storagetm.Reason("whatever")
     machine.attribute("vdb", attribute, value)
     inventory.update(["vdb"])
-    assert disk.failed == ""
+    assert disk.failed == {}
 
 
 def test_exported_disk_that_comes_into_use_stays(unpack: Unpack, inventory: storagetm.Inventory) -> None:
     """It stays exported, since clients are writing to it; but one that is empty goes."""
     machine = unpack("trixie-fresh")
     inventory.rescan()
-    disk = inventory.disks["vdb"]
-    storagetm.try_lock(disk)
+    disk = inventory.exports["vdb"]
+    disk.claim()
     mounts = machine.path("/proc/self/mountinfo")
     mounts.write_text(mounts.read_text() + "99 1 254:16 / /mnt rw - ext4 /dev/vdb rw\n")
     inventory.update(["vdb"])
@@ -782,13 +784,13 @@ def test_end_of_use_is_seen_at_the_next_uevent(unpack: Unpack, inventory: storag
     """No uevent tells of that; the next one about any disk is the occasion."""
     machine = unpack("trixie-used")
     inventory.rescan()
-    assert inventory.disks["vdb"].left_out
+    assert inventory.exports["vdb"].left_out
     without_line(machine, "/proc/self/mountinfo", "/mnt/alpha1")
     machine.write("/proc/swaps", "Filename\n")
     for number in ("254:16", "254:17", "254:18"):
         machine.answers[number]["exclusive"] = ""
     inventory.update(["sda"])
-    assert inventory.disks["vdb"].left_out == ""
+    assert inventory.exports["vdb"].left_out == ""
 
 
 # Named on the command line
@@ -797,7 +799,7 @@ def test_end_of_use_is_seen_at_the_next_uevent(unpack: Unpack, inventory: storag
 def test_named_disk_has_the_name_that_was_given(unpack: Unpack) -> None:
     unpack("trixie-fresh")
     inventory = named("/dev/vdc", "/dev/disk/by-id/virtio-DISK-ALPHA")
-    assert [(d.name, d.node) for d in inventory.candidates()] == [
+    assert [(e.disk.name, e.disk.node) for e in inventory.candidates()] == [
         ("vdc", "/dev/vdc"),
         ("virtio-DISK-ALPHA", "/dev/vdb"),
     ]
@@ -806,7 +808,7 @@ def test_named_disk_has_the_name_that_was_given(unpack: Unpack) -> None:
 def test_disk_named_twice_is_exported_once(unpack: Unpack, capfd: pytest.CaptureFixture[str]) -> None:
     unpack("trixie-fresh")
     inventory = named("/dev/vdb", "/dev/disk/by-id/virtio-DISK-ALPHA")
-    assert [d.node for d in inventory.candidates()] == ["/dev/vdb"]
+    assert [e.disk.node for e in inventory.candidates()] == ["/dev/vdb"]
     assert capfd.readouterr().err == (
         "'/dev/disk/by-id/virtio-DISK-ALPHA' is the same as '/dev/vdb', exporting it once\n"
     )
@@ -861,7 +863,7 @@ def test_named_disk_that_cannot_be_exported_is_refused(
 def test_force_exports_what_is_in_use(unpack: Unpack) -> None:
     unpack("trixie-used")
     inventory = named("/dev/vdc", "/dev/vdb1", force=True)
-    assert [d.name for d in inventory.candidates()] == ["vdc", "vdb1"]
+    assert [e.disk.name for e in inventory.candidates()] == ["vdc", "vdb1"]
     with pytest.raises(storagetm.UserError, match="read-only"):
         named("/dev/vdf", force=True)
 
@@ -869,7 +871,7 @@ def test_force_exports_what_is_in_use(unpack: Unpack) -> None:
 def test_named_disk_may_come_over_the_network(unpack: Unpack) -> None:
     """Only --all leaves that out."""
     unpack("attached-multipath")
-    assert [d.name for d in named("/dev/nvme1n1").candidates()] == ["nvme1n1"]
+    assert [e.disk.name for e in named("/dev/nvme1n1").candidates()] == ["nvme1n1"]
 
 
 def test_node_that_is_left_over_is_refused(unpack: Unpack) -> None:
@@ -894,11 +896,11 @@ def test_named_disk_may_go_and_come_back(unpack: Unpack) -> None:
     status = machine.status.pop("/dev/vdb")
     link.unlink()
     inventory.update(["vdb"])
-    assert [d.name for d in inventory.candidates()] == ["vdc"]
+    assert [e.disk.name for e in inventory.candidates()] == ["vdc"]
     link.symlink_to(target)
     machine.status["/dev/vdb"] = status
     inventory.update(["vdb"])
-    assert [d.name for d in inventory.candidates()] == ["vdb", "vdc"]
+    assert [e.disk.name for e in inventory.candidates()] == ["vdb", "vdc"]
 
 
 # Files
@@ -910,10 +912,10 @@ def test_file_is_a_disk(unpack: Unpack, tmp_path: Path, capfd: pytest.CaptureFix
     image.write_bytes(bytes(1 << 20))
     (tmp_path / "link").symlink_to(image)
     inventory = named(str(image))
-    (disk,) = inventory.candidates()
+    disk = inventory.candidates()[0].disk
     assert (disk.name, disk.node, disk.size, disk.sysname) == ("disk image.img", str(image), 1 << 20, "")
     assert not disk.read_only
-    assert len(named(str(image), str(tmp_path / "link")).disks) == 1
+    assert len(named(str(image), str(tmp_path / "link")).exports) == 1
     assert "is the same as" in capfd.readouterr().err
     image.write_bytes(bytes(2 << 20))
     inventory.update([])
@@ -968,38 +970,38 @@ def test_swap_file_is_refused(unpack: Unpack, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def file_disk(tmp_path: Path) -> Iterator[storagetm.Disk]:
+def file_disk(tmp_path: Path) -> Iterator[storagetm.Export]:
     path = tmp_path / "disk"
     path.write_bytes(bytes(512))
-    disk = storagetm.Disk("disk", str(path))
-    yield disk
-    disk.close()
+    export = made_export(str(path))
+    yield export
+    export.release()
 
 
-def test_lock_keeps_others_out_until_it_is_closed(file_disk: storagetm.Disk) -> None:
-    storagetm.try_lock(file_disk)
+def test_lock_keeps_others_out_until_it_is_closed(file_disk: storagetm.Export) -> None:
+    file_disk.claim()
     assert file_disk.fd >= 0
-    with open(file_disk.node, "rb") as other:
+    with open(file_disk.disk.node, "rb") as other:
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        file_disk.close()
+        file_disk.release()
         assert file_disk.fd < 0
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        storagetm.try_lock(file_disk)
+        file_disk.claim()
         assert file_disk.fd < 0
         assert file_disk.waiting
         fcntl.flock(other, fcntl.LOCK_SH)  # as udev holds it
-        storagetm.try_lock(file_disk)
+        file_disk.claim()
         assert file_disk.fd < 0
-    storagetm.try_lock(file_disk)
+    file_disk.claim()
     assert file_disk.fd >= 0
     assert file_disk.waiting == ""
 
 
-def test_lock_of_what_is_gone_fails(file_disk: storagetm.Disk) -> None:
-    os.unlink(file_disk.node)
+def test_lock_of_what_is_gone_fails(file_disk: storagetm.Export) -> None:
+    os.unlink(file_disk.disk.node)
     with pytest.raises(OSError, match="No such file") as caught:
-        storagetm.try_lock(file_disk)
+        file_disk.claim()
     assert caught.value.errno == errno.ENOENT
 
 
@@ -1090,7 +1092,8 @@ def test_bytes_behind_the_last_sector_are_named(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     path = str(image(tmp_path / "image", size, *headers))
-    (disk,) = named(path).disks.values()
+    (export,) = named(path).exports.values()
+    disk = export.disk
     assert (disk.size, disk.rest) == (whole, rest)
     told = (
         f"The last {rest} bytes of '{path}' are not exported, since they are no whole sector ({disk.block} "
@@ -1110,11 +1113,12 @@ def test_file_without_a_whole_sector_is_refused(tmp_path: Path, size: int, reaso
 def test_attached_image_keeps_its_sectors(tmp_path: Path) -> None:
     """Also if a client writes something that looks like the other size."""
     path = image(tmp_path / "image", 1 << 20)
-    (disk,) = (inventory := named(str(path))).disks.values()
-    disk.fd = os.open("/dev/null", os.O_RDONLY)
+    (export,) = (inventory := named(str(path))).exports.values()
+    disk = export.disk
+    export.fd = os.open("/dev/null", os.O_RDONLY)
     image(path, 1 << 20, 4096)
     inventory.rescan()
     assert disk.block == 512
-    disk.close()
+    export.release()
     inventory.rescan()
     assert disk.block == 4096

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import storagetm
-from tests.unit.test_shown import PREFIX, Named, disk
+from tests.unit.exports import Named
+from tests.unit.test_shown import PREFIX, disk
 
 V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
 HARDWARE, SOFTWARE, PORT = storagetm.HARDWARE, storagetm.SOFTWARE, storagetm.BRIDGE_PORT

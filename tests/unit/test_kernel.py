@@ -19,6 +19,7 @@ import pytest
 
 import storagetm
 from tests.unit.conftest import CapturedMachine
+from tests.unit.exports import Named, made_disk
 
 
 def test_file_is_read_whole(tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def modprobe(unpack: Callable[[str], CapturedMachine], monkeypatch: pytest.Monke
 
 def why_not(pattern: str) -> None:
     with pytest.raises(storagetm.UserError, match=pattern):
-        storagetm.prepare_kernel()
+        storagetm.NvmeTcp(Named(), "nqn.test").prepare()
 
 
 def test_missing_configfs_is_named(modprobe: Modprobe) -> None:
@@ -250,7 +251,7 @@ def test_modprobe_may_be_missing(modprobe: Modprobe) -> None:
     """All may be built in."""
     modprobe.returncode = 127
     os.makedirs(storagetm.CONFIGFS + "nvmet")
-    storagetm.prepare_kernel()
+    storagetm.NvmeTcp(Named(), "nqn.test").prepare()
 
 
 def test_configfs_is_mounted_or_why_not_is_said(modprobe: Modprobe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +263,7 @@ def test_configfs_is_mounted_or_why_not_is_said(modprobe: Modprobe, monkeypatch:
     monkeypatch.setattr(storagetm, "mount_configfs", mount)
     why_not(r"Failed to mount configfs on .*: Operation not permitted; mount it, then start again")
     monkeypatch.setattr(storagetm, "mount_configfs", lambda: os.mkdir(storagetm.CONFIGFS + "nvmet"))
-    storagetm.prepare_kernel()
+    storagetm.NvmeTcp(Named(), "nqn.test").prepare()
     assert "configfs" not in modprobe.asked
 
 
@@ -276,7 +277,7 @@ def test_missing_nvmet_is_named(modprobe: Modprobe, monkeypatch: pytest.MonkeyPa
 def test_nothing_is_loaded_where_all_is_there(modprobe: Modprobe) -> None:
     os.makedirs(storagetm.CONFIGFS + "nvmet")
     os.makedirs(storagetm.SYS + "module/nvmet_tcp")
-    storagetm.prepare_kernel()
+    storagetm.NvmeTcp(Named(), "nqn.test").prepare()
     assert modprobe.asked == []
 
 
@@ -287,7 +288,7 @@ def test_each_access_asks_for_modules_of_the_list(
     monkeypatch.setattr(storagetm, "DEV", f"{storagetm.SYS}dev/")
     os.makedirs(storagetm.DEV + "mapper")
     monkeypatch.setattr(storagetm, "has_target", lambda _: False)
-    disk = storagetm.Disk("disk.img", "/run/disk.img")
+    disk = made_disk("/run/disk.img")
     disk.block = 512
     for _ in range(2):
         for access in storagetm.ACCESS:

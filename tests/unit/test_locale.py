@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import storagetm
-from tests.unit.test_shown import Named
+from tests.unit.exports import Named, made_export
 
 SCRIPT = Path(storagetm.__file__)
 # Python takes "C" for UTF-8 unless told not to. Then it is ASCII, as if no other locale were installed.
@@ -90,15 +90,14 @@ def test_letters_that_a_locale_lacks_raise_nothing(
 
 def test_identities_are_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a disk whose serial number has such a letter, wherever it was read."""
-    disk = storagetm.Disk("vda", "/dev/vda", "vda")
-    disk.id_serial, disk.tag = "SÉRIE-№1", "1:1 1"
+    export = made_export("vda", id_serial="SÉRIE-№1", tag="1:1 1")
 
     def identities() -> list[object]:
-        transport = storagetm.NvmeTcp(Named(), "préfixe")
+        transport = storagetm.NvmeTcp(Named(bytes(16)), "préfixe")
         found = [
-            transport.identities.uuid(disk),
-            transport.identities.nguid(disk),
-            transport.identities.serial(disk),
+            transport.identities.uuid(export),
+            transport.identities.nguid(export),
+            transport.identities.serial(export),
         ]
         return [*found, transport.port_number(storagetm.AF_INET), storagetm.Mapping.path_for("№", "é")]
 

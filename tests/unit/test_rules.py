@@ -16,6 +16,7 @@ import pytest
 import storagetm
 from storagetm import READ_ONLY, READ_WRITE, SNAPSHOT
 from tests.unit.conftest import CapturedMachine
+from tests.unit.exports import Named, wanted_of
 
 Unpack = Callable[[str], CapturedMachine]
 Rules = Sequence[tuple[str, str]]
@@ -26,13 +27,13 @@ NOTHING = "/dev/disk/by-label/DATA"
 
 def every(rules: Rules, mode: str = READ_WRITE) -> storagetm.Inventory:
     """All disks of a captured machine."""
-    inventory = storagetm.Inventory((), True, False, storagetm.Access(rules, mode))
+    inventory = storagetm.Inventory([storagetm.BlockDevices()], storagetm.Access(rules, mode))
     inventory.rescan()
     return inventory
 
 
 def accesses(inventory: storagetm.Inventory) -> dict[str, str]:
-    return {disk.name: disk.access for disk in inventory.candidates()}
+    return {e.disk.name: e.access for e in inventory.candidates()}
 
 
 # One rule and one disk
@@ -121,7 +122,7 @@ def test_partition_stands_for_its_disk(unpack: Unpack, glob: str, mode: str, def
     found = accesses(inventory)
     assert found.pop("vdb") == mode
     assert set(found.values()) == {default}
-    assert inventory.access.idle(inventory.disks.values()) == []
+    assert inventory.idle_rules() == []
 
 
 @pytest.mark.parametrize(
@@ -150,10 +151,10 @@ def test_protection_holds_for_what_is_stacked(unpack: Unpack) -> None:
     below = min(os.listdir(machine.path("/sys/class/block/md1/slaves")))
     link = "/dev/disk/by-id/md-name-machine:1"
     assert accesses(every([(link, READ_ONLY)]))[below] == READ_ONLY
-    assert every([(f"/dev/{below}", READ_ONLY)]).disks["md1"].access == READ_ONLY
+    assert every([(f"/dev/{below}", READ_ONLY)]).exports["md1"].access == READ_ONLY
     # Not the other way round.
     assert accesses(every([(link, READ_WRITE)], READ_ONLY))[below] == READ_ONLY
-    assert every([(f"/dev/{below}", READ_WRITE)], READ_ONLY).disks["md1"].access == READ_ONLY
+    assert every([(f"/dev/{below}", READ_WRITE)], READ_ONLY).exports["md1"].access == READ_ONLY
 
 
 def test_rule_matches_the_path_on_the_command_line(
@@ -168,10 +169,10 @@ def test_rule_matches_the_path_on_the_command_line(
     paths = ("/dev/my-disk", "./image")
     for glob in ("/dev/my-disk", "/dev/my-*", "/dev/vdc", "./image", f"{tmp_path}/image"):
         inventory = storagetm.Inventory(
-            paths, False, False, storagetm.Access([(glob, SNAPSHOT)], READ_WRITE)
+            [storagetm.NamedDisks(paths)], storagetm.Access([(glob, SNAPSHOT)], READ_WRITE)
         )
         inventory.check_named()
-        found = {disk.name: disk.access for disk in inventory.disks.values()}
+        found = {e.disk.name: e.access for e in inventory.exports.values()}
         named = "image" if "image" in glob else "my-disk"
         assert found.pop(named) == SNAPSHOT, glob
         assert set(found.values()) == {READ_WRITE}
@@ -181,9 +182,9 @@ def test_rule_for_either_of_two_paths_counts(unpack: Unpack) -> None:
     machine = unpack("trixie-partitioned")
     machine.status["/dev/my-disk"] = machine.status["/dev/vdc"]
     access = storagetm.Access([("/dev/my-disk", READ_ONLY)], READ_WRITE)
-    inventory = storagetm.Inventory(("/dev/vdc", "/dev/my-disk"), False, False, access)
+    inventory = storagetm.Inventory([storagetm.NamedDisks(("/dev/vdc", "/dev/my-disk"))], access)
     inventory.check_named()
-    assert [disk.access for disk in inventory.disks.values()] == [READ_ONLY]
+    assert [disk.access for disk in inventory.exports.values()] == [READ_ONLY]
 
 
 # Those that match nothing
@@ -225,9 +226,9 @@ def test_rule_may_match_a_disk_that_is_not_exported(unpack: Unpack) -> None:
     assert set(accesses(every([("/dev/disk/by-label/root", READ_ONLY)])).values()) == {READ_WRITE}
     for glob, expected in (("/dev/vdb1", READ_WRITE), ("/dev/vdx", READ_ONLY)):
         access = storagetm.Access([(glob, READ_ONLY)], READ_WRITE)
-        inventory = storagetm.Inventory(("/dev/vdc",), False, False, access)
+        inventory = storagetm.Inventory([storagetm.NamedDisks(("/dev/vdc",))], access)
         inventory.check_named()
-        assert [disk.access for disk in inventory.disks.values()] == [expected]
+        assert [disk.access for disk in inventory.exports.values()] == [expected]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_idle_rule_is_named(unpack: Unpack, rule: tuple[str, str], default: str,
     machine = unpack("trixie-partitioned")
     machine.status["/dev/my-disk"] = machine.status["/dev/vdc"]
     inventory = every([rule], default)
-    assert inventory.access.idle(inventory.disks.values()) == [text]
+    assert inventory.idle_rules() == [text]
 
 
 def test_late_match_changes_only_what_has_no_clients(unpack: Unpack) -> None:
@@ -272,7 +273,7 @@ def test_late_match_changes_only_what_has_no_clients(unpack: Unpack) -> None:
     entry = machine.path("/run/udev/data/b254:32")
     content = entry.read_bytes()
     inventory = every([("/dev/disk/by-label/DATA", READ_ONLY)])
-    held = inventory.disks["vdd"]
+    held = inventory.exports["vdd"]
     held.fd = os.open("/dev/null", os.O_RDONLY)
     entry.write_bytes(content + b"S:disk/by-label/DATA\n")
     inventory.update(["vdc"])
@@ -280,8 +281,8 @@ def test_late_match_changes_only_what_has_no_clients(unpack: Unpack) -> None:
     # It has matched, whether the disk is there or not.
     entry.write_bytes(content)
     inventory.update(["vdc"])
-    assert inventory.disks["vdb"].access == READ_WRITE
-    held.close()
+    assert inventory.exports["vdb"].access == READ_WRITE
+    held.release()
 
 
 # udev
@@ -313,27 +314,31 @@ def test_partitions_are_waited_for(unpack: Unpack) -> None:
     entry = machine.path("/run/udev/data/b254:17")
     content = entry.read_bytes()
     entry.unlink()
-    assert every([]).disks["vdb"].waiting == ""
+    assert every([]).exports["vdb"].waiting == ""
     inventory = every([(UUID, READ_ONLY)])
-    assert inventory.disks["vdb"].waiting == "udev is not done with '/dev/vdb1'"
+    assert inventory.exports["vdb"].waiting == "udev is not done with '/dev/vdb1'"
     # Nor are those to which the rule may apply instead.
-    assert inventory.undecided(inventory.disks["vdc"], 0) == "/dev/vdb"
+    assert inventory.undecided(inventory.exports["vdc"], 0) == "/dev/vdb"
     entry.write_bytes(content)
     inventory.update(["vdb1"])
-    assert inventory.disks["vdb"].waiting == ""
-    assert inventory.undecided(inventory.disks["vdc"], 0) == ""
-    assert (inventory.disks["vdb"].access, inventory.disks["vdc"].access) == (READ_ONLY, READ_WRITE)
+    assert inventory.exports["vdb"].waiting == ""
+    assert inventory.undecided(inventory.exports["vdc"], 0) == ""
+    assert (inventory.exports["vdb"].access, inventory.exports["vdc"].access) == (READ_ONLY, READ_WRITE)
 
 
 def test_access_that_clients_have_is_told(unpack: Unpack) -> None:
     """What an earlier run exported is told from what is in between."""
     unpack("trixie-partitioned")
-    transport = storagetm.NvmeTcp(storagetm.Machine())
-    disk = every([]).disks["vdb"]
+    transport = storagetm.NvmeTcp(Named(), "nqn.test")
+    tree = storagetm.Tree("/nonexistent/", storagetm.Ledger("/nonexistent/ledger"))
+    wanted = storagetm.Wanted("nqn.test", [transport], tree, locks=True)
+    disk = every([]).exports["vdb"]
     for access in storagetm.ACCESS:
         disk.access = access
-        branch = transport.disk_branches(disk)[-1]
-        assert transport.live_access(disk, {branch.root: branch}) == access
+        branch = wanted_of(transport, disk, "nqn.test")[-1]
+        tree.live = {branch.root: branch}
+        assert wanted.live_access(disk) == access
         branch.tag = "other"
-        assert transport.live_access(disk, {branch.root: branch}) == ""
-    assert transport.live_access(disk, {}) == ""
+        assert wanted.live_access(disk) == ""
+    tree.live = {}
+    assert wanted.live_access(disk) == ""

@@ -82,35 +82,36 @@ class Run:
         made = storagetm.Machine()
         stays = storagetm.Stays(storagetm.RUN + "disks", made.id)
         stays.kept = True
-        inventory = storagetm.Inventory(
-            paths, not paths, False, access=storagetm.Access((), access), stays=stays
-        )
-        self.service = storagetm.Service(made, storagetm.NvmeTcp(made), inventory)
+        source = storagetm.NamedDisks(paths) if paths else storagetm.BlockDevices()
+        inventory = storagetm.Inventory([source], storagetm.Access((), access), stays)
+        self.transport = storagetm.NvmeTcp(made)
+        exporter = storagetm.Exporter(self.transport.prefix, [self.transport], inventory)
+        self.service = storagetm.Service(made, exporter)
         if paths:
             inventory.check_named()
         self.service.exporter.ledger.lock()
         self.service.exporter.tree.adopt()
-        self.service.transport.choose_ports(self.service.exporter.tree.live)
+        self.transport.adopt(self.service.exporter.tree.live)
         if not paths:
             inventory.rescan()
 
     @property
     def exported(self) -> list[str]:
-        return sorted(d.name for d in self.service.inventory.disks.values() if d.branch)
+        return sorted(e.disk.name for e in self.service.inventory.exports.values() if e.live)
 
-    def disk(self, name: str) -> storagetm.Disk:
-        return self.service.inventory.disks[name]
+    def disk(self, name: str) -> storagetm.Export:
+        return self.service.inventory.exports[name]
 
     def namespace(self, name: str) -> str:
         """Where the disk's namespace is in configfs, or will be."""
         self.service.inventory.begin_stays([self.disk(name)])
-        transport = self.service.transport
+        transport = self.transport
         return f"{transport.root(self.disk(name))}/namespaces/{transport.number(self.disk(name))}"
 
     def kill(self) -> None:
         """What remains of a process that was killed: nothing but what is in the kernel."""
-        for disk in self.service.inventory.disks.values():
-            disk.close()
+        for export in self.service.inventory.exports.values():
+            export.release()
         self.service.exporter.ledger.close()
 
 
@@ -178,7 +179,7 @@ def test_all_disks_are_exported(
     assert manager.told() == ["STOPPING=1"]
     assert nvmet.contents() == before
     assert not os.path.exists(run.service.exporter.ledger.path)
-    assert all(d.fd < 0 for d in run.service.inventory.disks.values())
+    assert all(d.fd < 0 for d in run.service.inventory.exports.values())
 
 
 def test_only_the_named_disk_is_exported(start: Start, nvmet: Nvmet) -> None:
@@ -216,7 +217,7 @@ def test_disk_that_lost_changes_is_no_longer_exported(
     assert subsystems(nvmet) == ["vdc"]
     why = "what clients had changed is lost; start storagetm again to export it without that"
     assert capfd.readouterr().err == f"'/dev/vdb' is no longer exported: {why}\n"
-    assert run.disk("vdb").status() == why
+    assert run.disk("vdb").why_not == why
 
 
 # Waiting
@@ -225,7 +226,7 @@ def test_disk_that_lost_changes_is_no_longer_exported(
 def later(run: Run, seconds: float) -> None:
     """Lets time pass."""
     run.service.exporter.started -= seconds
-    for disk in run.service.inventory.disks.values():
+    for disk in run.service.inventory.exports.values():
         if disk.waiting_since:
             disk.waiting_since -= seconds
 
@@ -244,7 +245,7 @@ def test_start_waits_for_a_lock_for_a_while(
         fcntl.flock(holder, fcntl.LOCK_SH)
         run.service.synchronise(strict=True)
         assert nvmet.calls == []
-        assert [d.name for d in run.service.exporter.pending()] == ["vdb"]
+        assert [e.disk.name for e in run.service.exporter.pending()] == ["vdb"]
         assert manager.told() == []
         run.service.display.act()
         assert "Exporting nothing yet, waiting for '/dev/vdb' (another process holds its lock)\n" in (
@@ -279,7 +280,7 @@ def test_lock_of_a_later_disk_delays_no_other(
     entry = machine.path("/run/udev/data/b254:16")
     entry.write_text(entry.read_text().replace("by-diskseq/2\n", "by-diskseq/77\n"))
     with machine.path("open-254:16").open("w") as holder:
-        run.disk("vdb").close()
+        run.disk("vdb").release()
         fcntl.flock(holder, fcntl.LOCK_SH)
         run.service.inventory.update(["vdb"])
         run.service.synchronise()
@@ -447,7 +448,7 @@ def test_another_disk_in_its_place_is_exported_as_itself(
     assert f"mkdir nvmet/subsystems/{PREFIX}.vdb" in nvmet.calls[before:]
     assert subsystems(nvmet) == disks
     assert run.disk("vdb").fd >= 0
-    assert run.disk("vdb").model == "Other"
+    assert run.disk("vdb").disk.model == "Other"
 
 
 def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: CapturedMachine) -> None:
@@ -474,9 +475,9 @@ def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: C
     entry.write_text(entry.read_text().replace("by-diskseq/2\n", "by-diskseq/77\n"))
     run.service.inventory.update(["vdb"])
     run.service.synchronise()
-    assert run.service.exporter.tree.leaving == {run.service.transport.root(run.disk("vdb"))}
+    assert run.service.exporter.tree.leaving == {run.transport.root(run.disk("vdb"))}
     assert "vdb" not in run.exported
-    assert run.disk("vdb").status() == "the kernel is still taking away what was there before it"
+    assert run.disk("vdb").why_not == "the kernel is still taking away what was there before it"
     assert run.service.exporter.pending() == []
 
     for path in ("/sys/class/block/vdc", "/sys/block/vdc"):
@@ -485,7 +486,7 @@ def test_another_disk_waits_for_its_place(start: Start, nvmet: Nvmet, machine: C
     run.service.synchronise()
     assert released.is_set()
     assert "vdb" in run.exported
-    assert run.disk("vdb").status() == ""
+    assert run.disk("vdb").why_not == ""
 
 
 def owe(machine: CapturedMachine, name: str, inflight: str) -> None:
@@ -517,9 +518,9 @@ def test_nothing_waits_for_a_pulled_disk_that_owes_answers(
     run = start()
     before = nvmet.contents()
     run.service.synchronise(strict=True)
-    root = run.service.transport.root(run.disk("vdb"))
+    root = run.transport.root(run.disk("vdb"))
     pull(run, machine, "vdb", "       1        0")
-    assert "vdb" not in run.service.inventory.disks
+    assert "vdb" not in run.service.inventory.exports
     assert run.service.exporter.tree.leaving == {root}
     assert [c for c in nvmet.calls if "vdb" in c and c.startswith("unlink")] != []
     assert subsystems(nvmet) == disks
@@ -569,7 +570,7 @@ def test_pulled_disk_that_answers_during_the_stop_goes(
     assert last.index(f"rmdir nvmet/subsystems/{PREFIX}.vdb") > max(map(last.index, others))
 
 
-def resized(disk: storagetm.Disk) -> list[str]:
+def resized(disk: storagetm.Export) -> list[str]:
     """The calls that give the device over a disk its new size."""
     mapping = storagetm.mapping_of(disk.backing)
     names = [mapping.path] if mapping else []
@@ -627,7 +628,7 @@ def test_disk_that_fails_is_reported_once_and_tried_again(
     reason = f"Input/output error ('{run.namespace('vdb')}/enable')"
     assert capfd.readouterr().err == f"Failed to export '/dev/vdb': {reason}\n"
     assert run.disk("vdb").fd < 0
-    assert run.disk("vdb").status() == reason
+    assert run.disk("vdb").why_not == reason
 
     before = len(nvmet.calls)
     run.service.inventory.update(["vdb"])
@@ -645,7 +646,7 @@ def test_disk_that_fails_is_reported_once_and_tried_again(
     run.service.inventory.update(["vdb"])
     run.service.synchronise()
     assert subsystems(nvmet) == disks
-    assert run.disk("vdb").status() == ""
+    assert run.disk("vdb").why_not == ""
 
 
 @pytest.mark.parametrize(
@@ -702,7 +703,7 @@ def test_device_name_that_is_taken_is_left_alone(
 ) -> None:
     run = start()
     disk = run.disk("vdb")
-    mapping = storagetm.mapping_of(storagetm.backing(disk, disk.access, run.service.transport.prefix))
+    mapping = storagetm.mapping_of(storagetm.backing(disk.disk, disk.access, run.transport.prefix))
     assert mapping
     name = mapping.name
     assert nvmet.mapper
@@ -822,10 +823,12 @@ class Failing:
     def __init__(self, nqn: str, monkeypatch: pytest.MonkeyPatch) -> None:
         made = storagetm.Machine()
         stays = storagetm.Stays(storagetm.RUN + "disks", made.id)  # a stop leaves a file beside it
-        inventory = storagetm.Inventory((), True, False, stays=stays)
-        self.service = storagetm.Service(made, storagetm.NvmeTcp(made, nqn), inventory)
+        inventory = storagetm.Inventory([storagetm.BlockDevices()], stays=stays)
+        self.transport = storagetm.NvmeTcp(made, nqn)
+        exporter = storagetm.Exporter(self.transport.prefix, [self.transport], inventory)
+        self.service = storagetm.Service(made, exporter)
         self.looped = False
-        monkeypatch.setattr(storagetm, "prepare_kernel", lambda: None)
+        monkeypatch.setattr(storagetm.NvmeTcp, "prepare", lambda _: None)
         monkeypatch.setattr(self.service.signals, "catch", lambda: None)
         monkeypatch.setattr(self.service.views, "begin", lambda: None)
         monkeypatch.setattr(self.service, "loop", self.loop)
@@ -850,13 +853,13 @@ def run(request: pytest.FixtureRequest, nvmet: Nvmet, monkeypatch: pytest.Monkey
 def failure(request: pytest.FixtureRequest, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Why the start fails. The disks have been exported already when the network is looked at."""
 
-    def fail(name: str, problem: Exception) -> None:
-        monkeypatch.setattr(storagetm, name, lambda: raising(problem))
+    def fail(name: str, problem: Exception, owner: object = storagetm) -> None:
+        monkeypatch.setattr(owner, name, lambda *_: raising(problem))
 
     fd = -1
     reason = "The module 'nvmet-tcp' cannot be loaded; install it"
     if request.param == "no nvmet":
-        fail("prepare_kernel", storagetm.UserError(reason))
+        fail("prepare", storagetm.UserError(reason), storagetm.NvmeTcp)
     elif request.param == "another instance":
         os.makedirs(storagetm.RUN, exist_ok=True)
         fd = os.open(f"{storagetm.RUN}{PREFIX}.entries.lock", os.O_RDWR | os.O_CREAT)
@@ -923,7 +926,7 @@ def test_what_an_earlier_start_exported_stays(
     first.kill()
     run.service.reboots = True
     problem = storagetm.UserError("Failed to find a free port")
-    monkeypatch.setattr(run.service.transport, "choose_ports", lambda _: raising(problem))
+    monkeypatch.setattr(run.transport, "adopt", lambda _: raising(problem))
     assert run.service.run() == 0
     assert run.service.refused == "Failed to find a free port; but what an earlier start exported still is"
     assert subsystems(nvmet) == disks
@@ -957,7 +960,7 @@ def test_restart_keeps_exports_while_udev_looks_at_disks(
         fcntl.flock(holder, fcntl.LOCK_SH)
         second = start()
         second.service.synchronise(strict=True)
-        assert [d.name for d in second.service.exporter.pending()] == ["vdb"]
+        assert [e.disk.name for e in second.service.exporter.pending()] == ["vdb"]
     second.service.synchronise()
     assert second.disk("vdb").fd >= 0
     calls = without_courtesy(nvmet.calls[before:])
@@ -970,11 +973,11 @@ def test_restart_keeps_the_ports(start: Start, nvmet: Nvmet) -> None:
     os.mkdir(nvmet.path("nvmet/ports/59936"))
     first = start()
     first.service.synchronise(strict=True)
-    ports = dict(first.service.transport.ports)
+    ports = dict(first.transport.ports)
     first.kill()
     os.rmdir(nvmet.path("nvmet/ports/59936"))
     second = start()
-    assert second.service.transport.ports == ports
+    assert second.transport.ports == ports
 
 
 def test_restart_drops_a_disk_that_is_gone(
@@ -1083,7 +1086,7 @@ def test_disk_whose_seat_a_client_has_taken_is_not_exported(
     run = start()
     run.service.synchronise()
     assert run.exported == subsystems(nvmet) == []
-    assert run.disk("vdb").failed.startswith("several clients have attached it already; detach it from all")
+    assert run.disk("vdb").why_not.startswith("several clients have attached it already; detach it from all")
 
 
 @may_write
@@ -1106,7 +1109,7 @@ def test_disk_whose_seat_is_refused_is_not_exported(
     run = start()
     run.service.synchronise()
     assert run.exported == subsystems(nvmet) == []
-    assert all(re.fullmatch(reason, run.disk(name).failed) for name in disks)
+    assert all(re.fullmatch(reason, run.disk(name).why_not) for name in disks)
     # What takes seconds to fail is not tried for each disk.
     tries = len([c for c in nvmet.calls if c.startswith("attach")])
     assert tries == (len(disks) if problem.errno else 1)

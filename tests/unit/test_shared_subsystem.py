@@ -4,20 +4,12 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 
 import pytest
 
 import storagetm
-from tests.unit.test_shown import Named
-
-
-def disk(name: str, serial: str = "") -> storagetm.Disk:
-    made = storagetm.Disk(name, f"/dev/{name}", name)
-    made.id_serial = serial
-    made.fd = os.open("/dev/null", os.O_RDONLY)
-    return made
+from tests.unit.exports import Named, made_export, wanted_of
 
 
 def test_too_many_namespaces_are_not_too_many_files() -> None:
@@ -34,7 +26,12 @@ def test_too_many_namespaces_are_not_too_many_files() -> None:
 def test_nguid_lasts_and_is_of_one_disk() -> None:
     """It lasts, differs from disk to disk, also without serial numbers, and is not the UUID."""
     transport = storagetm.SharedNvmeTcp(Named(), "quux")
-    disks = [disk("sda", "ONE"), disk("sdb", "TWO"), disk("nullb0"), disk("nullb1")]
+    disks = [
+        made_export("sda", id_serial="ONE"),
+        made_export("sdb", id_serial="TWO"),
+        made_export("nullb0"),
+        made_export("nullb1"),
+    ]
     found = [transport.identities.nguid(d) for d in disks]
     assert found == [transport.identities.nguid(d) for d in disks]
     assert len(set(found)) == 4
@@ -54,12 +51,12 @@ def test_one_command_attaches_all() -> None:
     """One command attaches all; which namespace is which disk is said."""
     transport = storagetm.SharedNvmeTcp(Named(), "quux")
     transport.ports = {storagetm.AF_INET: 16858}
-    disks = [disk("sda", "ONE"), disk("sdb", "TWO")]
-    disks[0].serial = "DISK-ONE"
+    disks = [made_export("sda", id_serial="ONE"), made_export("sdb", id_serial="TWO")]
+    disks[0].disk.serial = "DISK-ONE"
     for number, d in enumerate(disks, 1):
         d.stay = storagetm.Stay(number, "")
-        d.size, d.access = 1 << 30, storagetm.READ_ONLY
-        d.branch = transport.disk_branches(d)[-1]
+        d.disk.size, d.access = 1 << 30, storagetm.READ_ONLY
+        d.live = {transport.name: wanted_of(transport, d, "quux")[-1]}
     address = storagetm.Address(storagetm.AF_INET, "192.0.2.1", "eth0", link_local=False)
     report = storagetm.take_report(Named(), [transport], [address], disks, storagetm.Memory())
     text = "\n".join(line for block in report.blocks(80) for _, line in block)

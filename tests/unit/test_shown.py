@@ -17,24 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import storagetm
+from tests.unit.exports import Named, made_export
 
 V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
 PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
 EXPORTED = storagetm.Branch("", [storagetm.Directory("x")])
-
-
-class Named(storagetm.Machine):
-    """A machine that is called target, without asking this one."""
-
-    def __init__(self, machine_id: bytes = bytes(16)) -> None:
-        self.id, self.os, self.os_version, self.os_name = (
-            machine_id,
-            "debian",
-            "13",
-            "Debian GNU/Linux 13 (trixie)",
-        )
-
-    name = "target"
 
 
 class Console(pyte.Screen):
@@ -46,17 +33,16 @@ class Console(pyte.Screen):
         super().erase_in_line(how, private)
 
 
-def disk(name: str, number: int = 1) -> storagetm.Disk:
-    made = storagetm.Disk(name, f"/dev/{name}", name)
-    made.access = storagetm.READ_WRITE  # of which there is most to say
-    made.size, made.model, made.serial, made.tag = (
-        number * 1_000_000_000,
-        "QEMU_HARDDISK",
-        f"SERIAL-{number}",
-        "1:1 1",
+def disk(name: str, number: int = 1) -> storagetm.Export:
+    return made_export(
+        name,
+        size=number * 1_000_000_000,
+        model="QEMU_HARDDISK",
+        serial=f"SERIAL-{number}",
+        tag="1:1 1",
+        access=storagetm.READ_WRITE,  # of which there is most to say
+        live={"nvme-tcp": EXPORTED},
     )
-    made.branch = EXPORTED
-    return made
 
 
 def addresses(count: int = 1) -> list[storagetm.Address]:
@@ -68,7 +54,7 @@ def addresses(count: int = 1) -> list[storagetm.Address]:
 
 
 def report(
-    disks: list[storagetm.Disk], where: list[storagetm.Address] | None = None, prefix: str = PREFIX
+    disks: list[storagetm.Export], where: list[storagetm.Address] | None = None, prefix: str = PREFIX
 ) -> storagetm.Report:
     machine = Named()
     transport = storagetm.NvmeTcp(machine, prefix)
@@ -211,12 +197,10 @@ def test_missing_disk_is_explained(screen: storagetm.Screen) -> None:
 def test_disks_that_are_not_exported_have_reasons(screen: storagetm.Screen) -> None:
     left_out, failed, waiting = disk("sr0"), disk("vda"), disk("vdb")
     for made in (left_out, failed, waiting):
-        made.branch = None
-    left_out.left_out, failed.failed, waiting.waiting = (
-        "it has size 0",
-        "No space left on device",
-        "udev is busy",
-    )
+        made.live = {}
+    left_out.left_out = storagetm.Reason("it has size 0")
+    failed.failed[""] = storagetm.Reason("No space left on device")
+    waiting.waiting = storagetm.Reason("udev is busy")
     page = rows(screen.drawn(report([failed, waiting, left_out]), 80, 25))
     start = page.index("Not exported:")
     assert page[start + 1 : start + 4] == [
@@ -409,7 +393,7 @@ def lines(capfd: pytest.CaptureFixture[str]) -> Any:
 def test_journal_has_each_fact_once(lines: Any) -> None:
     view = storagetm.Journal()
     other = disk("vdb")
-    other.branch, other.left_out = None, "it has size 0"
+    other.live, other.left_out = {}, storagetm.Reason("it has size 0")
     disks = [disk("vda"), other]
     view.show(report(disks))
     assert lines() == FACTS
@@ -445,7 +429,7 @@ def test_journal_has_new_sizes(lines: Any) -> None:
     grown = disk("vda")
     view.show(report([grown]))
     lines()
-    grown.size = 2_000_000_000
+    grown.disk.size = 2_000_000_000
     view.show(report([grown]))
     assert "'/dev/vda' has 2000000000 bytes" in lines()
     view.show(report([grown]))
@@ -455,13 +439,13 @@ def test_journal_has_new_sizes(lines: Any) -> None:
 def test_journal_has_reasons_that_change(lines: Any) -> None:
     view = storagetm.Journal()
     other = disk("vda")
-    other.branch, other.waiting = None, "another process holds its lock"
+    other.live, other.waiting = {}, storagetm.Reason("another process holds its lock")
     view.show(report([other]))
     assert "Not exporting '/dev/vda': another process holds its lock" in lines()
-    other.waiting, other.failed = "", "No space left on device"
+    other.waiting, other.failed[""] = storagetm.Reason(), storagetm.Reason("No space left on device")
     view.show(report([other]))
     assert lines() == ["Not exporting '/dev/vda': No space left on device"]
-    other.failed, other.branch = "", EXPORTED
+    other.failed, other.live = {}, {"nvme-tcp": EXPORTED}
     view.show(report([other]))
     assert lines() == [FACTS[1]]
 
@@ -472,8 +456,9 @@ def test_journal_has_reasons_that_change(lines: Any) -> None:
 def test_status_counts_disks_and_addresses() -> None:
     waiting, failed, left_out = disk("vdb"), disk("vdc"), disk("vdd")
     for made in (waiting, failed, left_out):
-        made.branch = None
-    waiting.waiting, failed.failed, left_out.left_out = "a", "b", "c"
+        made.live = {}
+    waiting.waiting, left_out.left_out = storagetm.Reason("a"), storagetm.Reason("c")
+    failed.failed[""] = storagetm.Reason("b")
     assert report([disk("vda")]).status() == "Exporting 1 disk (1 read-write) at 1 address."
     assert (
         report([disk("vda"), disk("vde")], addresses(2)).status()

@@ -16,6 +16,7 @@ import pytest
 import storagetm
 from tests.unit.conftest import CapturedMachine
 from tests.unit.devicemapper import captured_kernel
+from tests.unit.exports import made_service
 
 # Like the real one, it ends when the program that it was given ends.
 INHIBIT = """#!/bin/sh
@@ -56,8 +57,8 @@ def test_awake_while_it_exports(
     captured_kernel(machine, monkeypatch)
     made = storagetm.Machine()
     stays = storagetm.Stays(storagetm.RUN + "disks", made.id)  # a stop leaves a file beside it
-    inventory = storagetm.Inventory((), True, False, stays=stays)
-    service = storagetm.Service(made, storagetm.NvmeTcp(made), inventory)
+    inventory = storagetm.Inventory([storagetm.BlockDevices()], stays=stays)
+    service = made_service(made, inventory=inventory)
     service.exporter.ledger.lock()
     service.inventory.rescan()
     service.synchronise(strict=True)
@@ -83,7 +84,7 @@ def test_awake_only_once_clients_are_let_in(
     machine = unpack("trixie-fresh")
     captured_kernel(machine, monkeypatch)
     made = storagetm.Machine()
-    service = storagetm.Service(made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False))
+    service = made_service(made)
     service.inventory.rescan()
     monkeypatch.setattr(service.exporter, "still_awaited", lambda _: ["'/dev/sda' (udev is busy)"])
     service.synchronise(strict=True)
@@ -122,9 +123,7 @@ def test_nothing_is_started_where_there_is_no_logind(missing: str, monkeypatch: 
 def refusing() -> storagetm.Service:
     """A service that exports nothing and has the lock."""
     made = storagetm.Machine()
-    service = storagetm.Service(
-        made, storagetm.NvmeTcp(made), storagetm.Inventory((), True, False), refused="for this test"
-    )
+    service = made_service(made, refused="for this test")
     service.signals.fd, service.signals.wakeup = os.pipe()
     service.sleep_lock.take()
     return service

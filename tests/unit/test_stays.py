@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import storagetm
 from tests.unit.conftest import CapturedMachine
-from tests.unit.test_shown import Named
+from tests.unit.exports import Named, made_disk
 
 SALT = bytes(range(16))
 
@@ -40,7 +40,7 @@ def boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Non
 
 def disk(name: str, serial: str = "", tag: str = "", slot: str = "") -> storagetm.Disk:
     """One with a serial number in a slot. The tag changes with the disk or its medium."""
-    made = storagetm.Disk(name, f"/dev/{name}", name)
+    made = storagetm.BlockDevice(name, f"/dev/{name}", name)
     made.id_serial, made.tag = serial, tag or f"{name} {serial}"
     made.place = f"{storagetm.SYS}devices/{slot or name}/block/{name}"
     os.makedirs(f"{storagetm.SYS}devices/{slot or name}/block/{name}", exist_ok=True)
@@ -66,15 +66,16 @@ def number(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) 
 
 def identities(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) -> set[str]:
     """All by which a client could take one disk for another."""
-    disk.stay = stays.begin(disk, alone=alone)
+    export = storagetm.Export(disk)
+    export.stay = stays.begin(disk, alone=alone)
     stays.note()
-    assert disk.stay
+    assert export.stay
     transport = storagetm.NvmeTcp(Named(SALT), "quux")
     return {
-        str(disk.stay.number),
-        transport.identities.uuid(disk),
-        transport.identities.nguid(disk),
-        transport.identities.serial(disk),
+        str(export.stay.number),
+        transport.identities.uuid(export),
+        transport.identities.nguid(export),
+        transport.identities.serial(export),
     }
 
 
@@ -171,12 +172,12 @@ def test_partitions_of_one_disk_have_identities_of_their_own(
     unpack: Callable[[str], CapturedMachine], path: str
 ) -> None:
     """They all have the disk's serial number in udev's database."""
-    machine = unpack("trixie-partitioned")
-    inventory = storagetm.Inventory((), False, False, stays=storagetm.Stays(path, SALT))
-    names = sorted(p.name for p in machine.path("/sys/class/block").iterdir() if (p / "partition").exists())
-    disks = [storagetm.Disk(n, f"/dev/{n}", n) for n in names]
+    captured = unpack("trixie-partitioned")
+    inventory = storagetm.Inventory([storagetm.NamedDisks(())], stays=storagetm.Stays(path, SALT))
+    names = sorted(p.name for p in captured.path("/sys/class/block").iterdir() if (p / "partition").exists())
+    disks = [made_disk(name) for name in names]
     for each in disks:
-        inventory.probe(each)
+        inventory.probe(storagetm.Export(each))
         each.id_serial = "DISK"
     assert len(disks) > 1
     assert len({d.location() for d in disks}) == len(disks)
@@ -191,9 +192,8 @@ def test_file_that_replaces_another_has_nothing_of_it(tmp_path: Path, path: str)
     for _ in range(3):
         image.unlink(missing_ok=True)
         image.write_bytes(bytes(4096))
-        made = storagetm.Disk("disk.img", str(image))
-        made.id_serial = "./disk.img"
-        storagetm.probe_file(made)
+        made = made_disk(str(image), id_serial="./disk.img")
+        made.probe()
         found = identities(stays, made)
         assert not found & seen
         seen |= found
@@ -203,12 +203,12 @@ def test_file_that_replaces_another_has_nothing_of_it(tmp_path: Path, path: str)
 def test_file_lasts_only_if_it_is_known_when_it_was_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = storagetm.Disk("image", str(tmp_path / "image"))
+    made = made_disk(str(tmp_path / "image"))
     (tmp_path / "image").write_bytes(bytes(512))
-    storagetm.probe_file(made)
+    made.probe()
     assert made.lasts()
     monkeypatch.setattr(storagetm, "birth_time", lambda _: "")
-    storagetm.probe_file(made)
+    made.probe()
     assert not made.lasts()
 
 
@@ -234,26 +234,27 @@ def test_disks_whose_numbers_would_clash_have_others_after_each_boot(
 ) -> None:
     """Otherwise the one that is found first would get the other's."""
     monkeypatch.setattr(storagetm, "NSID_MAX", 40)
-    inventory = storagetm.Inventory((), True, False, stays=run(path))
+    inventory = storagetm.Inventory([storagetm.BlockDevices()], stays=run(path))
     disks = [disk(f"sd{i}", f"DISK-{i}") for i in range(10)]
-    inventory.disks = {d.sysname: d for d in disks}
-    inventory.begin_stays(disks)
+    exports = [storagetm.Export(d) for d in disks]
+    inventory.exports = {e.disk.key: e for e in exports}
+    inventory.begin_stays(exports)
     choices = [inventory.stays.choice(d.identity()) for d in disks]
     clashing = [d for d, n in zip(disks, choices) if choices.count(n) > 1]
     assert 0 < len(clashing) < 10
-    for each, choice in zip(disks, choices):
+    for each, choice in zip(exports, choices):
         assert each.stay
-        assert each in clashing or each.stay.number == choice
-    before = {d.sysname: d.stay and d.stay.number for d in disks}
+        assert each.disk in clashing or each.stay.number == choice
+    before = {e.disk.key: e.stay.number for e in exports if e.stay}
     monkeypatch.setattr(storagetm, "NSID_MAX", 40)
     boot("second")
     inventory.stays = run(path)
-    for each in disks:
+    for each in exports:
         each.stay = None
-    inventory.begin_stays(reversed(disks))
-    after = {d.sysname: d.stay and d.stay.number for d in disks}
+    inventory.begin_stays(reversed(exports))
+    after = {e.disk.key: e.stay.number for e in exports if e.stay}
     assert {n for n in before if before[n] == after[n]} >= {d.sysname for d in disks if d not in clashing}
-    assert sorted(set(after.values())) == sorted(after.values())  # type: ignore[type-var]
+    assert sorted(set(after.values())) == sorted(after.values())
 
 
 def test_nothing_is_written_before_the_lock_is_held(path: str) -> None:

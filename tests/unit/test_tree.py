@@ -27,7 +27,7 @@ from tests.unit import configfs as stand_in
 from tests.unit.configfs import Nvmet
 from tests.unit.conftest import MEMORY
 from tests.unit.devicemapper import DeviceMapper
-from tests.unit.test_shown import Named
+from tests.unit.exports import Named, made_export, wanted_of
 
 V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
 PORTS = {V4: 4420, V6: 4421}
@@ -53,23 +53,20 @@ def disk(
     model: str = "Model",
     size: int = 512,
     access: str = storagetm.DEFAULT_ACCESS,
-) -> storagetm.Disk:
-    made = storagetm.Disk(name, f"/dev/{name}", name)
-    made.tag, made.model, made.size, made.serial = tag, model, size, f"serial {name}"
-    made.access = access
-    made.stay = storagetm.Stay(1, "")
-    return made
+) -> storagetm.Export:
+    facts = {"tag": tag, "model": model, "size": size, "serial": f"serial {name}"}
+    return made_export(name, **facts, access=access, stay=storagetm.Stay(1, ""))
 
 
 def wanted(
-    disks: Iterable[storagetm.Disk], ports: dict[int, int] = PORTS, *, shared: bool = False
+    disks: Iterable[storagetm.Export], ports: dict[int, int] = PORTS, *, shared: bool = False
 ) -> list[storagetm.Branch]:
     made = transport(ports, shared=shared)
     disks = list(disks)
     for each in disks if shared else ():
-        each.stay = storagetm.Stay(1 + zlib.crc32(f"{each.name} {each.tag}".encode()), "")
+        each.stay = storagetm.Stay(1 + zlib.crc32(f"{each.disk.name} {each.disk.tag}".encode()), "")
     made.scaffolds({})
-    return [*made.common_branches(), *(b for d in disks for b in made.disk_branches(d))]
+    return [*made.common(), *(b for d in disks for b in wanted_of(made, d, "nqn.test"))]
 
 
 def want(names: str, access: str = storagetm.DEFAULT_ACCESS) -> list[storagetm.Branch]:
@@ -77,9 +74,9 @@ def want(names: str, access: str = storagetm.DEFAULT_ACCESS) -> list[storagetm.B
     return wanted(disk(name, access=access) for name in names)
 
 
-def mapping_of(made: storagetm.Disk) -> str:
+def mapping_of(made: storagetm.Export) -> str:
     """The name of the device-mapper device over a disk; empty if it has none."""
-    mapping = storagetm.mapping_of(storagetm.backing(made, made.access, "nqn.test"))
+    mapping = storagetm.mapping_of(storagetm.backing(made.disk, made.access, "nqn.test"))
     return mapping.name if mapping else ""
 
 
@@ -307,7 +304,7 @@ def test_kernel_that_cannot_keep_others_away_exports_nothing(
     assert nvmet.contents() == before
     made = transport(PORTS)
     made.clients = 0
-    assert run([*made.common_branches(), *made.disk_branches(disk("a", access=access))]) == {}
+    assert run([*made.common(), *wanted_of(made, disk("a", access=access), "nqn.test")]) == {}
 
 
 # Changes
@@ -381,8 +378,8 @@ def test_another_disk_or_model_is_made_anew(
     assert "mkdir nvmet/subsystems/nqn.test.a" in calls
     if access != READ_WRITE:
         # Only with another disk is there another device in between.
-        assert (f"remove dm/{mapping_of(old)}" in calls) == (tag != old.tag)
-        assert (f"create dm/{mapping_of(new)}" in calls) == (tag != old.tag)
+        assert (f"remove dm/{mapping_of(old)}" in calls) == (tag != old.disk.tag)
+        assert (f"create dm/{mapping_of(new)}" in calls) == (tag != old.disk.tag)
     assert not [c for c in calls if name_of(c) == "b" and "revalidate_size" not in c and not is_courtesy(c)]
     assert nvmet.contents()["nvmet/subsystems/nqn.test.a/attr_model"] == f"{model} (debian)"
 
@@ -841,12 +838,12 @@ def test_removal_that_hangs_beside_others_ends(nvmet: Nvmet, tmp_path: Path, acc
     session.tree.wake = woken.set
     made = transport({V4: 2}, shared=True)
 
-    def wanted_of(*disks: storagetm.Disk) -> list[storagetm.Branch]:
-        return [*made.common_branches(), *(b for d in disks for b in made.disk_branches(d))]
+    def wanted_with(*disks: storagetm.Export) -> list[storagetm.Branch]:
+        return [*made.common(), *(b for d in disks for b in wanted_of(made, d, "nqn.test"))]
 
     stays, goes, comes = (disk(name, access=access) for name in "abc")
     goes.stay, comes.stay = storagetm.Stay(2, ""), storagetm.Stay(3, "")
-    session.reconcile(wanted_of(stays, goes))
+    session.reconcile(wanted_with(stays, goes))
     gone, new = made.root(goes), made.root(goes).rpartition("/")[0] + "/3"
 
     def intercept(number: int) -> None:
@@ -855,21 +852,21 @@ def test_removal_that_hangs_beside_others_ends(nvmet: Nvmet, tmp_path: Path, acc
             assert release.wait(60)
 
     nvmet.intercept = intercept
-    assert session.reconcile(wanted_of(stays), 0.2) == {}
+    assert session.reconcile(wanted_with(stays), 0.2) == {}
     assert begun.wait(60)
     assert session.tree.leaving == {gone}
-    calls = changes(nvmet, lambda: session.reconcile(wanted_of(stays, comes), 0.2))
+    calls = changes(nvmet, lambda: session.reconcile(wanted_with(stays, comes), 0.2))
     assert [c for c in calls if not is_courtesy(c)] == []
     # What is there already is none of this.
-    stays.size *= 2
-    calls = changes(nvmet, lambda: session.reconcile(wanted_of(stays, comes), 0.2))
+    stays.disk.size *= 2
+    calls = changes(nvmet, lambda: session.reconcile(wanted_with(stays, comes), 0.2))
     resized = [call for call in calls if not is_courtesy(call)]
     assert resized[-1] == f"write {made.root(stays)}/revalidate_size 1"
     assert all(call.endswith(f"dm/{mapping_of(stays)}") or "cache" in call for call in resized[:-1])
     woken.clear()
     release.set()
     assert woken.wait(60)
-    assert session.reconcile(wanted_of(stays, comes), 0.2) == {}
+    assert session.reconcile(wanted_with(stays, comes), 0.2) == {}
     assert made.root(comes) == new
     assert new in session.tree.live
     assert session.tree.leaving == set()
@@ -1228,7 +1225,7 @@ class AnyOrder(RuleBasedStateMachine):
                 size=st.sampled_from([512, 1024]),
                 access=st.sampled_from(storagetm.ACCESS),
             ),
-            unique_by=lambda d: d.name,
+            unique_by=lambda d: d.disk.name,
             max_size=4,
         ),
         st.sampled_from([{V4: 2}, {V4: 2, V6: 3}, {V6: 5}]),

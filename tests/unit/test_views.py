@@ -20,7 +20,8 @@ from unittest.mock import Mock
 import pytest
 
 import storagetm
-from tests.unit.test_shown import Named, addresses, disk, report
+from tests.unit.exports import Named, made_service
+from tests.unit.test_shown import addresses, disk, report
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def service(places: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[storagetm
     monkeypatch.setattr(storagetm, "end_text_plymouth", lambda: True)
     monkeypatch.delenv("TERM", raising=False)
     transport = storagetm.NvmeTcp(Named(), "quux")
-    made = storagetm.Service(Named(), transport, storagetm.Inventory((), True, False), on_consoles=True)
+    made = made_service(Named(), transport, on_consoles=True)
     yield made
     made.views.close()
 

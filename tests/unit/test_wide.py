@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import storagetm
 from tests.unit.conftest import CapturedMachine
-from tests.unit.test_shown import EXPORTED, PREFIX, Named, addresses, disk, pages, report, rows, screen
+from tests.unit.exports import Named
+from tests.unit.test_shown import PREFIX, addresses, disk, pages, report, rows, screen
 
 __all__ = ["screen"]
 
@@ -86,9 +87,9 @@ def test_lines_are_broken_between_words() -> None:
 # On the screen
 
 
-def named(node: str, number: int = 1) -> storagetm.Disk:
+def named(node: str, number: int = 1) -> storagetm.Export:
     made = disk(os.path.basename(node), number)
-    made.node = node
+    made.disk.node = node
     return made
 
 
@@ -130,8 +131,8 @@ def test_long_path_in_a_shared_subsystem_has_its_own_row(screen: storagetm.Scree
 def test_reason_is_whole(screen: storagetm.Screen, node: str, width: int) -> None:
     """Its end says what to do."""
     left_out = named(node)
-    left_out.branch = None
-    left_out.left_out = (
+    left_out.live = {}
+    left_out.left_out = storagetm.Reason(
         "it is read-only, and was asked for read-write; see --read-only and --snapshot, or '日本語'"
     )
     text = "".join(line for page in pages(screen, report([left_out]), width, 25) for line in page)
@@ -147,7 +148,7 @@ def test_title_stays_at_the_top(screen: storagetm.Screen, letter: str, width: in
     """At the top, on a terminal of any size, which may count otherwise; with the last row for the hint."""
     shown = report([named(f"/srv/{letter * 40}.img", i) for i in range(2)])
     left_out = named(f"/{letter * 50}")
-    left_out.branch, left_out.left_out = None, f"it is {letter * 90}"
+    left_out.live, left_out.left_out = {}, storagetm.Reason(f"it is {letter * 90}")
     shown.others.append(storagetm.OtherRow(left_out))
     shown.title = f"Storage target mode: {letter * 60}"
     for i in range(3):
@@ -281,8 +282,13 @@ def test_disk_with_a_comma_is_left_out() -> None:
     """Should a driver ever give such a name, the others are exported."""
     transport = storagetm.NvmeTcp(Named(), PREFIX)
     disks = [disk("vda"), disk("v,b")]
-    transport.check_names(disks, named=False)
-    assert [bool(transport.why_name(d)) for d in disks] == [False, True]
+    transport.check(disks)
+    assert [bool(transport.why_not(d)) for d in disks] == [False, True]
+    disks[1].named = True
     with pytest.raises(storagetm.UserError, match="has a comma"):
-        transport.check_names(disks, named=True)
-    assert disks[0].branch is EXPORTED
+        transport.check(disks)
+    inventory = storagetm.Inventory([storagetm.BlockDevices()])
+    inventory.exports = {d.disk.key: d for d in disks}
+    exporter = storagetm.Exporter(PREFIX, [transport], inventory)
+    assert exporter.choose() == disks[:1]
+    assert disks[1].left_out.startswith("its name has a comma")
