@@ -8085,51 +8085,65 @@ class Options:
         return self.help or self.version or self.list_devices or self.modules or self.dry_run
 
 
-# Short and long name, what its value is called, what it does. argparse would be the largest import.
+class Option:
+    """An option of the command line, and of the kernel's, with `storagetm.` in place of the hyphens.
+
+    `value` is how help has its value: after "=", in brackets if it may be left out, empty if it takes none.
+    """
+
+    __slots__ = ("name", "short", "text", "value")
+
+    def __init__(self, name: str, text: str, *, value: str = "", short: str = "") -> None:
+        self.name = name
+        self.text = text
+        self.value = value
+        self.short = short
+
+    @property
+    def needs_value(self) -> bool:
+        return self.value.startswith("=")
+
+
+# argparse would be the largest import.
 OPTIONS = (
-    (
-        "a",
+    Option(
         "all",
-        "",
         "Export all local disks, now and as they come and go;\ntwice: also those in use by this system",
+        short="a",
     ),
-    ("", "nqn", "=NQN", "Use this NVMe Qualified Name before the disks' names"),
-    ("", "read-only", "", "Let nobody write to the disks (default)"),
-    (
-        "",
+    Option("nqn", "Use this NVMe Qualified Name before the disks' names", value="=NQN"),
+    Option("read-only", "Let nobody write to the disks (default)"),
+    Option(
         "snapshot",
-        "[=SIZE]",
         "Keep what is written in memory, at most SIZE bytes\n(or K, M, G, T), and forget it at the end",
+        value="[=SIZE]",
     ),
-    ("", "read-write", "", "Let whoever attaches the disks change them"),
-    (
-        "",
+    Option("read-write", "Let whoever attaches the disks change them"),
+    Option(
         "access",
-        "=GLOB:MODE",
         "Use this mode for disks whose node, link, serial\nnumber or model matches; the first one counts",
+        value="=GLOB:MODE",
     ),
-    (
-        "",
+    Option(
         "subsystem",
-        "=KIND",
         "One NVMe subsystem for each disk (per-disk, default)\nor one for all (shared)",
+        value="=KIND",
     ),
-    (
-        "",
+    Option(
         "clients",
-        "=N|any",
         "Let N clients at a time attach a disk that they can\nwrite to (default: 1)",
+        value="=N|any",
     ),
-    ("", "stacked", "", "Export idle arrays and volumes, and not their disks"),
-    ("", "force", "", "Export the named devices even if they are in use"),
-    ("", "list-devices", "", "Show what --all would export, what not, and why"),
-    ("", "modules", "", "List the kernel's modules that may be needed"),
-    ("", "dry-run", "", "Show each step and do none; needs no root"),
-    ("", "json", "", "With --list-devices or --dry-run: as JSON"),
-    ("", "kernel-command-line", "", "Take rd.storagetm.OPTION there for --OPTION, too"),
-    ("", "console", "", "Show the screen on this machine's consoles, where\nthe output is no terminal"),
-    ("h", "help", "", "Show this help"),
-    ("", "version", "", "Show the version"),
+    Option("stacked", "Export idle arrays and volumes, and not their disks"),
+    Option("force", "Export the named devices even if they are in use"),
+    Option("list-devices", "Show what --all would export, what not, and why"),
+    Option("modules", "List the kernel's modules that may be needed"),
+    Option("dry-run", "Show each step and do none; needs no root"),
+    Option("json", "With --list-devices or --dry-run: as JSON"),
+    Option("kernel-command-line", "Take rd.storagetm.OPTION there for --OPTION, too"),
+    Option("console", "Show the screen on this machine's consoles, where\nthe output is no terminal"),
+    Option("help", "Show this help", short="h"),
+    Option("version", "Show the version"),
 )
 
 
@@ -8142,9 +8156,9 @@ def help_text() -> str:
         "Export block devices or regular files over NVMe/TCP.",
         "",
     ]
-    for short, name, value, text in OPTIONS:
-        left = (f"-{short} " if short else "   ") + f"--{name}{value}"
-        first, *rest = text.split("\n")
+    for option in OPTIONS:
+        left = (f"-{option.short} " if option.short else "   ") + f"--{option.name}{option.value}"
+        first, *rest = option.text.split("\n")
         lines.append(f"  {left:<25}{first}")
         lines += [" " * 27 + line for line in rest]
     return "\n".join([*lines, "", "See storagetm(8) for the details."])
@@ -8186,75 +8200,81 @@ def parse_words(options: Options, argv: Sequence[str]) -> None:
             break
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
-            matches = [o for o in OPTIONS if o[1] == name] or [o for o in OPTIONS if o[1].startswith(name)]
+            matches = [o for o in OPTIONS if o.name == name] or [
+                o for o in OPTIONS if o.name.startswith(name)
+            ]
             if len(matches) != 1:
                 raise UsageError(f"{'Ambiguous' if matches else 'Unknown'} option '--{name}'; see --help")
-            if matches[0][2].startswith("=") and not equals:
+            option = matches[0]
+            if option.needs_value and not equals:
                 if not rest:
-                    raise UsageError(f"Option '--{matches[0][1]}' needs a value")
+                    raise UsageError(f"Option '--{option.name}' needs a value")
                 value = rest.pop(0)
-            elif equals and not matches[0][2]:
-                raise UsageError(f"Option '--{matches[0][1]}' takes no value")
-            elif equals and not value and matches[0][2].startswith("["):
-                raise UsageError(f"--{matches[0][1]}= is empty")
-            set_option(options, matches[0][1], value)
+            elif equals and not option.value:
+                raise UsageError(f"Option '--{option.name}' takes no value")
+            elif equals and not value and not option.needs_value:
+                raise UsageError(f"--{option.name}= is empty")
+            set_option(options, option.name, value)
         elif argument.startswith("-") and argument != "-":
             for letter in argument[1:]:
-                known = [o for o in OPTIONS if o[0] == letter]
+                known = [o for o in OPTIONS if o.short == letter]
                 if not known:
                     raise UsageError(f"Unknown option '-{letter}'; see --help")
-                set_option(options, known[0][1], "")
+                set_option(options, known[0].name, "")
         else:
             options.devices.append(argument)
 
 
-def set_option(options: Options, name: str, value: str) -> None:
+def set_option(options: Options, name: str, value: str, before: str = "--") -> None:
+    """Takes an option, whose name has `before` in front of it where it stands. Raises UsageError."""
     if name == "nqn":
-        check_nqn(value)
+        check_nqn(value, before)
         options.nqn = value
     elif name == "all":
         options.all += 1
     elif name in ACCESS:
         if options.mode not in ("", name):
-            raise UsageError(f"--{name} and --{options.mode} do not go together; see --access=")
+            raise UsageError(
+                f"{before}{name} and {before}{options.mode} do not go together; see {before}access="
+            )
         options.mode = name
-        options.store = parse_size(value) if value else options.store
+        options.store = parse_size(value, before) if value else options.store
     elif name == "subsystem":
         if value not in (PER_DISK, SHARED):
-            raise UsageError(f"--subsystem={value} is neither {PER_DISK} nor {SHARED}")
+            raise UsageError(f"{before}subsystem={value} is neither {PER_DISK} nor {SHARED}")
         options.subsystem = value
     elif name == "clients":
         if value != "any" and not (
             value.isascii() and value.isdecimal() and 0 < int(value[:4]) <= CLIENTS_MAX
         ):
-            raise UsageError(f"--clients={value} is neither a number from 1 to {CLIENTS_MAX} nor any")
+            raise UsageError(f"{before}clients={value} is neither a number from 1 to {CLIENTS_MAX} nor any")
         options.clients = 0 if value == "any" else int(value)
     elif name == "access":
-        options.rules.append(parse_rule(value))
+        options.rules.append(parse_rule(value, before))
     else:
         setattr(options, name.replace("-", "_"), True)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, before: str = "--") -> int:
     """Bytes, from a number that K, M, G or T (powers of 1024) may follow. Raises UsageError."""
     digits = text[:-1] if text[-1:].upper() in "KMGT" else text
     shift = 10 * (1 + "KMGT".index(text[-1].upper())) if digits != text else 0
     if not (digits.isascii() and digits.isdecimal() and len(digits) < 16):
-        raise UsageError(f"--snapshot={text} is no size; give bytes, or a number with K, M, G or T")
+        raise UsageError(f"{before}snapshot={text} is no size; give bytes, or a number with K, M, G or T")
     size = int(digits) << shift
     if not STORE_MIN <= size < 1 << 62:
-        raise UsageError(f"--snapshot={text} is too {'small' if size < STORE_MIN else 'large'}")
+        raise UsageError(f"{before}snapshot={text} is too {'small' if size < STORE_MIN else 'large'}")
     return size
 
 
-def parse_rule(text: str) -> tuple[str, str]:
+def parse_rule(text: str, before: str = "--") -> tuple[str, str]:
     """Glob and kind of access. The last colon is between them: by-path links have others.
 
     Raises UsageError.
     """
     glob, _, mode = text.rpartition(":")
     if not glob or mode not in ACCESS:
-        raise UsageError(f"--access={text} is not GLOB:MODE with one of the modes {', '.join(ACCESS)}")
+        raise UsageError(f"{before}access={text} is not GLOB:MODE with one of the modes {', '.join(ACCESS)}")
     return glob, mode
 
 
@@ -8269,20 +8289,20 @@ def options_from_kernel(words: Iterable[str], initrd: bool) -> Options:
         prefix, dot, name = key.removeprefix("rd.").partition(".") if initrd else key.partition(".")
         if prefix != "storagetm" or not dot:
             continue
-        option = [o for o in OPTIONS if o[1] == name.replace("_", "-") and o[1] != "kernel-command-line"]
-        if not option:
+        known = [o for o in OPTIONS if o.name == name.replace("_", "-") and o.name != "kernel-command-line"]
+        if not known:
             warning(f"Unknown option '{key}' on the kernel command line, ignoring it")
             continue
         try:
-            if equals and not option[0][2]:
+            if equals and not known[0].value:
                 raise UsageError(f"'{key}' takes no value")
-            if (not equals and option[0][2].startswith("=")) or (equals and not value):
+            if (not equals and known[0].needs_value) or (equals and not value):
                 raise UsageError(f"'{key}' needs a value")
-            set_option(found, option[0][1], value)
+            set_option(found, known[0].name, value, "storagetm.")
             if found.action or found.json:
                 raise UsageError(f"'{key}' prints text and exports nothing, which only helps in a shell")
         except UsageError as e:
-            raise UsageError(f"Kernel command line: {str(e).replace('--', 'storagetm.')}; correct it") from e
+            raise UsageError(f"Kernel command line: {e}; correct it") from e
     return found
 
 
@@ -8300,24 +8320,24 @@ def add_options(options: Options, more: Options) -> None:
         setattr(options, name, getattr(options, name) or getattr(more, name))
 
 
-def check_nqn(nqn: str) -> None:
+def check_nqn(nqn: str, before: str = "--") -> None:
     """Raises UsageError unless `nqn` can stand in front of a disk's name, in an NQN and as a file name."""
     if not nqn:
-        raise UsageError("--nqn= is empty")
+        raise UsageError(f"{before}nqn= is empty")
     try:
         length = len(nqn.encode())
     except UnicodeEncodeError as e:
-        raise UsageError("--nqn= is not UTF-8") from e
+        raise UsageError(f"{before}nqn= is not UTF-8") from e
     if "/" in nqn:
-        raise UsageError(f"--nqn={nqn} has a '/' in it")
+        raise UsageError(f"{before}nqn={nqn} has a '/' in it")
     if "," in nqn:
         # They hand it to their kernels in a list that has commas in between (drivers/nvme/host/fabrics.c).
-        raise UsageError(f"--nqn={nqn} has a comma in it, and no client could attach that")
+        raise UsageError(f"{before}nqn={nqn} has a comma in it, and no client could attach that")
     if not nqn.isprintable():
-        raise UsageError("--nqn= has control characters in it")
+        raise UsageError(f"{before}nqn= has control characters in it")
     if length + 2 > NQN_MAX:
         raise UsageError(
-            f"--nqn= is too long: {length} bytes, and with '.' and a disk's name {NQN_MAX} are allowed"
+            f"{before}nqn= is too long: {length} bytes, and with '.' and a disk's name {NQN_MAX} are allowed"
         )
 
 

@@ -279,10 +279,10 @@ def test_help_has_each_option() -> None:
     assert result.returncode == 0
     assert result.stderr == b""
     text = result.stdout.decode()
-    for short, name, value, what in storagetm.OPTIONS:
-        option = (f"-{short} " if short else "") + f"--{name}{value}"
-        first = what.partition("\n")[0]
-        assert re.search(rf"^ +{re.escape(option)} +{re.escape(first)}$", text, re.MULTILINE), option
+    for option in storagetm.OPTIONS:
+        left = (f"-{option.short} " if option.short else "") + f"--{option.name}{option.value}"
+        first = option.text.partition("\n")[0]
+        assert re.search(rf"^ +{re.escape(left)} +{re.escape(first)}$", text, re.MULTILINE), left
     assert max(map(len, text.split("\n"))) < 80
     assert run("-h").stdout == result.stdout
 
@@ -296,7 +296,7 @@ def test_version_is_printed() -> None:
     )
 
 
-@pytest.mark.parametrize("name", [o[1] for o in storagetm.OPTIONS])
+@pytest.mark.parametrize("name", [o.name for o in storagetm.OPTIONS])
 def test_man_page_has_each_option(name: str) -> None:
     page = MAN_PAGE.read_text().replace("\\-", "-")
     assert re.search(rf"--{name}\b", page)
