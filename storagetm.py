@@ -3815,15 +3815,16 @@ class Ledger:
         return found
 
     def add(self, branch: Branch, identity: str = "") -> None:
-        """Notes what is about to be made. Raises OSError."""
-        fields = [e.LETTER + e.path for e in branch.entries if e.LETTER]
+        """Notes what is about to be made, unless all of it goes with this process. Raises OSError."""
+        if not (fields := [e.LETTER + e.path for e in branch.entries if e.LETTER]):
+            return
         self.append("+", branch.root, branch.tag, *fields, *(self.NEED + root for root in branch.needs))
         if identity:
             self.append("=", branch.root, identity)
 
     def confirm(self, branch: Branch, root: str) -> None:
         """Notes that the first entry of a branch is made, unless its name says well enough whose it is."""
-        if branch.entries[0].LETTER not in self.BETWEEN:
+        if (letter := branch.entries[0].LETTER) and letter not in self.BETWEEN:
             self.append("=", branch.root, branch.entries[0].identity(root))
 
     def remove(self, branch: Branch) -> None:
@@ -3848,6 +3849,8 @@ class Ledger:
         new.fd = os.open(new.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             for branch in branches:
+                if not any(e.LETTER for e in branch.entries):
+                    continue
                 if not (identity := branch.entries[0].identity(root)):
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), branch.root)
                 new.add(branch, identity)
