@@ -2846,7 +2846,7 @@ class Address:
 class Instruction:
     """What to type on another machine to attach disks from an address of this one."""
 
-    __slots__ = ("address", "brief", "command", "disk", "interface", "kind", "more", "note")
+    __slots__ = ("address", "brief", "command", "disk", "interface", "kind", "more", "note", "transport")
 
     def __init__(
         self, at: Address, command: str, more: str = "", *, note: str = "", brief: str = "", disk: str = ""
@@ -2859,6 +2859,7 @@ class Instruction:
         self.note = note  # what to say of it
         self.brief = brief  # another command that attaches all disks, if that may be shorter
         self.disk = disk  # the key of the only one that it attaches; empty for all
+        self.transport = 0  # which one it is for, where there are several
 
     @property
     def line(self) -> str:
@@ -6514,7 +6515,7 @@ class Report:
         if self.refused:
             return []
         found = [
-            Fact("address", f"{c.address} {c.interface}", f"Attach all disks with: {c.line}")
+            Fact("address", f"{c.transport} {c.address} {c.interface}", f"Attach all disks with: {c.line}")
             for c in self.commands
         ]
         if not self.commands:
@@ -6667,8 +6668,9 @@ def take_report(
         row.number = next(filter(None, (t.number_text(disk) for t in transports)), "")
         row.serial = next(filter(None, (t.serial_shown(disk) for t in transports)), "")
     rows = {row.key: row for row in report.exported}
-    for transport in transports:
+    for number, transport in enumerate(transports):
         for instruction in transport.instructions(exported, addresses):
+            instruction.transport = number
             where = rows[instruction.disk].commands if instruction.disk else report.commands
             where.append(instruction)
     report.numbered = next(filter(None, (t.NUMBERED for t in transports)), "")
