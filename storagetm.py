@@ -3042,7 +3042,7 @@ class Address:
 class Instruction:
     """What to type on another machine to attach disks from an address of this one."""
 
-    __slots__ = ("address", "brief", "command", "disk", "interface", "kind", "more", "note")
+    __slots__ = ("address", "brief", "command", "disk", "interface", "kind", "more", "note", "transport")
 
     def __init__(
         self, at: Address, command: str, more: str = "", *, note: str = "", brief: str = "", disk: str = ""
@@ -3055,6 +3055,7 @@ class Instruction:
         self.note = note  # what to say of it
         self.brief = brief  # another command that attaches all disks, if that may be shorter
         self.disk = disk  # the key of the only one that it attaches; empty for all
+        self.transport = ""  # the name of the one that it is for
 
     @property
     def line(self) -> str:
@@ -6690,7 +6691,7 @@ class Exporter:
         """Waits for disks that are being removed, up to a limit.
 
         All others go at once, but not what they need: the kernel would wait for the same I/O when it removes
-        a port (flush_workqueue() in nvmet_port_release()).
+        a port (flush_workqueue()).
         """
         self.tree.ending = True
         if self.tree.leaving:
@@ -6924,7 +6925,7 @@ class Report:
         if self.refused:
             return []
         found = [
-            Fact("address", f"{c.address} {c.interface}", f"Attach all disks with: {c.line}")
+            Fact("address", f"{c.transport} {c.address} {c.interface}", f"Attach all disks with: {c.line}")
             for c in self.commands
         ]
         if not self.commands:
@@ -7080,6 +7081,7 @@ def take_report(
     for transport in transports:
         reached = [e for e in exported if transport.name in e.live]
         for instruction in transport.instructions(reached, addresses):
+            instruction.transport = transport.name
             where = rows[instruction.disk].commands if instruction.disk else report.commands
             where.append(instruction)
     report.numbered = next(filter(None, (t.NUMBERED for t in transports)), "")

@@ -114,6 +114,16 @@ def test_tree_knows_neither_kinds_of_entries_nor_transports() -> None:
         assert not re.search(r"nvme|subsystem|namespace", code, re.IGNORECASE), title
 
 
+def test_what_is_shown_names_no_transport() -> None:
+    """Nor does what says when, not even in a comment: commands and names come from the transport."""
+    starts = [SOURCE.index(f". {title}\n# -") for title, _ in sections()] + [len(SOURCE)]
+    for title in ("The exporter", "The report", "Outputs", "The service"):
+        number = [name for name, _ in sections()].index(title)
+        text = SOURCE[starts[number] : starts[number + 1]]
+        assert text.count("\n") > 200
+        assert re.findall(r"(?i)\w*(?:nvme|nvmet|namespace|subsystem|nqn)\w*", text) == [], title
+
+
 def test_words_of_the_vocabulary_are_used() -> None:
     """Each is the name of something, or stands in names."""
     doc = storagetm.__doc__ or ""

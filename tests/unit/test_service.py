@@ -909,6 +909,20 @@ def test_start_that_fails_in_a_shell_ends(run: Failing, failure: str, nvmet: Nvm
     assert subsystems(nvmet) == []
 
 
+def test_nothing_is_exported_after_a_start_that_failed(
+    run: Failing, nvmet: Nvmet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if there was something to be tried again later, behind the screen that says why."""
+    problems = [OSError(errno.EIO, "Input/output error")]
+    monkeypatch.setattr(run.service.views, "begin", lambda: raising(problems.pop()) if problems else None)
+    run.service.reboots = True
+    run.service.exporter.outdated = True
+    assert run.service.run() == 0
+    assert run.looped
+    assert run.service.sources == []
+    assert subsystems(nvmet) == []
+
+
 @pytest.mark.parametrize("run", ["n" * 219], indirect=True)
 def test_nqn_that_is_too_long_for_a_disk_is_shown(run: Failing, nvmet: Nvmet) -> None:
     run.service.reboots = True

@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,113 @@ def test_pages_have_everything_once(blocks: list[list[tuple[str, str]]], width: 
 @pytest.mark.parametrize(("length", "expected"), [(0, 1), (1, 1), (80, 1), (81, 2), (160, 2), (161, 3)])
 def test_long_text_takes_more_rows(length: int, expected: int) -> None:
     assert storagetm.rows_of("x" * length, 80) == expected
+
+
+# The report
+
+
+def values(thing: object) -> Iterator[object]:
+    """What there is in a report, down to what has no parts."""
+    if isinstance(thing, list):
+        for part in thing:
+            yield from values(part)
+    elif isinstance(
+        thing, (storagetm.Report, storagetm.ExportRow, storagetm.OtherRow, storagetm.Instruction)
+    ):
+        assert not hasattr(thing, "__dict__")
+        for name in thing.__slots__:
+            yield from values(getattr(thing, name))
+    else:
+        yield thing
+
+
+def everything(shown: storagetm.Report) -> object:
+    facts = [(fact.kind, fact.key, fact.text) for fact in shown.facts()]
+    return shown.blocks(80), facts, shown.status(), shown.for_plymouth(), shown.title
+
+
+@pytest.mark.parametrize("kind", [storagetm.NvmeTcp, storagetm.SharedNvmeTcp])
+def test_report_is_taken_once(kind: type[storagetm.NvmeTcp]) -> None:
+    """Whatever happens to disks, addresses, memory and ports meanwhile; there is nothing to ask them by."""
+    transport, where, memory = kind(Named(), PREFIX), addresses(3), storagetm.Memory()
+    transport.ports = {V4: 59936, V6: 36681}
+    memory.filled, memory.size, memory.asked = {"storagetm-vdb-1": (10, 100, "")}, 100, 200
+    exported, snapshot, waiting = disk("vda"), disk("vdb", 2), disk("vdc", 3)
+    snapshot.access = storagetm.SNAPSHOT
+    snapshot.backing = storagetm.Branch("", [storagetm.Mapping("dm/storagetm-vdb-1", "snapshot")])
+    waiting.live, waiting.waiting = {}, storagetm.Reason("another process holds its lock")
+    disks = [exported, snapshot, waiting]
+    for number, made in enumerate(disks, 1):
+        made.stay = storagetm.Stay(number, "")
+    clients = ["192.0.2.7"]
+    transport.attached = lambda: clients  # type: ignore[method-assign]
+    shown = storagetm.take_report(Named(), [transport], where, disks, memory, filtered=True)
+    assert {type(value) for value in values(shown)} == {str, int, bool}
+    before = everything(shown)
+    assert "snapshot 10 %" in str(before)
+    assert "Attached from 192.0.2.7; what can be written to is for 1 client at a time" in str(before)
+    assert "1 waiting; snapshots use 10 B of 100 B of memory" in shown.status()
+    for made in disks:
+        for fact in ("node", "model", "serial", "tag"):
+            setattr(made.disk, fact, "other")
+        made.access, made.failed, made.stay = storagetm.READ_ONLY, {"": storagetm.Reason("gone")}, None
+        made.disk.size, made.waiting = 1, storagetm.Reason()
+        made.live = {} if made.live else {"nvme-tcp": EXPORTED}
+    where[0].text, where[0].interface, where[0].kind = "198.51.100.1", "other", 2
+    where.clear()
+    disks.clear()
+    clients.clear()
+    memory.filled, memory.size, transport.ports, transport.prefix = {}, 0, {}, "other"
+    assert everything(shown) == before
+
+
+class Cable(storagetm.NvmeTcp):
+    """Another way to attach disks, for which one address is enough, and which has a name for each disk."""
+
+    name = "cable"
+
+    def instructions(
+        self, exports: Iterable[storagetm.Export], addresses: Sequence[storagetm.Address]
+    ) -> list[storagetm.Instruction]:
+        at, disks = addresses[0], [e.disk for e in exports]
+        single = [storagetm.Instruction(at, f"plug --only={d.name}", disk=d.key) for d in disks]
+        return [storagetm.Instruction(at, "plug", note="(in the front)"), *single]
+
+    def label(self, export: storagetm.Export) -> str:
+        return f"LUN of {export.disk.name}"
+
+    def firewall_text(self) -> str:
+        return "No cable can be filtered"
+
+
+def test_two_transports(screen: storagetm.Screen, lines: Any) -> None:
+    """What the first one says comes first, and nothing of the other is missing."""
+    network, cable = storagetm.NvmeTcp(Named(), PREFIX), Cable(Named(), PREFIX)
+    network.ports = {V4: 59936}
+    exported = disk("vda")
+    exported.live["cable"] = EXPORTED
+    shown = storagetm.take_report(
+        Named(), [network, cable], addresses(), [exported], storagetm.Memory(), filtered=True
+    )
+    page = rows(screen.drawn(shown, 80, 25))
+    commands = [
+        "  nvme connect-all -t tcp -a 192.0.2.1 -s 59936",
+        "  plug",
+        "  nvme connect -t tcp -a 192.0.2.1 -s 59936 \\",
+        "  plug --only=vda",
+    ]
+    assert [line for line in page if line in commands] == commands
+    assert page[page.index("  plug") + 1] == "    (in the front)"
+    assert shown.status() == "Exporting 1 disk (1 read-write) at 1 address."
+    assert shown.for_plymouth() == "plug"
+    storagetm.Journal().show(shown)
+    told = lines()
+    assert any(line.endswith(f" as {PREFIX}.vda and LUN of vda") for line in told)
+    assert any(line.endswith("TCP port 59936; No cable can be filtered") for line in told)
+    assert [line for line in told if line.startswith("Attach")] == [
+        "Attach all disks with: nvme connect-all -t tcp -a 192.0.2.1 -s 59936",
+        "Attach all disks with: plug",
+    ]
 
 
 # Without a screen
