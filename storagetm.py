@@ -960,6 +960,7 @@ def plymouth_request(request: bytes, wait_sec: float = 0) -> None:
 DM_COOKIE = (0x1 | 0x2 | 0x4 | 0x8 | 0x40) << 16
 SUSPENDING = _thread.allocate_lock()  # held by who suspends a device of ours, until it is resumed
 CONTROLS: dict[str, int] = {}  # descriptors of the devices that control others, by path; kept open
+NO_DEVICE = (errno.ENXIO, errno.ENOENT, errno.ENODEV)  # there is no such device, or no device-mapper
 CLAIMS: dict[str, int] = {}  # exclusively opened descriptors of what is exported, by path in the tree
 
 
@@ -1002,8 +1003,7 @@ def dm_status(name: str) -> dm_ioctl | None:
     try:
         return dm_ioctl.from_buffer_copy(dm_call(DM_DEV_STATUS, name))
     except OSError as e:
-        # ENXIO says device-mapper, ENOENT and ENODEV that there is no such thing.
-        if e.errno in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
+        if e.errno in NO_DEVICE:
             return None
         raise
 
@@ -4506,12 +4506,17 @@ class Mapping(Entry):
     def unmake(self, root: str) -> None:
         release(self.path)
         deadline = time.monotonic() + BUSY_SEC
-        if self.state() is not None:
+        # One of an earlier run may be of any kind.
+        if self.target in ("", self.SNAPSHOT) and self.state() is not None:
             self.let_go_of_store()
-        while self.state() is not None:
+        while True:
             try:
-                dm_call(DM_DEV_REMOVE, self.name)
+                # By the UUID, so that it cannot be another program's.
+                dm_call(DM_DEV_REMOVE, "", uuid=self.name)
+                return
             except OSError as e:
+                if e.errno in NO_DEVICE:
+                    return
                 # udev or a disk monitor may be looking at it. What has claimed it stays.
                 if e.errno != errno.EBUSY:
                     raise
