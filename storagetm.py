@@ -984,15 +984,18 @@ def open_control(name: str, module: str) -> int:
 
 def dm_call(request: int, name: str, *, uuid: str = "", flags: int = 0, table: bytes = b"") -> bytearray:
     """One ioctl on device-mapper for the device `name`; its answer. Raises OSError."""
-    head = dm_ioctl(version=(4, 0, 0), data_start=ctypes.sizeof(dm_ioctl), flags=flags)
+    # With more than 1024 bytes Python holds up its other threads meanwhile.
+    buffer = bytearray(16384 if request == DM_LIST_VERSIONS else 1024)
+    head = dm_ioctl.from_buffer(buffer)
+    head.version[0] = 4
+    head.data_size, head.data_start = len(buffer), ctypes.sizeof(dm_ioctl)
+    head.flags = flags
     head.name, head.uuid = name.encode(), uuid.encode()
-    head.target_count = 1 if table else 0
+    if table:
+        head.target_count = 1
+        buffer[head.data_start : head.data_start + len(table)] = table
     if request == DM_DEV_SUSPEND and not has_udev_rule():
         head.event_nr = DM_COOKIE
-    buffer = bytearray(bytes(head) + table)
-    # With more than 1024 bytes Python holds up its other threads meanwhile.
-    buffer.extend(bytes((16384 if request == DM_LIST_VERSIONS else 1024) - len(buffer)))
-    dm_ioctl.from_buffer(buffer).data_size = len(buffer)
     control = open_control("mapper/control", "dm-mod" if request == DM_DEV_CREATE else "")
     fcntl.ioctl(control, request, buffer)
     return buffer
