@@ -902,6 +902,7 @@ def plymouth_request(request: bytes, wait_sec: float = 0) -> None:
 DM_COOKIE = (0x1 | 0x2 | 0x4 | 0x8 | 0x40) << 16
 SUSPENDING = _thread.allocate_lock()  # held by who suspends a device of ours, until it is resumed
 CONTROLS: dict[str, int] = {}  # descriptors of the devices that control others, by path; kept open
+NO_DEVICE = (errno.ENXIO, errno.ENOENT, errno.ENODEV)  # there is no such device, or no device-mapper
 CLAIMS: dict[str, int] = {}  # exclusively opened descriptors of what is exported, by path in the tree
 
 
@@ -925,15 +926,18 @@ def open_control(name: str, module: str) -> int:
 
 def dm_call(request: int, name: str, *, uuid: str = "", flags: int = 0, table: bytes = b"") -> bytearray:
     """One ioctl on device-mapper for the device `name`; its answer. Raises OSError."""
-    head = dm_ioctl(version=(4, 0, 0), data_start=ctypes.sizeof(dm_ioctl), flags=flags)
+    # With more than 1024 bytes Python holds up its other threads meanwhile.
+    buffer = bytearray(16384 if request == DM_LIST_VERSIONS else 1024)
+    head = dm_ioctl.from_buffer(buffer)
+    head.version[0] = 4
+    head.data_size, head.data_start = len(buffer), ctypes.sizeof(dm_ioctl)
+    head.flags = flags
     head.name, head.uuid = name.encode(), uuid.encode()
-    head.target_count = 1 if table else 0
+    if table:
+        head.target_count = 1
+        buffer[head.data_start : head.data_start + len(table)] = table
     if request == DM_DEV_SUSPEND and not has_udev_rule():
         head.event_nr = DM_COOKIE
-    buffer = bytearray(bytes(head) + table)
-    # With more than 1024 bytes Python holds up its other threads meanwhile.
-    buffer.extend(bytes((16384 if request == DM_LIST_VERSIONS else 1024) - len(buffer)))
-    dm_ioctl.from_buffer(buffer).data_size = len(buffer)
     control = open_control("mapper/control", "dm-mod" if request == DM_DEV_CREATE else "")
     fcntl.ioctl(control, request, buffer)
     return buffer
@@ -944,8 +948,7 @@ def dm_status(name: str) -> dm_ioctl | None:
     try:
         return dm_ioctl.from_buffer_copy(dm_call(DM_DEV_STATUS, name))
     except OSError as e:
-        # ENXIO says device-mapper, ENOENT and ENODEV that there is no such thing.
-        if e.errno in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
+        if e.errno in NO_DEVICE:
             return None
         raise
 
@@ -3378,6 +3381,8 @@ class Entry:
     LIVE = False  # whether it may be made, or made again, while clients use its branch
     ADMITS = False  # whether it lets clients in: of all branches, these are made last and unmade first
     WAITS = False  # whether making it is mostly waiting, so that many are made at a time
+    TOGETHER = False  # whether make_all() makes those of all branches, once all else is there but ADMITS
+    FOLLOWS = False  # whether it only tells of a change, of which there is none in a branch that is new
     CLOSES = False  # whether no client can change anything in its branch once it is unmade
 
     kinds: ClassVar[dict[str, type[Entry]]] = {}  # by letter
@@ -3402,6 +3407,10 @@ class Entry:
 
     def make(self, root: str) -> None:
         """Raises OSError."""
+
+    @classmethod
+    def make_all(cls, entries: Sequence[Entry], root: str) -> None:
+        """Makes many of a kind that is made TOGETHER. Raises nothing: what fails is theirs to note."""
 
     def unmake(self, root: str) -> None:
         """Raises OSError, but not for what is not there."""
@@ -3538,9 +3547,9 @@ class OptionalAttribute(Attribute):
 
 
 class Trigger(OptionalAttribute):
-    """An attribute to which 1 is written at first, after a restart, and each time `value` has changed."""
+    """An attribute to which 1 is written after a restart, and each time `value` has changed."""
 
-    LIVE = True
+    LIVE = FOLLOWS = True
 
     def text(self) -> str:
         return "1"
@@ -4081,6 +4090,7 @@ class Tree:
         changed = [*creations, *(patch.branch for patch in plan.patches)]
         for level in in_levels(changed):
             self.for_each(level, lambda branch: self.make(branch, patches.get(branch.root), failures))
+        self.make_together([b for b in changed if b.root not in failures], patches)
         # nvmet listens from the first link on, and a host that asks for a subsystem without one gives it up.
         for branch in changed:
             if branch.root in self.live and branch.root not in failures and not self.is_doomed(failures):
@@ -4093,6 +4103,10 @@ class Tree:
         """Makes an entry, or makes one `again` that clients use. Raises OSError."""
         entry.make(self.root)
         entry.guard(adopted=False)
+
+    def do_all(self, entries: list[Entry]) -> None:
+        """Makes entries of one kind that are made together."""
+        entries[0].make_all(entries, self.root)
 
     def undo(self, entry: Entry) -> None:
         """Unmakes an entry. Raises OSError."""
@@ -4152,9 +4166,10 @@ class Tree:
             noted = True
             self.ledger.add(branch)
             for entry in branch.entries:
-                if entry.ADMITS:
+                if entry.ADMITS or entry.TOGETHER:
                     continue
-                self.do(entry)
+                if not entry.FOLLOWS:
+                    self.do(entry)
                 made.append(entry)
                 if len(made) == 1:
                     self.ledger.confirm(branch, self.root)
@@ -4174,13 +4189,25 @@ class Tree:
             if any(e.LETTER for e in patch.missing):
                 self.ledger.add(branch, entry.identity(self.root))
             for entry in patch.missing:
-                if not entry.ADMITS:
+                if not entry.ADMITS and not entry.TOGETHER:
                     self.do(entry, again=True)
         except OSError as e:
             failures[branch.root] = Failure(branch, entry, e)
             return
-        if not any(e.ADMITS for e in patch.missing):
+        if not any(e.ADMITS or e.TOGETHER for e in patch.missing):
             self.live[branch.root] = branch
+
+    def make_together(self, branches: Iterable[Branch], patches: dict[str, Patch]) -> None:
+        """Makes what is made for many branches at once, of those that are there by now."""
+        kinds: dict[type[Entry], list[Entry]] = {}
+        for branch in branches:
+            if branch.root in self.live:
+                patch = patches.get(branch.root)
+                for entry in patch.missing if patch else branch.entries:
+                    if entry.TOGETHER:
+                        kinds.setdefault(type(entry), []).append(entry)
+        for entries in kinds.values():
+            self.do_all(entries)
 
     def admit(self, branch: Branch, patch: Patch | None, failures: dict[str, Failure]) -> None:
         """Makes what lets clients in. What cannot be completed is removed, unless clients use it."""
@@ -4362,6 +4389,10 @@ class Rehearsal(Tree):
     def do(self, entry: Entry, *, again: bool = False) -> None:
         if step := (entry.described_again if again else entry.described)(self.root):
             self.show(step)
+
+    def do_all(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            self.do(entry)
 
     def undo(self, entry: Entry) -> None:
         if step := entry.undescribed(self.root):
@@ -4678,12 +4709,17 @@ class Mapping(Entry):
     def unmake(self, root: str) -> None:
         release(self.path)
         deadline = time.monotonic() + BUSY_SEC
-        if self.state() is not None:
+        # One of an earlier run may be of any kind.
+        if self.target in ("", self.SNAPSHOT) and self.state() is not None:
             self.let_go_of_store()
-        while self.state() is not None:
+        while True:
             try:
-                dm_call(DM_DEV_REMOVE, self.name)
+                # By the UUID, so that it cannot be another program's.
+                dm_call(DM_DEV_REMOVE, "", uuid=self.name)
+                return
             except OSError as e:
+                if e.errno in NO_DEVICE:
+                    return
                 # udev or a disk monitor may be looking at it. What has claimed it stays.
                 if e.errno != errno.EBUSY:
                     raise
@@ -5399,28 +5435,33 @@ class NvmeHost:
     CONNECT_SEC = 3  # for a connection, which waits for nobody; a lost packet is sent again after 1 s
     ICREQ, ICRESP, COMMAND, RESPONSE = 0, 1, 4, 5  # types of PDU
     FABRICS = 0x7F
-    PROPERTY_SET, CONNECT, PROPERTY_GET = 0, 1, 4
+    PROPERTY_SET, CONNECT = 0, 1
     SET_FEATURES = 0x09
     WRITE_PROTECT = 0x84
-    CC, CSTS = 0x14, 0x1C  # properties: controller configuration and status
+    CC = 0x14  # property: the controller's configuration
     ENABLE = 0x460001  # entries of 64 and 16 bytes, enabled
+    QUEUE_SIZE = 32  # commands that may be under way
     ANSWER_MAX = 8192  # longest PDU to take, in bytes
 
     def __init__(self, address: tuple[str, int], nqn: str, host_id: str) -> None:
-        self.number = 0  # of the last command
-        self.buffer = b""  # what has arrived and is not yet looked at
+        """Connects, and sends what it is attached by. attach() is next, then finish()."""
+        self.begin()
         family = AF_INET6 if ":" in address[0] else AF_INET
         self.socket = socket.socket(family, SOCK_STREAM | SOCK_CLOEXEC)
         try:
             self.socket.settimeout(self.CONNECT_SEC)
             self.socket.connect(address)
             self.socket.settimeout(self.TIMEOUT_SEC)
-            self.initialize()
-            self.connect(nqn, host_id)
-            self.enable()
+            self.greet(nqn, host_id)
         except BaseException:
             self.close()
             raise
+
+    def begin(self) -> None:
+        self.number = 0  # of the last command
+        self.owed: set[int] = set()  # numbers of commands that are not answered; 0 is the first PDU
+        self.unsent = b""
+        self.buffer = b""  # what has arrived and is not yet looked at
 
     def close(self) -> None:
         self.socket.close()
@@ -5435,45 +5476,34 @@ class NvmeHost:
         except OSError:
             return False
 
-    def initialize(self) -> None:
-        """The PDUs with which a connection begins: neither alignment nor digests."""
-        self.socket.sendall(bytes(nvme_tcp_hdr(self.ICREQ, 0, 128, 0, 128)).ljust(128, b"\0"))
-        kind, body = self.receive()
-        if kind != self.ICRESP or len(body) != 120 or body[:2] != b"\0\0" or body[3] & 3:
-            raise malformed(f"answer {kind} to the first PDU")
+    def greet(self, nqn: str, host_id: str) -> None:
+        """Sends the PDU that a connection begins with, and the Fabrics command Connect for the admin queue.
 
-    def connect(self, nqn: str, host_id: str) -> None:
-        """The Fabrics command Connect, for the admin queue, without keep-alive."""
+        There are no digests, no alignment and no keep-alive. The kernel takes the two in one go
+        (nvmet_tcp_done_recv_pdu()), which saves a round trip.
+        """
+        self.unsent += bytes(nvme_tcp_hdr(self.ICREQ, 0, 128, 0, 128)).ljust(128, b"\0")
+        self.owed.add(0)
         data = bytes.fromhex(host_id) + b"\xff\xff" + bytes(238)
         data += utf8(nqn).ljust(256, b"\0")
         data += f"nqn.2014-08.org.nvmexpress:uuid:{dashed(host_id)}".encode().ljust(256, b"\0")
-        queue_size = 31
-        self.send(self.FABRICS, self.CONNECT, 0, queue_size, 0, data.ljust(1024, b"\0"))
-        self.wait()
+        self.add(self.FABRICS, self.CONNECT, 0, self.QUEUE_SIZE - 1, 0, data.ljust(1024, b"\0"))
+        self.flush()
 
-    def enable(self) -> None:
-        """Switches the controller on and waits until it is ready."""
-        deadline = time.monotonic() + self.TIMEOUT_SEC
-        self.send(self.FABRICS, self.PROPERTY_SET, 0, self.CC, self.ENABLE)
-        while True:
-            self.send(self.FABRICS, self.PROPERTY_GET, 0, self.CSTS)
-            if self.number == 3:
-                self.wait(2)
-            if self.wait() & 1:
-                return
-            if time.monotonic() > deadline:
-                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-            time.sleep(0.01)
+    def attach(self, write_protect: int = 0) -> None:
+        """Waits until it is attached, then has the controller switched on.
 
-    def set_write_protect(self, namespace: int) -> None:
-        """Namespace Write Protect, until the namespace goes or a host takes it back."""
-        self.send(self.SET_FEATURES, namespace, self.WRITE_PROTECT, 1)
-        self.wait()
+        And a namespace write-protected, until that goes or a host takes it back. nvmet is ready as soon as
+        it is told to be (nvmet_start_ctrl()).
+        """
+        self.finish()
+        self.add(self.FABRICS, self.PROPERTY_SET, 0, self.CC, self.ENABLE)
+        if write_protect:
+            self.add(self.SET_FEATURES, write_protect, self.WRITE_PROTECT, 1)
+        self.flush()
 
-    def send(
-        self, opcode: int, nsid: int, cdw10: int, cdw11: int, cdw12: int = 0, data: bytes = b""
-    ) -> None:
-        """Sends one command, with `data` inside."""
+    def add(self, opcode: int, nsid: int, cdw10: int, cdw11: int, cdw12: int = 0, data: bytes = b"") -> None:
+        """Adds one command, with `data` inside, to what is to be sent."""
         self.number += 1
         command = nvme_command(opcode, command_id=self.number, nsid=nsid)
         command.cdw10, command.cdw11, command.cdw12 = cdw10, cdw11, cdw12
@@ -5482,19 +5512,30 @@ class NvmeHost:
         # Data at an offset in the capsule, or else the transport's own descriptor, which stands for none.
         command.sgl_type = 0x01 if data else 0x5A
         head = nvme_tcp_hdr(self.COMMAND, 0, 72, 72 if data else 0, 72 + len(data))
-        self.socket.sendall(bytes(head) + bytes(command) + data)
+        self.unsent += bytes(head) + bytes(command) + data
+        self.owed.add(self.number)
 
-    def wait(self, number: int = 0) -> int:
-        """Waits for the end of the last command, or of `number`; the first 4 bytes of its result."""
-        kind, body = self.receive()
-        if kind != self.RESPONSE or len(body) != 16:
-            raise malformed(f"answer {kind} to a command")
-        if int.from_bytes(body[12:14], "little") != (number or self.number):
-            raise malformed("answer to another command")
-        if status := int.from_bytes(body[14:16], "little") >> 1:
-            debug(f"The target refused command {number or self.number} with status {status:#x}")
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return int.from_bytes(body[:4], "little")
+    def flush(self) -> None:
+        self.socket.sendall(self.unsent)
+        self.unsent = b""
+
+    def finish(self) -> None:
+        """Waits until all has been answered."""
+        while self.owed:
+            kind, body = self.receive()
+            if 0 in self.owed:
+                if kind != self.ICRESP or len(body) != 120 or body[:2] != b"\0\0" or body[3] & 3:
+                    raise malformed(f"answer {kind} to the first PDU")
+                self.owed.remove(0)
+                continue
+            if kind != self.RESPONSE or len(body) != 16:
+                raise malformed(f"answer {kind} to a command")
+            if (number := int.from_bytes(body[12:14], "little")) not in self.owed:
+                raise malformed("answer to another command")
+            self.owed.remove(number)
+            if status := int.from_bytes(body[14:16], "little") >> 1:
+                debug(f"The target refused command {number} with status {status:#x}")
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def receive(self) -> tuple[int, bytes]:
         """Type and body of the next PDU."""
@@ -5626,6 +5667,17 @@ class OwnHost:
             "Their writes fail all the same"
         )
 
+    def attached(self, address: tuple[str, int], subsystem: str) -> NvmeHost:
+        """A host that is attached to a subsystem. Raises OSError."""
+        host = NvmeHost(address, os.path.basename(subsystem), self.host_id)
+        try:
+            host.attach()
+            host.finish()
+        except BaseException:
+            host.close()
+            raise
+        return host
+
     def take_seat(self, subsystem: str) -> NvmeHost:
         """Attaches ourselves to a subsystem that is linked to the first port.
 
@@ -5638,7 +5690,7 @@ class OwnHost:
         raised = False
         while True:
             try:
-                return NvmeHost(address, os.path.basename(subsystem), self.host_id)
+                return self.attached(address, subsystem)
             except OSError as e:
                 if e.errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL) and not raised:
                     raise_loopback()
@@ -5703,41 +5755,72 @@ class WriteProtection(Entry):
     Where it fails, the disk is exported all the same, since the protection is below; OwnHost notes it.
     """
 
-    LIVE = WAITS = CLOSES = True
+    LIVE = TOGETHER = CLOSES = True
+    AT_ONCE = 64  # connections; nvmet lets 128 wait, and what comes after them is only let in a second later
 
-    def __init__(self, path: str, host: OwnHost, *, shared: bool = False) -> None:
+    def __init__(self, path: str, host: OwnHost) -> None:
         super().__init__(path)
         self.host = host
-        self.shared = shared  # whether the subsystem has other namespaces, too
+        self.guest: NvmeHost | None = None  # ourselves, while we ask
 
     def unmake(self, root: str) -> None:
-        if self.shared:
-            return  # the others need it, and it does not hold a namespace
         try:
             os.unlink(self.host.passage_link(root, self.path.partition("/namespaces/")[0]))
         except (FileNotFoundError, NotADirectoryError):
             pass
 
     def make(self, root: str) -> None:
+        self.make_all([self], root)
+
+    @classmethod
+    def make_all(cls, entries: Sequence[Entry], root: str) -> None:
+        """Asks for many at a time, since most of it is waiting for the kernel.
+
+        Threads of ours would take turns at each step, which took longer than all that they waited for:
+        256 disks XXX s instead of XXX.
+        """
+        asked = [e for e in entries if isinstance(e, WriteProtection)]
+        for first in range(0, len(asked), cls.AT_ONCE):
+            some = going_on = asked[first : first + cls.AT_ONCE]
+            for step in (cls.come_in, cls.ask, cls.hear):
+                going_on = [e for e in going_on if e.take(step, root)]
+            for entry in going_on:
+                entry.host.untold.pop(entry.path, None)
+            for entry in some:
+                entry.leave()
+
+    def take(self, step: Callable[[WriteProtection, str], None], root: str) -> bool:
+        """Takes a step on the way; False if that fails."""
         if time.monotonic() < self.host.unreachable_until:
             self.host.untold[self.path] = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-            return
+            return False
         try:
-            self.ask(root)
-            self.host.untold.pop(self.path, None)
+            step(self, root)
         except OSError as e:
             self.host.note_untold(self.path, e)
+            return False
+        return True
 
-    def ask(self, root: str) -> None:
-        """Asks the kernel for it. Raises OSError."""
-        subsystem, _, namespace = self.path.partition("/namespaces/")
-        nqn = subsystem.rpartition("/")[2]
+    def come_in(self, root: str) -> None:
+        """Connects to the kernel. Raises OSError, as do ask() and hear()."""
+        subsystem = self.path.partition("/namespaces/")[0]
         address = self.host.open_passage(root, subsystem)
-        host = NvmeHost(address, nqn, self.host.host_id)
-        try:
-            host.set_write_protect(int(namespace.partition("/")[0]))
-        finally:
-            host.close()
+        self.guest = NvmeHost(address, subsystem.rpartition("/")[2], self.host.host_id)
+
+    def ask(self, _: str) -> None:
+        """Asks for it, once the kernel has let us in."""
+        if self.guest:
+            self.guest.attach(int(self.path.rsplit("/", 2)[1]))
+
+    def hear(self, _: str) -> None:
+        """Hears whether it was done."""
+        if self.guest:
+            self.guest.finish()
+
+    def leave(self) -> None:
+        if self.guest:
+            self.guest.close()
+            self.guest = None
 
     def is_live(self, root: str) -> bool:
         return False
@@ -5747,6 +5830,21 @@ class WriteProtection(Entry):
         _, nqn, _, namespace, _ = path.rsplit("/", 4)
         command = f"# as a host of {nqn}: nvme set-feature -n {namespace} -f 0x84 -v 1"
         return {"step": "write-protect", "path": path, "command": command}
+
+
+class SharedWriteProtection(WriteProtection):
+    """Namespace Write Protect for one namespace of many, which clients may see as soon as it is there."""
+
+    WAITS = True
+    TOGETHER = False
+
+    def unmake(self, root: str) -> None:
+        """The other namespaces need the link, and it does not hold this one."""
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 19. Transports
+# -----------------------------------------------------------------------------------------------------------
 
 
 class PortLink(Link):
@@ -6138,7 +6236,8 @@ class NvmeTcp(Transport):
             Trigger(path + "/revalidate_size", str(export.disk.size)),
         ]
         if export.access == READ_ONLY:
-            entries.append(WriteProtection(path + "/write_protect", self.host, shared=self.together))
+            kind = SharedWriteProtection if self.together else WriteProtection
+            entries.append(kind(path + "/write_protect", self.host))
         return entries
 
     def claims(self, export: Export) -> list[tuple[str, str]]:

@@ -36,8 +36,19 @@ COMMANDS = {
     "peer": PEER,
     "installed": "/usr/local/bin/storagetm --read-write",
     "one file": "/usr/local/bin/storagetm.pyz --read-write",
+    # As it is where it was packed without bytecode of the Python that it meets.
+    "one file, compiled": "/usr/local/bin/storagetm-source.pyz --read-write",
     "read-only": "/usr/local/bin/storagetm --read-only",
 }
+# Packs the file without any bytecode.
+PACK_SOURCE = """
+import pathlib, sys
+sys.path.insert(0, "/root")
+import build_zipapp
+path = pathlib.Path("/usr/local/bin/storagetm-source.pyz")
+path.write_bytes(build_zipapp.pack(pathlib.Path("/root/storagetm.py").read_bytes(), pythons=()))
+path.chmod(0o755)
+"""
 # What of it is not ours: the same steps by replay.c, and the interpreter's start.
 SHARES = {
     "kernel": "replay /usr/local/bin/storagetm --read-write",
@@ -51,12 +62,16 @@ ACCESS = {
 
 
 def install(machine: Machine) -> None:
-    """Puts the program into a machine in both its forms: the one file, and installed, with bytecode."""
+    """Puts the program into a machine in both its forms: the one file, and installed, with bytecode.
+
+    The machine packs the file itself: bytecode of another Python is of no use there.
+    """
     subprocess.run(["make", "--silent", "storagetm.pyz"], cwd=PROJECT, check=True)
-    machine.put("/usr/local/bin/storagetm.pyz", PROJECT / "storagetm.pyz", mode=0o755)
-    for name in ("storagetm.py", "Makefile"):
+    for name in ("storagetm.py", "build_zipapp.py", "Makefile"):
         machine.put(f"/root/{name}", PROJECT / name)
     machine.run("make -C /root install-program")
+    machine.run("python3 /root/build_zipapp.py --output /usr/local/bin/storagetm.pyz /root/storagetm.py")
+    machine.run(["python3", "-c", PACK_SOURCE])
     machine.put("/usr/local/lib/udev/rules.d/54-storagetm.rules", PROJECT / "units/54-storagetm.rules")
     machine.run("udevadm control --reload")
     for path in (MEASURE, CLIENT, STRESS):

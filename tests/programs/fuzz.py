@@ -128,13 +128,12 @@ class Answers:
 
 def nvme_target(raw: bytes) -> None:
     host = storagetm.NvmeHost.__new__(storagetm.NvmeHost)
-    host.number, host.buffer = 0, b""
+    host.begin()
     host.socket = Answers(raw)  # type: ignore[assignment]
     try:
-        host.initialize()
-        host.connect("nqn.2014-08.org.example", "0" * 32)
-        host.enable()
-        host.set_write_protect(1)
+        host.greet("nqn.2014-08.org.example", "0" * 32)
+        host.attach(1)
+        host.finish()
     except OSError:
         pass
 

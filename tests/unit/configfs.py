@@ -281,7 +281,12 @@ class Host:
     def is_attached(self) -> bool:
         return self.nqn in self.listening()
 
-    def set_write_protect(self, number: int) -> None:
+    def finish(self) -> None:
+        """All was answered at once."""
+
+    def attach(self, number: int = 0) -> None:
+        if not number:
+            return
         namespace = f"nvmet/subsystems/{self.nqn}/namespaces/{number}"
         self.nvmet.called(f"protect {namespace}")
         enable = self.nvmet.path(namespace) / "enable"

@@ -171,7 +171,7 @@ class DeviceMapper:
 
     def _mapper_call(self, request: int, buffer: bytearray) -> int:
         head = dm_ioctl.from_buffer(buffer)
-        name, call = head.name.decode(), CHANGES.get(request, "")
+        name, call = head.name.decode() or self._name_by_uuid(head.uuid.decode()), CHANGES.get(request, "")
         if request == storagetm.DM_DEV_SUSPEND and head.flags & storagetm.DM_SUSPEND_FLAG:
             call = "suspend"
         if call:
@@ -210,6 +210,9 @@ class DeviceMapper:
                     | (storagetm.DM_DEFERRED_REMOVE if device["deferred"] else 0)
                 )
         return 0
+
+    def _name_by_uuid(self, uuid: str) -> str:
+        return next((name for name, d in self._devices().items() if uuid and d["uuid"] == uuid), uuid)
 
     @staticmethod
     def _tell(buffer: bytearray, data: bytes) -> None:

@@ -55,12 +55,12 @@ def protect(service: storagetm.Service) -> None:
 def failing(monkeypatch: pytest.MonkeyPatch, problem: OSError | None) -> list[str]:
     asked: list[str] = []
 
-    def ask(self: storagetm.WriteProtection, _: str) -> None:
+    def come_in(self: storagetm.WriteProtection, _: str) -> None:
         asked.append(self.path)
         if problem:
             raise problem
 
-    monkeypatch.setattr(storagetm.WriteProtection, "ask", ask)
+    monkeypatch.setattr(storagetm.WriteProtection, "come_in", come_in)
     return asked
 
 
@@ -247,3 +247,88 @@ def test_ports_to_let_in_are_named() -> None:
         assert (("", f"{text}.") in lines) is filtered
     del transport.ports[storagetm.AF_INET6]
     assert taken(filtered=True).firewall.endswith(" must let in TCP port 59936")
+
+
+# Many disks at once
+
+
+class Guest:
+    """Stands for storagetm.NvmeHost: a connection to a target that fails at one of the steps."""
+
+    def __init__(self, fails_at: str) -> None:
+        self.fails_at = fails_at
+        self.steps: list[str] = []
+        self.open = True
+
+    def step(self, name: str) -> None:
+        assert self.open
+        self.steps.append(name)
+        if name == self.fails_at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def attach(self, number: int) -> None:
+        self.step(f"ask for {number}")
+
+    def finish(self) -> None:
+        self.step("hear")
+
+    def close(self) -> None:
+        assert self.open
+        self.open = False
+
+
+@pytest.mark.parametrize("fails_at", ["come in", "ask for 1", "hear"])
+def test_many_disks(fails_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few at a time, each with a connection that is closed in the end; one that fails fails alone."""
+    transport = storagetm.NvmeTcp(Named(), "quux")
+    entries = [storagetm.WriteProtection(PATH.format(f"vd{i}"), transport.host) for i in range(7)]
+    guests: list[Guest] = []
+    most = 0
+
+    def attach(_: tuple[str, int], nqn: str, __: str) -> Guest:
+        nonlocal most
+        made = Guest(fails_at if nqn == "quux.vd1" else "")
+        made.step("come in")
+        guests.append(made)
+        most = max(most, sum(g.open for g in guests))
+        return made
+
+    monkeypatch.setattr(storagetm, "NvmeHost", attach)
+    monkeypatch.setattr(storagetm.OwnHost, "open_passage", lambda *_: ("127.0.0.1", 4420))
+    monkeypatch.setattr(storagetm.WriteProtection, "AT_ONCE", 3)
+    transport.host.untold[entries[0].path] = OSError(errno.EIO, "of the last time")
+    storagetm.WriteProtection.make_all(entries, "/")
+    assert list(transport.host.untold) == [entries[1].path]
+    assert most == 3
+    assert not any(g.open for g in guests)
+    whole = [g for g in guests if not g.fails_at]
+    assert [g.steps for g in whole] == 6 * [["come in", "ask for 1", "hear"]]
+
+
+def test_target_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first of many disks is waited for."""
+    transport = storagetm.NvmeTcp(Named(), "quux")
+    entries = [storagetm.WriteProtection(PATH.format(f"vd{i}"), transport.host) for i in range(5)]
+    waited = 0
+
+    class Silent(Guest):
+        def attach(self, number: int) -> None:
+            nonlocal waited
+            waited += 1
+            raise OSError("timed out")
+
+    guests: list[Guest] = []
+
+    def attach(*_: object) -> Guest:
+        guests.append(Silent(""))
+        return guests[-1]
+
+    monkeypatch.setattr(storagetm, "NvmeHost", attach)
+    monkeypatch.setattr(storagetm.OwnHost, "open_passage", lambda *_: ("127.0.0.1", 4420))
+    storagetm.WriteProtection.make_all(entries, "/")
+    assert waited == 1
+    assert len(guests) == 5
+    assert not any(g.open for g in guests)
+    assert {path: e.errno for path, e in transport.host.untold.items()} == {
+        e.path: errno.ETIMEDOUT for e in entries
+    }

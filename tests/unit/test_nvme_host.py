@@ -22,12 +22,19 @@ def ends() -> Iterator[tuple[storagetm.NvmeHost, socket.socket]]:
     """A host that is connected to somebody who is not a target."""
     ours, theirs = socket.socketpair()
     host = storagetm.NvmeHost.__new__(storagetm.NvmeHost)
-    host.number = 0
-    host.buffer = b""
+    host.begin()
     host.socket = ours
     ours.settimeout(1)
     with ours, theirs:
         yield host, theirs
+
+
+GREETING = struct.pack("<BBBBI", 1, 0, 128, 0, 128) + bytes(120)
+
+
+def ask(host: storagetm.NvmeHost) -> None:
+    host.attach(1)
+    host.finish()
 
 
 def response(number: int, status: int = 0, result: int = 0) -> bytes:
@@ -37,21 +44,40 @@ def response(number: int, status: int = 0, result: int = 0) -> bytes:
 
 def test_write_protection_is_one_capsule_on_the_wire(ends: tuple[storagetm.NvmeHost, socket.socket]) -> None:
     host, target = ends
-    target.sendall(response(1))
-    host.set_write_protect(1)
+    host.attach(7)
     sent = target.recv(4096)
-    assert len(sent) == 72
-    assert struct.unpack("<BBBBI", sent[:8]) == (4, 0, 72, 0, 72)
-    opcode, flags, number, namespace = struct.unpack("<BBHI", sent[8:16])
-    assert (opcode, flags, number, namespace) == (0x09, 0x40, 1, 1)
-    assert struct.unpack("<II", sent[48:56]) == (0x84, 1)
+    assert len(sent) == 2 * 72
+    assert struct.unpack("<BBBBI", sent[72:80]) == (4, 0, 72, 0, 72)
+    opcode, flags, number, namespace = struct.unpack("<BBHI", sent[80:88])
+    assert (opcode, flags, number, namespace) == (0x09, 0x40, 2, 7)
+    assert struct.unpack("<II", sent[120:128]) == (0x84, 1)
+    target.sendall(response(1) + response(2))
+    host.finish()
+
+
+def test_greeting_on_the_wire(ends: tuple[storagetm.NvmeHost, socket.socket]) -> None:
+    """Two PDUs in one go. Whatever is sent before the second one is answered would go astray if it fails."""
+    host, target = ends
+    host.greet("nqn.test", "0" * 32)
+    sent = target.recv(4096)
+    assert len(sent) == 128 + 72 + 1024
+    assert struct.unpack("<BBBBI", sent[:8]) == (0, 0, 128, 0, 128)
+    assert struct.unpack("<BBBBI", sent[128:136]) == (4, 0, 72, 72, 72 + 1024)
+    target.sendall(GREETING + response(1, status=0x4182))
+    with pytest.raises(OSError, match="Input/output error"):
+        host.attach(1)
+    target.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        target.recv(1)
 
 
 @pytest.mark.parametrize(
     ("answer", "number"),
     [
         (response(1, status=0x2002), errno.EIO),
-        (response(2), errno.EPROTO),
+        (response(1) + response(2, status=0x2002), errno.EIO),
+        (response(3), errno.EPROTO),
+        (response(1) + response(1), errno.EPROTO),
         (struct.pack("<BBBBI", 5, 0, 24, 0, 20) + bytes(12), errno.EPROTO),
         (struct.pack("<BBBBI", 5, 0, 24, 0, 1 << 31), errno.EPROTO),
         (struct.pack("<BBBBI", 3, 0, 24, 0, 24) + bytes(16), errno.EPROTO),
@@ -67,7 +93,7 @@ def test_malformed_answer_is_an_error(
     target.sendall(answer)
     target.shutdown(socket.SHUT_WR)
     with pytest.raises(OSError) as caught:  # noqa: PT011
-        host.set_write_protect(1)
+        ask(host)
     assert caught.value.errno == number
 
 
@@ -75,7 +101,7 @@ def test_late_answer_is_an_error(ends: tuple[storagetm.NvmeHost, socket.socket])
     host, _ = ends
     host.socket.settimeout(0.05)
     with pytest.raises(OSError, match="timed out"):
-        host.set_write_protect(1)
+        ask(host)
 
 
 @given(st.binary(max_size=300))
@@ -96,7 +122,7 @@ def test_target_may_send_any_bytes(raw: bytes) -> None:
     thread.start()
     try:
         with pytest.raises(OSError):  # noqa: PT011
-            storagetm.NvmeHost(listener.getsockname(), "nqn.test", "0" * 32)
+            ask(storagetm.NvmeHost(listener.getsockname(), "nqn.test", "0" * 32))
     finally:
         thread.join()
         listener.close()

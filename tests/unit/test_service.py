@@ -1043,6 +1043,12 @@ class Seat:
     def __init__(self, seats: Seats, nqn: str) -> None:
         self.seats, self.nqn = seats, nqn
 
+    def attach(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
     def close(self) -> None:
         self.seats.taken.remove(self.nqn)
 
