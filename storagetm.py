@@ -5842,11 +5842,6 @@ class SharedWriteProtection(WriteProtection):
         """The other namespaces need the link, and it does not hold this one."""
 
 
-# -----------------------------------------------------------------------------------------------------------
-# 19. Transports
-# -----------------------------------------------------------------------------------------------------------
-
-
 class PortLink(Link):
     """What lets clients in to a subsystem by a port. With the first one the kernel begins to listen."""
 

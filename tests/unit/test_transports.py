@@ -41,6 +41,12 @@ class Served(storagetm.Entry):
     def is_live(self, root: str) -> bool:
         return self.path in self.served.paths
 
+    def described(self, root: str) -> dict[str, str]:
+        return {"step": "serve", "path": self.path, "command": f"serve {self.path}"}
+
+    def undescribed(self, root: str) -> dict[str, str]:
+        return {"step": "end", "path": self.path, "command": f"end {self.path}"}
+
     class By(storagetm.Transport):
         """A transport with a branch of its own and one for each disk."""
 
