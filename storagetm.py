@@ -3837,16 +3837,21 @@ class Ledger:
         if (letter := branch.entries[0].LETTER) and letter not in self.BETWEEN:
             self.append("=", branch.root, branch.entries[0].identity(root))
 
-    def remove(self, branch: Branch) -> None:
-        self.append("-", branch.root)
+    def remove(self, *branches: Branch) -> None:
+        """Notes that branches are gone. Raises OSError."""
+        self.append_all([("-", branch.root) for branch in branches])
 
     def append(self, *fields: str) -> None:
-        if self.fd < 0:
+        self.append_all([fields])
+
+    def append_all(self, records: Sequence[Sequence[str]]) -> None:
+        """Appends records in one go."""
+        if self.fd < 0 or not records:
             return
-        record = utf8("\0".join((*fields, "\n")))
+        raw = utf8("".join("\0".join((*fields, "\n")) for fields in records))
         with self.mutex:
-            append(self.fd, record)
-            self.records += 1
+            append(self.fd, raw)
+            self.records += len(records)
 
     def shorten(self, branches: Iterable[Branch], root: str) -> None:
         """Drops what no longer counts, once there is much of it. Raises OSError."""
@@ -4358,6 +4363,7 @@ class Tree:
     def collect(self) -> dict[str, Failure]:
         """Takes note of removals that have ended; returns those that failed, by root."""
         failures = {}
+        gone = []
         while self.finished:
             branch, failure = self.finished.pop()
             if branch.root in self.leaving:
@@ -4365,14 +4371,15 @@ class Tree:
                 self.ended = True
             if failure is None:
                 self.live.pop(branch.root, None)
-                try:
-                    self.ledger.remove(branch)
-                except OSError as e:
-                    debug(f"Failed to note a removal, ignoring: {reason_of(e)}")
+                gone.append(branch)
             else:
                 failures[branch.root] = failure
                 if branch.root in self.live:
                     self.live[branch.root] = branch.to_compare()
+        try:
+            self.ledger.remove(*gone)
+        except OSError as e:
+            debug(f"Failed to note removals, ignoring: {reason_of(e)}")
         return failures
 
 
