@@ -6957,23 +6957,6 @@ class Fact:
 class Report:
     """What there is to show, taken at one moment: texts and numbers, nothing that could be asked later."""
 
-    __slots__ = (
-        "attached",
-        "awaited",
-        "commands",
-        "exported",
-        "firewall",
-        "idle",
-        "memory",
-        "memory_full",
-        "messages",
-        "numbered",
-        "others",
-        "reboots",
-        "refused",
-        "title",
-    )  # fmt: skip
-
     def __init__(self, title: str) -> None:
         self.title = title
         self.refused = ""  # why nothing is exported, if it is not to be

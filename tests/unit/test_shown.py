@@ -371,12 +371,11 @@ def values(thing: object) -> Iterator[object]:
     if isinstance(thing, list):
         for part in thing:
             yield from values(part)
-    elif isinstance(
-        thing, (storagetm.Report, storagetm.ExportRow, storagetm.OtherRow, storagetm.Instruction)
-    ):
+    elif isinstance(thing, storagetm.Report):
+        yield from values([*vars(thing).values()])
+    elif isinstance(thing, (storagetm.ExportRow, storagetm.OtherRow, storagetm.Instruction)):
         assert not hasattr(thing, "__dict__")
-        for name in thing.__slots__:
-            yield from values(getattr(thing, name))
+        yield from values([getattr(thing, name) for name in thing.__slots__])
     else:
         yield thing
 

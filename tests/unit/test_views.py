@@ -285,6 +285,24 @@ def test_console_that_works_later_gets_the_screen(
     assert capfd.readouterr().out.count("Attach all disks with:") <= 1
 
 
+def test_messages_stay(
+    service: storagetm.Service, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the consoles are opened anew: those from before there was a screen, and the later ones, once."""
+    paths = [terminal()[1], terminal()[1]]
+    storagetm.warning("early")
+    monkeypatch.setattr(storagetm, "consoles", lambda: paths[:1])
+    service.views.open()
+    storagetm.info("late")
+    monkeypatch.setattr(storagetm, "consoles", lambda: paths)
+    service.views.follow()
+    assert service.views.paths == paths
+    assert [message.split(" ")[1] for message in service.views.messages] == ["early", "late"]
+    monkeypatch.setattr(storagetm, "consoles", list)
+    service.views.follow()
+    assert service.views.messages == []  # nobody sees them
+
+
 def echoes(path: str) -> bool:
     fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
     try:
