@@ -4021,15 +4021,14 @@ class Plan:
         return [b for b in wanted if b.root not in waiting and b.root not in idle]
 
 
-class Tree:
-    """What is live of ours, and what brings it to what is wanted; what fails half-way is undone."""
+class Live:
+    """What is live of ours, and what takes it away."""
 
     threads = True  # whether many things are done at a time
 
     def __init__(self, root: str, ledger: Ledger) -> None:
         self.root = root
         self.ledger = ledger
-        self.present: dict[str, set[str]] = {}  # names in the directories in which something is to be made
         self.live: dict[str, Branch] = {}
         self.inherited: set[str] = set()  # roots of what an earlier run left
         self.leaving: set[str] = set()  # roots whose removal takes longer, in a thread of its own
@@ -4059,6 +4058,137 @@ class Tree:
         for root in self.inherited & self.live.keys():
             for entry in self.live[root].entries:
                 entry.guard(adopted=True)
+
+    def crowded(self) -> set[str]:
+        """Directories that the kernel lets nobody into, since it is taking something out of them."""
+        going = [self.live[root].entries for root in self.leaving if root in self.live]
+        # The innermost directory is the first to be removed.
+        return {next((c for e in reversed(entries) if (c := e.crowd())), "") for entries in going} - {""}
+
+    def undo(self, entry: Entry) -> None:
+        """Unmakes an entry. Raises OSError."""
+        entry.unmake(self.root)
+
+    def undo_all(self, branch: Branch, entries: Iterable[Entry], failures: dict[str, Failure]) -> bool:
+        for entry in entries:
+            try:
+                self.undo(entry)
+            except OSError as e:
+                failures[branch.root] = Failure(branch, entry, e)
+                return False
+        return True
+
+    def remove(
+        self,
+        branches: Sequence[Branch],
+        patience: float | None,
+        failures: dict[str, Failure],
+        made: Sequence[Entry] | None = None,
+    ) -> None:
+        """Removes branches, or of one just what was `made`.
+
+        What lets clients in is the first to go, then one level after the other, for many branches at a time:
+        taking away a namespace waits for a grace period of RCU in the kernel, some 20 ms each, unless many
+        do it at once; and for the I/O of a disk that is gone, for which nobody else should wait. What a
+        branch needs that cannot be removed stays.
+        """
+        ready = []
+        for branch in branches:
+            entries = branch.entries if made is None else made
+            if self.undo_all(branch, [e for e in reversed(entries) if e.ADMITS], failures):
+                ready.append(branch)
+        for level in reversed(in_levels(ready)):
+            free = level
+            if made is None and (needed := self.needed_by_rest(branches)):
+                free = [b for b in level if b.root not in needed]
+            self.remove_level(free, patience, made)
+            failures.update(self.collect())
+
+    def needed_by_rest(self, going: Sequence[Branch]) -> set[str]:
+        """What branches need that were to be removed and are still there."""
+        kept = [self.live[root] for root in self.leaving if root in self.live]
+        kept += [b for b in going if b.root in self.live]
+        return {root for b in kept for root in b.needs}
+
+    def remove_level(
+        self, branches: Sequence[Branch], patience: float | None, made: Sequence[Entry] | None
+    ) -> None:
+        def unmake(branch: Branch) -> None:
+            entries = branch.entries if made is None else made
+            problems: dict[str, Failure] = {}
+            try:
+                self.await_io(branch)
+                self.undo_all(branch, [e for e in reversed(entries) if not e.ADMITS], problems)
+            except OSError as e:
+                problems[branch.root] = Failure(branch, branch.entries[0], e)
+            self.finished.append((branch, problems.get(branch.root)))
+
+        if not branches or not self.threads or (patience is None and len(branches) <= 4):
+            for branch in branches:
+                unmake(branch)
+        else:
+            in_threads(branches, unmake, patience, self.wake)
+            done = {branch.root for branch, _ in list(self.finished)}
+            self.leaving.update(b.root for b in branches if b.root not in done)
+
+    def await_io(self, branch: Branch) -> None:
+        """Waits until a disk that is gone has answered its clients, or its driver has in its place.
+
+        The kernel would wait for that when the namespace is taken away, and nothing could end that wait, nor
+        this process meanwhile. Raises IoPending when it is given up. Clients have lost the links by then;
+        where they can go on writing, the kernel has to wait, which lets them do nothing more.
+        """
+        if not any(e.CLOSES for e in branch.entries):
+            return
+        pause = LOCK_POLL_SEC[0]
+        while has_gone(branch.tag) and self.owes(branch):
+            now = time.monotonic()
+            if now - self.owed.setdefault(branch.root, now) > LOCK_WAIT_SEC and self.ending:
+                raise IoPending(errno.EBUSY, os.strerror(errno.EBUSY))
+            time.sleep(pause)
+            pause = min(pause * 1.5, LOCK_POLL_SEC[1])
+        self.owed.pop(branch.root, None)
+
+    def owes(self, branch: Branch) -> bool:
+        """Whether a device that a branch needs has I/O of clients that has not ended."""
+        for root in branch.needs:
+            for entry in self.live[root].entries if root in self.live else ():
+                try:
+                    if entry.owes():
+                        return True
+                except OSError as e:
+                    debug(f"Failed to look at '{entry.path}', ignoring: {reason_of(e)}")
+        return False
+
+    def collect(self) -> dict[str, Failure]:
+        """Takes note of removals that have ended; returns those that failed, by root."""
+        failures = {}
+        gone = []
+        while self.finished:
+            branch, failure = self.finished.pop()
+            if branch.root in self.leaving:
+                self.leaving.discard(branch.root)
+                self.ended = True
+            if failure is None:
+                self.live.pop(branch.root, None)
+                gone.append(branch)
+            else:
+                failures[branch.root] = failure
+                if branch.root in self.live:
+                    self.live[branch.root] = branch.to_compare()
+        try:
+            self.ledger.remove(*gone)
+        except OSError as e:
+            debug(f"Failed to note removals, ignoring: {reason_of(e)}")
+        return failures
+
+
+class Tree(Live):
+    """What brings all that is live of ours to what is wanted; what fails half-way is undone."""
+
+    def __init__(self, root: str, ledger: Ledger) -> None:
+        super().__init__(root, ledger)
+        self.present: dict[str, set[str]] = {}  # names in the directories in which something is to be made
 
     def plan(self, wanted: Sequence[Branch], scaffolds: Sequence[Branch] = ()) -> Plan:
         """What has to be done so that just the wanted branches of ours are live. Changes nothing."""
@@ -4096,7 +4226,7 @@ class Tree:
         for level in in_levels(changed):
             self.for_each(level, lambda branch: self.make(branch, patches.get(branch.root), failures))
         self.make_together([b for b in changed if b.root not in failures], patches)
-        # nvmet listens from the first link on, and a host that asks for a subsystem without one gives it up.
+        # Once one disk lets clients in, they may ask for others, and give up those that do not yet.
         for branch in changed:
             if branch.root in self.live and branch.root not in failures and not self.is_doomed(failures):
                 self.admit(branch, patches.get(branch.root), failures)
@@ -4113,10 +4243,6 @@ class Tree:
         """Makes entries of one kind that are made together."""
         entries[0].make_all(entries, self.root)
 
-    def undo(self, entry: Entry) -> None:
-        """Unmakes an entry. Raises OSError."""
-        entry.unmake(self.root)
-
     def is_gone(self, path: str) -> bool:
         """Whether something that is there would not be, if the steps so far had been taken."""
         return False
@@ -4132,12 +4258,6 @@ class Tree:
         if names is None:
             names = self.present[directory] = set(list_directory(self.root + directory))
         return name in names and not self.is_gone(path)
-
-    def crowded(self) -> set[str]:
-        """Directories that the kernel lets nobody into, since it is taking something out of them."""
-        going = [self.live[root].entries for root in self.leaving if root in self.live]
-        # The innermost directory is the first to be removed.
-        return {next((c for e in reversed(entries) if (c := e.crowd())), "") for entries in going} - {""}
 
     @staticmethod
     def is_doomed(failures: dict[str, Failure]) -> bool:
@@ -4256,97 +4376,6 @@ class Tree:
         elif self.undo_all(have, [e for e in reversed(have.entries) if e.ADMITS], failures):
             self.live[have.root] = have.to_compare()
 
-    def undo_all(self, branch: Branch, entries: Iterable[Entry], failures: dict[str, Failure]) -> bool:
-        for entry in entries:
-            try:
-                self.undo(entry)
-            except OSError as e:
-                failures[branch.root] = Failure(branch, entry, e)
-                return False
-        return True
-
-    def remove(
-        self,
-        branches: Sequence[Branch],
-        patience: float | None,
-        failures: dict[str, Failure],
-        made: Sequence[Entry] | None = None,
-    ) -> None:
-        """Removes branches, or of one just what was `made`.
-
-        What lets clients in is the first to go, then one level after the other, for many branches at a time:
-        taking away a namespace waits for a grace period of RCU in the kernel, some 20 ms each, unless many
-        do it at once; and for the I/O of a disk that is gone, for which nobody else should wait. What a
-        branch needs that cannot be removed stays.
-        """
-        ready = []
-        for branch in branches:
-            entries = branch.entries if made is None else made
-            if self.undo_all(branch, [e for e in reversed(entries) if e.ADMITS], failures):
-                ready.append(branch)
-        for level in reversed(in_levels(ready)):
-            free = level
-            if made is None and (needed := self.needed_by_rest(branches)):
-                free = [b for b in level if b.root not in needed]
-            self.remove_level(free, patience, made)
-            failures.update(self.collect())
-
-    def needed_by_rest(self, going: Sequence[Branch]) -> set[str]:
-        """What branches need that were to be removed and are still there."""
-        kept = [self.live[root] for root in self.leaving if root in self.live]
-        kept += [b for b in going if b.root in self.live]
-        return {root for b in kept for root in b.needs}
-
-    def remove_level(
-        self, branches: Sequence[Branch], patience: float | None, made: Sequence[Entry] | None
-    ) -> None:
-        def unmake(branch: Branch) -> None:
-            entries = branch.entries if made is None else made
-            problems: dict[str, Failure] = {}
-            try:
-                self.await_io(branch)
-                self.undo_all(branch, [e for e in reversed(entries) if not e.ADMITS], problems)
-            except OSError as e:
-                problems[branch.root] = Failure(branch, branch.entries[0], e)
-            self.finished.append((branch, problems.get(branch.root)))
-
-        if not branches or not self.threads or (patience is None and len(branches) <= 4):
-            for branch in branches:
-                unmake(branch)
-        else:
-            in_threads(branches, unmake, patience, self.wake)
-            done = {branch.root for branch, _ in list(self.finished)}
-            self.leaving.update(b.root for b in branches if b.root not in done)
-
-    def await_io(self, branch: Branch) -> None:
-        """Waits until a disk that is gone has answered its clients, or its driver has in its place.
-
-        The kernel would wait for that when the namespace is taken away, and nothing could end that wait, nor
-        this process meanwhile. Raises IoPending when it is given up. Clients have lost the links by then;
-        where they can go on writing, the kernel has to wait, which lets them do nothing more.
-        """
-        if not any(e.CLOSES for e in branch.entries):
-            return
-        pause = LOCK_POLL_SEC[0]
-        while has_gone(branch.tag) and self.owes(branch):
-            now = time.monotonic()
-            if now - self.owed.setdefault(branch.root, now) > LOCK_WAIT_SEC and self.ending:
-                raise IoPending(errno.EBUSY, os.strerror(errno.EBUSY))
-            time.sleep(pause)
-            pause = min(pause * 1.5, LOCK_POLL_SEC[1])
-        self.owed.pop(branch.root, None)
-
-    def owes(self, branch: Branch) -> bool:
-        """Whether a device that a branch needs has I/O of clients that has not ended."""
-        for root in branch.needs:
-            for entry in self.live[root].entries if root in self.live else ():
-                try:
-                    if entry.owes():
-                        return True
-                except OSError as e:
-                    debug(f"Failed to look at '{entry.path}', ignoring: {reason_of(e)}")
-        return False
-
     def for_each(self, branches: Sequence[Branch], work: Callable[[Branch], None]) -> None:
         """Does `work` for each branch in turn, and for many at a time where it is mostly waiting."""
         waiting = []
@@ -4359,28 +4388,6 @@ class Tree:
             work(waiting[0])
         elif waiting:
             in_threads(waiting, work, None, self.wake)
-
-    def collect(self) -> dict[str, Failure]:
-        """Takes note of removals that have ended; returns those that failed, by root."""
-        failures = {}
-        gone = []
-        while self.finished:
-            branch, failure = self.finished.pop()
-            if branch.root in self.leaving:
-                self.leaving.discard(branch.root)
-                self.ended = True
-            if failure is None:
-                self.live.pop(branch.root, None)
-                gone.append(branch)
-            else:
-                failures[branch.root] = failure
-                if branch.root in self.live:
-                    self.live[branch.root] = branch.to_compare()
-        try:
-            self.ledger.remove(*gone)
-        except OSError as e:
-            debug(f"Failed to note removals, ignoring: {reason_of(e)}")
-        return failures
 
 
 class Rehearsal(Tree):
@@ -5989,7 +5996,88 @@ class Identities:
         return export.stay.name if export.stay else export.disk.id_serial or export.disk.stable()
 
 
-class NvmeTcp(Transport):
+class NvmePorts(Transport):
+    """The ports of NVMe/TCP, one for each address family, under numbers that follow from the NQNs."""
+
+    PORT_KEY = "d10b67b5e2b74a918d6b27b635c19fd9"
+    FAMILIES: ClassVar[dict[int, tuple[str, str, str]]] = {
+        AF_INET: ("ipv4", "0.0.0.0", "IPv4"),
+        AF_INET6: ("ipv6", "::", "IPv6"),
+    }
+    ATTEMPTS = 16
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix  # of all NQNs
+        self.ports: dict[int, int] = {}  # number by address family
+        self.attempts = 0
+
+    def port_number(self, family: int) -> int:
+        """The TCP port, and number in configfs, that follows from the NQN; even for IPv4, odd for IPv6."""
+        data = utf8(self.prefix) + family.to_bytes(4, sys.byteorder)
+        number = 1024 + siphash24(bytes.fromhex(self.PORT_KEY), data) % (65535 - 1024)
+        return number & 0xFFFE | (family == AF_INET6)
+
+    def adopt(self, live: dict[str, Branch]) -> None:
+        """Takes the ports of an earlier run, or those that follow from the NQN unless they are taken."""
+        ours = [int(r.rpartition("/")[2]) for r, b in live.items() if b.tag == "port"]
+        for family in self.FAMILIES:
+            if family == AF_INET6 and not os.path.exists(PROC + "net/if_inet6"):
+                debug("IPv6 is off, exporting over IPv4 only")
+                continue
+            earlier = [n for n in ours if n & 1 == (family == AF_INET6)]
+            self.ports[family] = earlier[0] if earlier else self.port_number(family)
+            while not earlier and os.path.lexists(f"{CONFIGFS}nvmet/ports/{self.ports[family]}"):
+                if not self.next_port(family):
+                    raise UserError(
+                        f"Failed to find a free port for {self.FAMILIES[family][2]}; remove some from nvmet"
+                    )
+
+    def next_port(self, family: int) -> bool:
+        """Goes on to a random port of the same parity; False if that was done often enough."""
+        self.attempts += 1
+        taken = self.ports[family]
+        self.ports[family] = random_port() & 0xFFFE | (family == AF_INET6)
+        # A warning: clients may have been told the port; and --dry-run has nothing but steps in its output.
+        warning(f"Port {taken} is taken, using {self.ports[family]} for {self.FAMILIES[family][2]}")
+        return self.attempts <= self.ATTEMPTS
+
+    def adapt(self, failure: Failure) -> bool:
+        e, entry = failure.error, failure.entry
+        port = entry.port if isinstance(entry, PortLink) else failure.branch.root
+        family = next((f for f, n in self.ports.items() if port_root(n) == port), None)
+        if family is None or failure.cause:
+            return False
+        if e.errno == errno.EADDRINUSE or (e.errno == errno.EEXIST and port == failure.branch.root):
+            return self.next_port(family)
+        if e.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and len(self.ports) > 1:
+            info(f"{self.FAMILIES[family][2]} is off, exporting without it")
+            del self.ports[family]
+            return True
+        return False
+
+    def common(self) -> list[Branch]:
+        """The ports."""
+        branches = []
+        for family, number in self.ports.items():
+            adrfam, traddr, _ = self.FAMILIES[family]
+            path = port_root(number)
+            branches.append(
+                Branch(
+                    "port",
+                    [
+                        Directory(path),
+                        Attribute(path + "/addr_adrfam", adrfam),
+                        Attribute(path + "/addr_trtype", "tcp"),
+                        Attribute(path + "/addr_trsvcid", str(number)),
+                        Attribute(path + "/addr_traddr", traddr),
+                        DefaultGroup(path + "/subsystems"),
+                    ],
+                )
+            )
+        return branches
+
+
+class NvmeTcp(NvmePorts):
     """NVMe/TCP through the kernel's nvmet: a subsystem for each disk, a port for each address family.
 
     Names, ports and identities are those of systemd-storagetm.
@@ -5997,12 +6085,6 @@ class NvmeTcp(Transport):
 
     name = "nvme-tcp"
     modules = ("nvmet", "nvmet-tcp")
-    PORT_KEY = "d10b67b5e2b74a918d6b27b635c19fd9"
-    FAMILIES: ClassVar[dict[int, tuple[str, str, str]]] = {
-        AF_INET: ("ipv4", "0.0.0.0", "IPv4"),
-        AF_INET6: ("ipv6", "::", "IPv6"),
-    }
-    ATTEMPTS = 16
 
     def __init__(
         self,
@@ -6012,13 +6094,11 @@ class NvmeTcp(Transport):
         clients: int = 1,
         writable: bool = False,
     ) -> None:
+        super().__init__(instance or machine.instance())
         self.machine = machine
         self.clients = clients  # how many may attach a disk that they can write to at a time; 0 for any
         self.writable = writable  # whether there may be a disk that clients can write to
-        self.prefix = instance or machine.instance()  # of all NQNs
         self.identities = Identities(machine)
-        self.ports: dict[int, int] = {}  # number by address family
-        self.attempts = 0
         self.host = OwnHost(machine.app_specific(NQN_APPLICATION), self.ports, self.port_number(0))
         self.courtesy = Courtesy(self.host)
 
@@ -6084,38 +6164,6 @@ class NvmeTcp(Transport):
             if export.named and (why := self.why_not(export)):
                 raise UserError(f"Failed to export '{node}': {why}")
 
-    def port_number(self, family: int) -> int:
-        """The TCP port, and number in configfs, that follows from the NQN; even for IPv4, odd for IPv6."""
-        data = utf8(self.prefix) + family.to_bytes(4, sys.byteorder)
-        number = 1024 + siphash24(bytes.fromhex(self.PORT_KEY), data) % (65535 - 1024)
-        return number & 0xFFFE | (family == AF_INET6)
-
-    # Ports
-
-    def adopt(self, live: dict[str, Branch]) -> None:
-        """Takes the ports of an earlier run, or those that follow from the NQN unless they are taken."""
-        ours = [int(r.rpartition("/")[2]) for r, b in live.items() if b.tag == "port"]
-        for family in self.FAMILIES:
-            if family == AF_INET6 and not os.path.exists(PROC + "net/if_inet6"):
-                debug("IPv6 is off, exporting over IPv4 only")
-                continue
-            earlier = [n for n in ours if n & 1 == (family == AF_INET6)]
-            self.ports[family] = earlier[0] if earlier else self.port_number(family)
-            while not earlier and os.path.lexists(f"{CONFIGFS}nvmet/ports/{self.ports[family]}"):
-                if not self.next_port(family):
-                    raise UserError(
-                        f"Failed to find a free port for {self.FAMILIES[family][2]}; remove some from nvmet"
-                    )
-
-    def next_port(self, family: int) -> bool:
-        """Goes on to a random port of the same parity; False if that was done often enough."""
-        self.attempts += 1
-        taken = self.ports[family]
-        self.ports[family] = random_port() & 0xFFFE | (family == AF_INET6)
-        # A warning: clients may have been told the port; and --dry-run has nothing but steps in its output.
-        warning(f"Port {taken} is taken, using {self.ports[family]} for {self.FAMILIES[family][2]}")
-        return self.attempts <= self.ATTEMPTS
-
     def explain(self, failure: Failure) -> str:
         e, entry = failure.error, failure.entry
         if e.errno == errno.EEXIST and failure.branch.root.startswith("nvmet/"):
@@ -6134,45 +6182,10 @@ class NvmeTcp(Transport):
             return "this kernel cannot keep other clients away (Linux 5.8 can); see --clients=any"
         return ""
 
-    def adapt(self, failure: Failure) -> bool:
-        e, entry = failure.error, failure.entry
-        port = entry.port if isinstance(entry, PortLink) else failure.branch.root
-        family = next((f for f, n in self.ports.items() if port_root(n) == port), None)
-        if family is None or failure.cause:
-            return False
-        if e.errno == errno.EADDRINUSE or (e.errno == errno.EEXIST and port == failure.branch.root):
-            return self.next_port(family)
-        if e.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and len(self.ports) > 1:
-            info(f"{self.FAMILIES[family][2]} is off, exporting without it")
-            del self.ports[family]
-            return True
-        return False
-
     # The wanted tree
 
     def scaffolds(self, live: dict[str, Branch]) -> list[Branch]:
         return [self.host.passage_branch(live)]
-
-    def common(self) -> list[Branch]:
-        """The ports."""
-        branches = []
-        for family, number in self.ports.items():
-            adrfam, traddr, _ = self.FAMILIES[family]
-            path = port_root(number)
-            branches.append(
-                Branch(
-                    "port",
-                    [
-                        Directory(path),
-                        Attribute(path + "/addr_adrfam", adrfam),
-                        Attribute(path + "/addr_trtype", "tcp"),
-                        Attribute(path + "/addr_trsvcid", str(number)),
-                        Attribute(path + "/addr_traddr", traddr),
-                        DefaultGroup(path + "/subsystems"),
-                    ],
-                )
-            )
-        return branches
 
     def limit(self, access: str) -> int:
         """How many clients may attach a disk at a time; 0 for any.
