@@ -39,7 +39,8 @@ A section uses nothing but those above it:
 Some words have one meaning here:
 
 - disk: a block device or image file as it is found, with what tells it from others
-- export: a disk that is handed out
+- source: where disks come from: all of this machine's, or those that were named
+- export: a disk that is handed out, or could be, and why it is not
 - access: read-only, snapshot or read-write: what clients may do to a disk
 - backing: what stands between a disk and all that it is exported by; a claim, a device-mapper device
 - entry: one thing in the kernel that is made and unmade in one step
@@ -49,6 +50,7 @@ Some words have one meaning here:
 - plan: what has to be done to come from the live branches to the wanted ones
 - ledger: the file that says which branches are ours
 - transport: what says which branches make a disk reachable in some way
+- news: what the program waits for; output: where it shows what there is
 """
 
 from __future__ import annotations
@@ -2177,6 +2179,24 @@ class Image(Disk):
         return not self.tag.endswith(UNKNOWN)
 
 
+class Source:
+    """Where disks come from, and which of them it hands on."""
+
+    named = False  # whether the user has named each of its disks
+
+    def scan(self, known: dict[str, Disk], only: Iterable[str] | None = None) -> list[Disk]:
+        """The disks that there are now, in the order in which to look at them.
+
+        With `only` those of these keys, and others if that is simpler. Of those `known` these same objects,
+        by key.
+        """
+        raise NotImplementedError
+
+    def why_not(self, disk: Disk) -> str:
+        """Why it leaves a disk out, whoever uses it; empty if it does not."""
+        return ""
+
+
 def stack(sysname: str, direction: str, seen: set[str]) -> Iterator[str]:
     """The block devices below ("slaves") or above ("holders") one, and their partitions or whole disks."""
     near = list_directory(f"{sys_block(sysname)}/{direction}")
@@ -2409,8 +2429,8 @@ class Export:
         "fd",
         "left_out",
         "live",
-        "named",
         "reported",
+        "source",
         "stay",
         "waiting",
         "waiting_named",
@@ -2418,9 +2438,9 @@ class Export:
         "wanted",
     )
 
-    def __init__(self, disk: Disk, *, named: bool = False) -> None:
+    def __init__(self, disk: Disk, source: Source) -> None:
         self.disk = disk
-        self.named = named  # whether the user has named it, and the start fails where it cannot be exported
+        self.source = source
         self.access = DEFAULT_ACCESS
         self.stay: Stay | None = None  # who it is to clients, once that was asked for
         self.fd = -1  # with the disk's lock
@@ -2433,6 +2453,11 @@ class Export:
         self.live: dict[str, Branch] = {}  # what exports it now, by transport
         self.backing: Branch | None = None  # what is live between it and these
         self.wanted: tuple[object, dict[str, Branch]] | None = None  # the last ones computed, and from what
+
+    @property
+    def named(self) -> bool:
+        """Whether the user has named it: then the start fails where it cannot be exported."""
+        return self.source.named
 
     @property
     def held(self) -> bool:
@@ -2605,24 +2630,6 @@ class Access:
         return ""
 
 
-class Source:
-    """Where disks come from, and which of them it hands on."""
-
-    named = False  # whether the user has named each of its disks
-
-    def scan(self, known: dict[str, Disk], only: Iterable[str] | None = None) -> list[Disk]:
-        """The disks that there are now, in the order in which to look at them.
-
-        With `only` those of these keys, and others if that is simpler. Of those `known` these same objects,
-        by key.
-        """
-        raise NotImplementedError
-
-    def why_not(self, disk: Disk) -> str:
-        """Why it leaves a disk out, whoever uses it; empty if it does not."""
-        return ""
-
-
 class BlockDevices(Source):
     """All block devices of this machine that are disks of their own."""
 
@@ -2761,13 +2768,15 @@ class Inventory:
         """Reads the disks of these keys again, or all."""
         usage = self.usage()
         for source in self.sources:
-            mine = {k: e.disk for k, e in self.exports.items() if e.named == source.named}
+            mine = {k: e.disk for k, e in self.exports.items() if e.source is source}
             found = source.scan(mine, only)
             for key in mine.keys() - {disk.key for disk in found}:
                 if only is None or key in only:
                     self.forget(key)
             for disk in found:
-                self.examine(disk, source, usage)
+                # What two sources have is the first one's.
+                if (known := self.exports.get(disk.key)) is None or known.source is source:
+                    self.examine(disk, source, usage)
         self.settle(usage)
         self.untangle()
 
@@ -2806,10 +2815,7 @@ class Inventory:
                 access.of(disk)
         for export in list(self.exports.values()):
             if not export.held and export.access != access.of(export.disk):
-                self.examine(export.disk, self.source_of(export), usage)
-
-    def source_of(self, export: Export) -> Source:
-        return next(source for source in self.sources if source.named == export.named)
+                self.examine(export.disk, export.source, usage)
 
     def check_rules(self) -> None:
         """Raises UserError for a rule that cannot match anything here."""
@@ -2859,7 +2865,7 @@ class Inventory:
         """Paths by name, without those that are named twice."""
         by_name: dict[str, str] = {}
         for path in source.paths:
-            export = Export(source.resolve(path), named=True)
+            export = Export(source.resolve(path), source)
             disk = export.disk
             try:
                 self.probe(export)
@@ -2928,7 +2934,7 @@ class Inventory:
 
     def examine(self, disk: Disk, source: Source, usage: Usage | None) -> None:
         """Reads one disk again and decides whether it is exported; forgets it if it is gone."""
-        export = self.exports.get(disk.key) or Export(disk, named=source.named)
+        export = self.exports.get(disk.key) or Export(disk, source)
         before = disk.fingerprint()
         try:
             self.probe(export)

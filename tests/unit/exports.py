@@ -23,7 +23,8 @@ def made_disk(name: str = "vda", **facts: Any) -> storagetm.Disk:
 
 def made_export(name: str = "vda", **facts: Any) -> storagetm.Export:
     """A disk that could be exported; `facts` are attributes of the disk or of the export."""
-    export = storagetm.Export(made_disk(name, **{k: v for k, v in facts.items() if k in FACTS}))
+    disk = made_disk(name, **{k: v for k, v in facts.items() if k in FACTS})
+    export = storagetm.Export(disk, storagetm.BlockDevices())
     for fact, value in facts.items():
         if fact not in FACTS:
             setattr(export, fact, value)

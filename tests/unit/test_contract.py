@@ -67,7 +67,7 @@ def disk(node: str = "/dev/vda", **properties: str) -> storagetm.Export:
     """A disk with what udev says of it."""
     found = storagetm.BlockDevice(node.rpartition("/")[2], node, node.rpartition("/")[2])
     found.identify_by_udev(properties)
-    export = storagetm.Export(found)
+    export = storagetm.Export(found, storagetm.BlockDevices())
     export.stay = storagetm.Stay(1, "")
     export.stay.name = found.id_serial or found.stable()
     return export

@@ -66,7 +66,7 @@ def number(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) 
 
 def identities(stays: storagetm.Stays, disk: storagetm.Disk, *, alone: bool = True) -> set[str]:
     """All by which a client could take one disk for another."""
-    export = storagetm.Export(disk)
+    export = storagetm.Export(disk, storagetm.BlockDevices())
     export.stay = stays.begin(disk, alone=alone)
     stays.note()
     assert export.stay
@@ -177,7 +177,7 @@ def test_partitions_of_one_disk_have_identities_of_their_own(
     names = sorted(p.name for p in captured.path("/sys/class/block").iterdir() if (p / "partition").exists())
     disks = [made_disk(name) for name in names]
     for each in disks:
-        inventory.probe(storagetm.Export(each))
+        inventory.probe(storagetm.Export(each, inventory.sources[0]))
         each.id_serial = "DISK"
     assert len(disks) > 1
     assert len({d.location() for d in disks}) == len(disks)
@@ -236,7 +236,7 @@ def test_disks_whose_numbers_would_clash_have_others_after_each_boot(
     monkeypatch.setattr(storagetm, "NSID_MAX", 40)
     inventory = storagetm.Inventory([storagetm.BlockDevices()], stays=run(path))
     disks = [disk(f"sd{i}", f"DISK-{i}") for i in range(10)]
-    exports = [storagetm.Export(d) for d in disks]
+    exports = [storagetm.Export(d, inventory.sources[0]) for d in disks]
     inventory.exports = {e.disk.key: e for e in exports}
     inventory.begin_stays(exports)
     choices = [inventory.stays.choice(d.identity()) for d in disks]

@@ -164,12 +164,15 @@ def test_two_transports_share_what_is_between(start: Start, nvmet: Nvmet, served
 
 
 def test_transport_that_fails_leaves_the_other_alone(
-    start: Start, served: Served.By, capfd: pytest.CaptureFixture[str]
+    start: Start,
+    served: Served.By,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """It is said once, and tried again when the disk has changed."""
     served.refused = {"served/vdb"}
     exporter = start(served, "/dev/vdb", "/dev/vdc")
-    exporter.inventory.exports["vdb"].named = exporter.inventory.exports["vdc"].named = False
+    monkeypatch.setattr(storagetm.NamedDisks, "named", False)
     exporter.synchronise()
     exporter.synchronise()
     vdb = exporter.inventory.exports["vdb"]
@@ -187,11 +190,14 @@ def test_transport_that_fails_leaves_the_other_alone(
 
 @pytest.mark.parametrize("access", [READ_ONLY])
 def test_backing_that_fails_is_told_once(
-    start: Start, nvmet: Nvmet, served: Served.By, capfd: pytest.CaptureFixture[str]
+    start: Start,
+    nvmet: Nvmet,
+    served: Served.By,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     exporter = start(served, "/dev/vdb", "/dev/vdc")
-    for export in exporter.inventory.exports.values():
-        export.named = False
+    monkeypatch.setattr(storagetm.NamedDisks, "named", False)
 
     def intercept(number: int) -> None:
         if nvmet.calls[number].startswith("create dm/storagetm-vdb-"):

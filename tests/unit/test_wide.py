@@ -284,10 +284,10 @@ def test_disk_with_a_comma_is_left_out() -> None:
     disks = [disk("vda"), disk("v,b")]
     transport.check(disks)
     assert [bool(transport.why_not(d)) for d in disks] == [False, True]
-    disks[1].named = True
+    disks[1].source = storagetm.NamedDisks(["/dev/v,b"])
     with pytest.raises(storagetm.UserError, match="has a comma"):
         transport.check(disks)
-    inventory = storagetm.Inventory([storagetm.BlockDevices()])
+    inventory = storagetm.Inventory([d.source for d in disks])
     inventory.exports = {d.disk.key: d for d in disks}
     exporter = storagetm.Exporter(PREFIX, [transport], inventory)
     assert exporter.choose() == disks[:1]
