@@ -966,6 +966,28 @@ def test_swap_file_is_refused(unpack: Unpack, tmp_path: Path) -> None:
         named(str(path))
 
 
+# Sources
+
+
+def test_two_sources_side_by_side(unpack: Unpack, tmp_path: Path) -> None:
+    """A disk belongs to one of them, which says whether it is left out, and each forgets only its own."""
+    machine = unpack("trixie-fresh")
+    path = image(tmp_path / "image", 1 << 20)
+    named_ones = storagetm.NamedDisks([str(path), "/dev/vdc"])
+    inventory = storagetm.Inventory([storagetm.BlockDevices(), named_ones], to_be_written())
+    inventory.check_named()
+    assert inventory.exports.keys() == {str(path), "vdc"}
+    inventory.rescan()
+    assert {key for key, export in inventory.exports.items() if export.named} == {str(path), "vdc"}
+    assert inventory.exports["vdb"].source is inventory.sources[0]
+    assert [e.disk.name for e in inventory.candidates() if e.named] == ["vdc", "image"]
+    path.unlink()
+    machine.path("/sys/block/vdb").unlink()
+    inventory.rescan()
+    assert not {str(path), "vdb"} & inventory.exports.keys()
+    assert {"vdc", "vdd"} <= inventory.exports.keys()
+
+
 # Locks
 
 
