@@ -1269,9 +1269,8 @@ def sys_block(sysname: str) -> str:
 
 def sys_device(sysname: str) -> str:
     """A block device's directory in the device tree, where sys_block() is a link to. Raises OSError."""
-    target = os.readlink(sys_block(sysname))
-    # All are "../../devices/...", and to join paths takes as long as the kernel's answer.
-    return SYS + target[6:] if target[:6] == "../../" else os.path.join(SYS + "class/block", target)
+    link = sys_block(sysname)
+    return os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link)))
 
 
 def whole_place(place: str) -> str:
@@ -1427,14 +1426,10 @@ def natural_order(name: str) -> tuple[int, str]:
 
 def parse_block_uevent(raw: bytes) -> tuple[str, str]:
     """MAJOR:MINOR and DISKSEQ, if it is there, from a block device's uevent file. Takes any bytes."""
-    text = "\n" + raw.decode("ascii", "replace")
+    found = parse_assignments(raw)
+    values = [found.get(name, "") for name in ("MAJOR", "MINOR", "DISKSEQ")]
     # They become part of paths.
-    major, minor, diskseq = [
-        value if value.isdecimal() else ""
-        for value in [
-            text.partition(name)[2].partition("\n")[0] for name in ("\nMAJOR=", "\nMINOR=", "\nDISKSEQ=")
-        ]
-    ]
+    major, minor, diskseq = [value if value.isascii() and value.isdecimal() else "" for value in values]
     return f"{major}:{minor}", diskseq
 
 
@@ -3313,13 +3308,14 @@ def parse_sockets(raw: bytes, ports: Container[int]) -> set[str]:
     return found
 
 
-class Clients:
-    """Who is attached, and word of connections that end (sock_diag(7)).
+class Clients(News):
+    """Who is attached by TCP, and word of connections that end (sock_diag(7)).
 
-    The kernel tells nobody of connections that begin. But who is turned away ends one.
+    The kernel tells nobody of connections that begin. But who is turned away ends one. Calls `outdate`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outdate: Callable[[], None]) -> None:
+        self.outdate = outdate
         self.socket = socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_SOCK_DIAG)
         groups = 1 << (SKNLGRP_INET_TCP_DESTROY - 1) | 1 << (SKNLGRP_INET6_TCP_DESTROY - 1)
         try:
@@ -3327,8 +3323,13 @@ class Clients:
         except OSError as e:
             debug(f"Failed to listen to the ends of connections, ignoring: {reason_of(e)}")
 
-    def changed(self) -> bool:
-        return bool(drain(self.socket))
+    def wants(self) -> tuple[int, int]:
+        return self.socket.fileno(), select.POLLIN
+
+    def act(self) -> bool:
+        if drain(self.socket):
+            self.outdate()
+        return False
 
     @staticmethod
     def attached(ports: Container[int]) -> list[str]:
@@ -5405,6 +5406,10 @@ class Transport:
         """How many clients may attach a disk at a time; 0 for any."""
         return 0
 
+    def news(self, outdate: Callable[[], None]) -> list[News]:
+        """What it waits for, once disks are exported. Calls `outdate` when something to show has changed."""
+        return []
+
     # What people are told
 
     together = False  # whether one command attaches all disks, which then have numbers
@@ -6320,8 +6325,10 @@ class NvmeTcp(NvmePorts):
         brief = f"nvme connect-all {where}"
         return Instruction(at, f"nvme {what} {where}", more, note=note, brief=brief, disk=disk)
 
+    def news(self, outdate: Callable[[], None]) -> list[News]:
+        return [Clients(outdate)]
+
     def attached(self) -> list[str]:
-        """The addresses of clients."""
         found = Clients.attached(self.ports.values())
         return [a for a in found if a not in ("127.0.0.1", "::1")] if self.host.seats else found
 
@@ -8036,13 +8043,13 @@ class Service:
                 self.exporter.check()
             self.inventory.check_rules()
             self.synchronise(strict=True)
-            clients, network = Clients(), Network()
+            network = Network()
             self.addresses = network.addresses()
             self.sources = [
                 SnapshotNews(self.exporter, self.display.outdate),
                 Reminder(self.exporter),
                 Incoming(network.socket, lambda: self.read_addresses(network)),
-                Incoming(clients.socket, lambda: self.note_clients(clients)),
+                *(news for t in self.exporter.transports for news in t.news(self.display.outdate)),
                 Incoming(uevents.socket, lambda: self.read_disks(uevents)),
                 Exports(self.exporter, self.synchronise),
             ]
@@ -8113,11 +8120,6 @@ class Service:
                 self.addresses = network.addresses()
             except OSError as e:
                 warning(f"Failed to read this machine's addresses: {reason_of(e)}")
-            self.display.outdate()
-        return False
-
-    def note_clients(self, clients: Clients) -> bool:
-        if clients.changed():
             self.display.outdate()
         return False
 
