@@ -108,9 +108,9 @@ test-vm: deps storagetm.pyz  ## Tests in emulated machines; T=NAME for those who
 test-reach: deps storagetm.pyz  ## Further tests in emulated machines, most of them on Debian unstable; takes half an hour; T=NAME
 	$(PYTEST) $(IN_MACHINES) -m reach --release=sid $(if $(T),-k '$(T)') tests/vm
 
-bench: storagetm.pyz  ## All comparisons with systemd-storagetm; writes docs/benchmarks.md; takes an hour or two
+bench: storagetm.pyz  ## All comparisons with systemd-storagetm; writes docs/benchmarks.md; takes an hour or two; BEFORE=COMMIT
 	@tests/install-deps bench
-	$(VENV)/python -m tests.programs.bench
+	$(VENV)/python -m tests.programs.bench $(if $(BEFORE),--before='$(BEFORE)')
 
 soak: deps storagetm.pyz  ## 20 minutes of load with everything around it changing; MINUTES=N for more or less
 	$(VENV)/python -m tests.programs.soak $(if $(MINUTES),--minutes=$(MINUTES))

@@ -49,6 +49,12 @@ path = pathlib.Path("/usr/local/bin/storagetm-source.pyz")
 path.write_bytes(build_zipapp.pack(pathlib.Path("/root/storagetm.py").read_bytes(), pythons=()))
 path.chmod(0o755)
 """
+# An earlier version in the same forms, if one is asked for, by what it is to be compared with.
+BEFORE = {
+    "installed": ("before", "/usr/local/bin/before --read-write"),
+    "one file": ("before, one file", "/usr/local/bin/before.pyz --read-write"),
+    "read-only": ("before, read-only", "/usr/local/bin/before --read-only"),
+}
 # What of it is not ours: the same steps by replay.c, and the interpreter's start.
 SHARES = {
     "kernel": "replay /usr/local/bin/storagetm --read-write",
@@ -78,6 +84,22 @@ def install(machine: Machine) -> None:
         machine.put(path, PROJECT / "tests/harness/guest" / path.rpartition("/")[2])
 
 
+def install_before(machine: Machine, revision: str) -> None:
+    """Puts the program as it was at a commit into a machine, in both its forms."""
+    for name in ("storagetm.py", "build_zipapp.py", "Makefile"):
+        content = subprocess.check_output(["git", "show", f"{revision}:{name}"], cwd=PROJECT)
+        path = PROJECT / f"build/before-{name}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        machine.put(f"/root/before/{name}", path)
+    machine.run(
+        "make -C /root/before install-program LIBDIR=/usr/local/lib/before DESTDIR=/root/before/root && "
+        "cp -r /root/before/root/usr/local/lib/before /usr/local/lib/ && "
+        "cp /root/before/root/usr/local/bin/storagetm /usr/local/bin/before && "
+        "cd /root/before && make --silent storagetm.pyz && cp storagetm.pyz /usr/local/bin/before.pyz"
+    )
+
+
 def install_replay(machine: Machine) -> None:
     """Compiles replay.c, and puts it into a machine."""
     source, binary = PROJECT / "tests/harness/guest/replay.c", PROJECT / "build/replay"
@@ -95,7 +117,7 @@ def measure(
     timeout: float = 3000,
 ) -> list[dict[str, Any]]:
     """The results of measure.py: `ready` and `stop` in seconds, `memory` in KiB, `wakeups` in 3 s."""
-    commands = {**COMMANDS, **SHARES}
+    commands = {**COMMANDS, **SHARES, **dict(BEFORE.values())}
     arguments = [f"{name}={commands[name]}" for name in names]
     output = machine.run(
         ["python3", MEASURE, str(runs), str(disks), state, *arguments], timeout=timeout
@@ -155,6 +177,18 @@ def reads(machine: Machine, runs: int) -> list[str]:
         cells = [f"{m:.0f} {unit}" for m in medians]
         ratios = [f"{m / medians[0]:.3f}" for m in medians[1:]]
         lines.append(f"| {what} | {' | '.join(cells)} | {' | '.join(ratios)} |")
+    return lines
+
+
+def versions(results: Sequence[dict[str, Any]], disks: Sequence[int]) -> list[str]:
+    """Lines of a Markdown table: each form of the program now and before."""
+    lines = ["| disks | form | | before | now | now / before |", "| --: | --- | --- | --: | --: | --: |"]
+    for count in disks:
+        for name, (former, _) in BEFORE.items():
+            for quantity in ("ready", "stop"):
+                old, new = (median(results, n, count, quantity) for n in (former, name))
+                what = "READY=1" if quantity == "ready" else quantity
+                lines.append(f"| {count} | {name} | {what} | {old:.3f} s | {new:.3f} s | {new / old:.2f} |")
     return lines
 
 
@@ -284,14 +318,18 @@ def draw(results: Sequence[dict[str, Any]], disks: Sequence[int], quantity: str,
 
 
 def starts_and_stops(
-    machine: Machine, runs: int, numbers: Sequence[int], say: Callable[[str], None]
+    machine: Machine,
+    runs: int,
+    numbers: Sequence[int],
+    say: Callable[[str], None],
+    more: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """The results of all cases, a run of each after the other."""
+    """The results of all cases, a run of each after the other, with `more` commands than the usual ones."""
     results = []
     cases = [(disks, "rest") for disks in numbers] + [(d, "probing") for d in numbers if d == 256]
     for disks, state in cases:
         say(f"{disks} disks, udev {'at rest' if state == 'rest' else 'probing'}")
-        names = [*COMMANDS, *SHARES] if state == "rest" else list(COMMANDS)
+        names = [*COMMANDS, *SHARES, *more] if state == "rest" else list(COMMANDS)
         for _ in range(runs if disks <= MANY else 1):
             results += measure(machine, 1, disks, state, names)
             say("  " + ", ".join(f"{r['name']} {r['ready']:.3f} s" for r in results[-len(names) :]))
@@ -302,6 +340,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="of each case (default: %(default)s)")
     parser.add_argument("--disks", type=int, nargs="+", default=[1, 64, 256, 1024])
+    parser.add_argument("--before", metavar="REVISION", help="compare starts and stops with this commit's")
+    parser.add_argument(
+        "--starts", action="store_true", help="measure starts and stops only, and print them"
+    )
     parser.add_argument("--output", type=Path, default=PROJECT / "docs", help="directory to write to")
     args = parser.parse_args()
     begin = time.monotonic()
@@ -315,7 +357,15 @@ def main() -> int:
         boot_all(machine)
         install(machine)
         install_replay(machine)
-        results = starts_and_stops(machine, args.runs, args.disks, say)
+        if args.before:
+            install_before(machine, args.before)
+        earlier = [name for name, _ in BEFORE.values()] if args.before else []
+        results = starts_and_stops(machine, args.runs, args.disks, say, earlier)
+        if earlier:
+            print("\n".join(versions(results, args.disks)), flush=True)
+        if args.starts:
+            print("\n".join(table(results, list(COMMANDS))))
+            return 0
         # What the template has names for: lines, or what stands in one.
         parts: dict[str, object] = {}
         say("reads through each kind of access")
