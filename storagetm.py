@@ -3066,6 +3066,26 @@ class Instruction:
         return f"{self.command} {self.more}".rstrip()
 
 
+class Way:
+    """How clients come in by a transport now, in words.
+
+    `where` is what the numbers end with; if nobody can come in, `shut` says why, `effect` what follows from
+    that, and `remedy` what to do.
+    """
+
+    __slots__ = ("effect", "remedy", "shut", "where")
+
+    def __init__(self, where: str, shut: str = "", effect: str = "", remedy: str = "") -> None:
+        self.where = where
+        self.shut = shut
+        self.effect = effect
+        self.remedy = remedy
+
+    def about(self, more: str) -> str:
+        """Why nobody can come in, as a sentence with `more` behind it."""
+        return f"{self.shut[:1].upper()}{self.shut[1:]}: {more}"
+
+
 def interface_kind(name: str, depth: int = 0) -> int:
     """Whether packets from other machines can come in at an interface, as far as sysfs tells.
 
@@ -5431,6 +5451,10 @@ class Transport:
         """What attaches all disks at each address, then what attaches each one at the first address."""
         raise NotImplementedError
 
+    def way(self, addresses: Sequence[Address]) -> Way:
+        """How clients come in."""
+        raise NotImplementedError
+
     def attached(self) -> list[str]:
         """The addresses of clients."""
         return []
@@ -6301,8 +6325,17 @@ class NvmeTcp(NvmePorts):
     def reachable(self, addresses: Sequence[Address]) -> list[Address]:
         return [a for a in addresses if a.family in self.ports]
 
+    def way(self, addresses: Sequence[Address]) -> Way:
+        if not (usable := self.reachable(addresses)):
+            return Way(
+                "no address (the network is down)",
+                "the network is down",
+                "no address yet at which disks could be attached",
+                "plug in a cable, or wait for an address",
+            )
+        return Way(f"{len(usable)} address{'es' if len(usable) > 1 else ''}")
+
     def instructions(self, exports: Iterable[Export], addresses: Sequence[Address]) -> list[Instruction]:
-        """What attaches all disks at each address, then what attaches each one at the first address."""
         usable = self.reachable(addresses)
         single = [
             self.instruction(a, "connect", self.nqn(e), e.disk.key) for a in usable[:1] for e in exports
@@ -6972,7 +7005,7 @@ class Fact:
     __slots__ = ("key", "kind", "text")
 
     NOT_AT_FIRST = ("size",)  # a disk's first size is in its first line
-    WITHOUT_END = ("network", "other", "size", "start")  # another fact says how it goes on
+    WITHOUT_END = ("other", "shut", "size", "start")  # another fact says how it goes on
 
     def __init__(self, kind: str, key: str, text: str) -> None:
         self.kind = kind
@@ -6987,6 +7020,7 @@ class Report:
         self.title = title
         self.refused = ""  # why nothing is exported, if it is not to be
         self.reboots = False  # whether the end of the program boots the machine
+        self.ways: list[Way] = []
         self.commands: list[Instruction] = []  # that attach all disks, those of the best addresses first
         self.exported: list[ExportRow] = []
         self.others: list[OtherRow] = []
@@ -7008,10 +7042,13 @@ class Report:
             disks += f" ({writable} read-write)"
         waiting, failed = sum(row.waiting for row in self.others), sum(row.failed for row in self.others)
         more = (f", {waiting} waiting" if waiting else "") + (f", {failed} failed" if failed else "")
-        count = len({(c.interface, c.address) for c in self.commands})
-        addresses = f"{count} address{'es' if count != 1 else ''}"
-        where = addresses if count else "no address (the network is down)"
+        where = " and ".join(way.where for way in self.ways)
         return f"Exporting {disks} at {where}{more}{'; ' if self.memory else ''}{self.memory}."
+
+    @property
+    def shut(self) -> list[Way]:
+        """The ways by which nobody can come in; none as long as one is open."""
+        return self.ways if all(way.shut for way in self.ways) else []
 
     @property
     def interrupt_text(self) -> str:
@@ -7025,7 +7062,7 @@ class Report:
         if self.refused:
             return f"No disk is exported: {self.refused}"
         if not self.commands:
-            return "Storage target mode: the network is down"
+            return f"Storage target mode: {'; '.join(way.shut for way in self.shut)}"
         best = [c for c in self.commands if c.kind == self.commands[0].kind]
         line = min((c.line for c in best), key=len)
         return line if len(line) <= PLYMOUTH_MAX else min((c.brief or c.line for c in best), key=len)
@@ -7038,9 +7075,7 @@ class Report:
             Fact("address", f"{c.transport} {c.address} {c.interface}", f"Attach all disks with: {c.line}")
             for c in self.commands
         ]
-        if not self.commands:
-            text = "The network is down: no address yet at which disks could be attached"
-            found.append(Fact("network", "", text))
+        found += [Fact("shut", way.shut, way.about(way.effect)) for way in self.shut]
         for row in self.exported:
             described = ", ".join(filter(None, (size_text(row.size), row.model, row.serial, row.access)))
             key = f"{row.key} {row.tag}"
@@ -7074,10 +7109,9 @@ class Report:
         """How to attach all disks."""
         blocks: list[list[tuple[str, str]]] = []
         count = len(self.exported)
-        if not self.commands:
-            text = "The network is down: plug in a cable, or wait for an address."
-            blocks.append([("alert", text), ("", "")])
-        elif count:
+        for way in self.shut:
+            blocks.append([("alert", f"{way.about(way.remedy)}."), ("", "")])
+        if self.commands and count:
             all_of_them = "its disk" if count == 1 else f"all {count} disks"
             blocks.append([("", f"To attach {all_of_them}, type as root on the other machine:"), ("", "")])
             for c in self.commands:
@@ -7188,6 +7222,7 @@ def take_report(
         row.number = next(filter(None, (t.number_text(export) for t in ways)), "")
         row.serial = next(filter(None, (t.serial_shown(export) for t in ways)), "")
     rows = {row.key: row for row in report.exported}
+    report.ways = [t.way(addresses) for t in transports]
     for transport in transports:
         reached = [e for e in exported if transport.name in e.live]
         for instruction in transport.instructions(reached, addresses):

@@ -373,7 +373,7 @@ def values(thing: object) -> Iterator[object]:
             yield from values(part)
     elif isinstance(thing, storagetm.Report):
         yield from values([*vars(thing).values()])
-    elif isinstance(thing, (storagetm.ExportRow, storagetm.OtherRow, storagetm.Instruction)):
+    elif isinstance(thing, (storagetm.ExportRow, storagetm.OtherRow, storagetm.Instruction, storagetm.Way)):
         assert not hasattr(thing, "__dict__")
         yield from values([getattr(thing, name) for name in thing.__slots__])
     else:
@@ -425,6 +425,9 @@ class Cable(storagetm.NvmeTcp):
 
     name = "cable"
 
+    def way(self, addresses: object) -> storagetm.Way:
+        return storagetm.Way("a cable")
+
     def instructions(
         self, exports: Iterable[storagetm.Export], addresses: Sequence[storagetm.Address]
     ) -> list[storagetm.Instruction]:
@@ -457,7 +460,7 @@ def test_two_transports(screen: storagetm.Screen, lines: Any) -> None:
     ]
     assert [line for line in page if line in commands] == commands
     assert page[page.index("  plug") + 1] == "    (in the front)"
-    assert shown.status() == "Exporting 1 disk (1 read-write) at 1 address."
+    assert shown.status() == "Exporting 1 disk (1 read-write) at 1 address and a cable."
     assert shown.for_plymouth() == "plug"
     storagetm.Journal().show(shown)
     told = lines()
