@@ -30,11 +30,12 @@ A section uses nothing but those above it:
 19. Transports
 20. A host of our own
 21. NVMe/TCP
-22. The exporter
-23. The report
-24. Outputs
-25. The service
-26. The command line
+22. USB
+23. The exporter
+24. The report
+25. Outputs
+26. The service
+27. The command line
 
 Some words have one meaning here:
 
@@ -226,6 +227,7 @@ SNAPSHOT_FULL = "snapshot FULL"
 OVERFLOW = "Overflow"  # what device-mapper says of a snapshot whose store is full
 INVALID = "Invalid"  # and of one that it could not copy something into
 ACCESS = (READ_ONLY, SNAPSHOT, READ_WRITE)
+AUTO = "auto"  # the default transport, and others where the machine has what these need
 PER_DISK = "per-disk"  # which subsystem a disk is in
 SHARED = "shared"
 DEFAULT_ACCESS = READ_ONLY
@@ -744,6 +746,12 @@ def run_program(name: str, *arguments: str) -> int:
 def load_module(name: str) -> int:
     """Has the kernel load a module. Returns 0 on success, 1 on failure, 127 without modprobe(8)."""
     return run_program("modprobe", "-q", name)
+
+
+def kernel_version() -> tuple[int, int]:
+    """Major and minor number of this kernel's version; zeros for what is none."""
+    numbers = [n for n in os.uname().release.split("-")[0].split(".")[:2] if n.isascii() and n.isdecimal()]
+    return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 else (0, 0)
 
 
 def find_program(name: str) -> str:
@@ -1603,6 +1611,21 @@ def why_network(sysname: str, place: str = "", depth: int = 0) -> str:
     return ""
 
 
+def why_looped(place: str) -> str:
+    """Whether a disk, given its directory in sysfs, is at the other end of a gadget of this machine.
+
+    That is so with dummy_hcd(4), and with a cable from one port to another.
+    """
+    if "/usb" not in place:
+        return ""
+    serial = usb_serial(place + "/device")
+    for gadget in list_directory(CONFIGFS + "usb_gadget"):
+        own = read_attribute(f"{CONFIGFS}usb_gadget/{gadget}/strings/0x409/serialnumber")
+        if serial and serial == own:
+            return f"comes from this machine's own USB gadget '{gadget}'"
+    return ""
+
+
 def unescape_octal(raw: bytes) -> bytes:
     r"""Undoes the \040 of mountinfo and swaps (fs/proc_namespace.c). Takes any bytes."""
     head, *rest = raw.split(b"\\")
@@ -1808,6 +1831,7 @@ class Reason(str):
     IN_USE = "in use"  # by this system
     LAYERED = "layered"  # over or under a disk that is exported
     NO_MEDIUM = "no medium"
+    NO_WAY = "no way"  # no transport can export it now
     UDEV = "udev"  # has not finished with the disk, or with one of its partitions
 
     kind = ""
@@ -1820,7 +1844,7 @@ class Reason(str):
     @property
     def passing(self) -> bool:
         """Whether it may end without an event of the disk."""
-        return self.kind in (self.IN_USE, self.LAYERED)
+        return self.kind in (self.IN_USE, self.LAYERED, self.NO_WAY)
 
 
 class Disk:
@@ -2663,7 +2687,7 @@ class BlockDevices(Source):
             holders = [n for n in holders if not is_mapping(n) and not is_mapped_partition(n)]
             if holders:
                 return f"it is part of '{DEV}{holders[0]}'"
-        if why := why_network(disk.sysname, disk.place):
+        if why := why_network(disk.sysname, disk.place) or why_looped(whole_place(disk.place)):
             return f"it {why}"
         return ""
 
@@ -3004,6 +3028,20 @@ class News:
         return False
 
 
+class Incoming(News):
+    """Something that comes in at a socket, and what takes it, as act() does."""
+
+    def __init__(self, where: socket.socket, take: Callable[[], bool]) -> None:
+        self.where = where
+        self.take = take
+
+    def wants(self) -> tuple[int, int]:
+        return self.where.fileno(), select.POLLIN
+
+    def act(self) -> bool:
+        return self.take()
+
+
 def attend(news: Sequence[News]) -> Iterator[News]:
     """Waits until some of them have to act, and yields those, each as soon as the one before has acted."""
     poll = select.poll()
@@ -3069,14 +3107,18 @@ class Instruction:
 class Way:
     """How clients come in by a transport now, in words.
 
-    `where` is what the numbers end with; if nobody can come in, `shut` says why, `effect` what follows from
-    that, and `remedy` what to do.
+    `where` is what the numbers end with; empty if there is nothing to say of it at all. If nobody can come
+    in, `shut` says why, `effect` what follows from that, and `remedy` what to do. `hint` says how to come in
+    where no command is needed.
     """
 
-    __slots__ = ("effect", "remedy", "shut", "where")
+    __slots__ = ("effect", "hint", "remedy", "shut", "where")
 
-    def __init__(self, where: str, shut: str = "", effect: str = "", remedy: str = "") -> None:
+    def __init__(
+        self, where: str, shut: str = "", effect: str = "", remedy: str = "", *, hint: str = ""
+    ) -> None:
         self.where = where
+        self.hint = hint
         self.shut = shut
         self.effect = effect
         self.remedy = remedy
@@ -3282,8 +3324,8 @@ def drain(s: socket.socket) -> list[bytes]:
             found.append(data)
 
 
-def parse_uevent(raw: bytes) -> str:
-    """The name of the block device that a uevent is about; empty for all others. Takes any bytes.
+def parse_uevent(raw: bytes, subsystem: str = "block") -> str:
+    """The name of the device that a uevent is about; empty if it is in another subsystem. Takes any bytes.
 
     Either the kernel's (lib/kobject_uevent.c) or udev's, which has a header in front (systemd's
     device-monitor.c) that says at which offset the properties begin, in the machine's byte order. Of a
@@ -3293,8 +3335,8 @@ def parse_uevent(raw: bytes) -> str:
         start = int.from_bytes(raw[16:20], sys.byteorder)
         raw = raw[start:] if 40 <= start < len(raw) else b""
     properties = raw.split(b"\0")
-    going = b"SUBSYSTEM=bdi" in properties and b"ACTION=remove" in properties
-    if b"SUBSYSTEM=block" not in properties and not going:
+    going = subsystem == "block" and b"SUBSYSTEM=bdi" in properties and b"ACTION=remove" in properties
+    if b"SUBSYSTEM=" + subsystem.encode() not in properties and not going:
         return ""
     for line in properties:
         if line.startswith(b"DEVPATH="):
@@ -3364,9 +3406,10 @@ class Clients(News):
 
 
 class Uevents:
-    """Word of block devices that come, go and change."""
+    """Word of block devices, or others, that come, go and change."""
 
-    def __init__(self) -> None:
+    def __init__(self, subsystem: str = "block") -> None:
+        self.subsystem = subsystem
         self.socket = socket.socket(
             AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_KOBJECT_UEVENT
         )
@@ -3379,12 +3422,12 @@ class Uevents:
         self.socket.bind((0, UEVENT_GROUP_KERNEL | UEVENT_GROUP_UDEV))
 
     def changed(self) -> set[str] | None:
-        """The names of block devices with news; None if messages were lost and all have to be read again."""
+        """The names of devices with news; None if messages were lost and all have to be read again."""
         names = set()
         for message in drain(self.socket):
             if not message:
                 return None
-            name = parse_uevent(message)
+            name = parse_uevent(message, self.subsystem)
             if is_device_number(name):
                 major, minor = map(int, name.split(":"))
                 name = sysname_of(os.makedev(major, minor))
@@ -3411,6 +3454,7 @@ class Entry:
     TOGETHER = False  # whether make_all() makes those of all branches, once all else is there but ADMITS
     FOLLOWS = False  # whether it only tells of a change, of which there is none in a branch that is new
     CLOSES = False  # whether no client can change anything in its branch once it is unmade
+    CONTENT = False  # whether it is what stands in something that is there anyway, and that is empty without
 
     kinds: ClassVar[dict[str, type[Entry]]] = {}  # by letter
 
@@ -4274,12 +4318,15 @@ class Tree(Live):
         """Whether something that is there would not be, if the steps so far had been taken."""
         return False
 
-    def is_taken(self, path: str) -> bool:
+    def is_taken(self, entry: Entry) -> bool:
         """Whether something of that name is there, made by others.
 
         A directory is read once for all that is made in it: for each name asked for, configfs goes through
         all that it has.
         """
+        if entry.CONTENT:
+            return entry.identity(self.root) != "" and not self.is_gone(entry.path)
+        path = entry.path
         directory, _, name = path.rpartition("/")
         names = self.present.get(directory)
         if names is None:
@@ -4313,7 +4360,7 @@ class Tree(Live):
         entry = branch.entries[0]
         noted = False
         try:
-            if self.is_taken(branch.root):
+            if self.is_taken(branch.entries[0]):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             noted = True
             self.ledger.add(branch)
@@ -5375,6 +5422,9 @@ class Transport:
     def adopt(self, live: dict[str, Branch]) -> None:
         """Goes on with what an earlier run has left `live`, by root."""
 
+    def arrange(self, exports: Sequence[Export], live: dict[str, Branch]) -> None:
+        """Makes room for these disks, before anything else is asked about them. `live` is what is ours."""
+
     def why_not(self, export: Export) -> str:
         """Why a disk cannot be exported in this way, whatever the kernel says; empty if it can."""
         return ""
@@ -5384,7 +5434,7 @@ class Transport:
         raise NotImplementedError
 
     def basis(self) -> object:
-        """What branches are computed from, beside the disk: as long as this is equal, they are."""
+        """What branches and why_not() are computed from beside the disk: with it equal, they are."""
         return None
 
     def common(self) -> list[Branch]:
@@ -5457,6 +5507,10 @@ class Transport:
 
     def attached(self) -> list[str]:
         """The addresses of clients."""
+        return []
+
+    def remarks(self, exports: Iterable[Export]) -> list[str]:
+        """What else there is to say, a sentence each without its full stop, of the disks that it has."""
         return []
 
     def firewall_text(self) -> str:
@@ -6419,13 +6473,390 @@ class SharedNvmeTcp(NvmeTcp):
         return export.disk.serial or export.disk.id_serial
 
 
-TRANSPORTS: tuple[type[Transport], ...] = (NvmeTcp,)
+# -----------------------------------------------------------------------------------------------------------
+# 22. USB
+# -----------------------------------------------------------------------------------------------------------
+
+
+class Lun(Entry):
+    """A disk in one of the gadget's drives: `path` is the attribute that takes its node.
+
+    The kernel opens the node when it is written there, and asks for its size only then. What the host has
+    ejected is gone from there, too (do_start_stop() in drivers/usb/gadget/function/f_mass_storage.c).
+    """
+
+    LETTER = "u"
+    LIVE = CLOSES = CONTENT = True
+
+    opened: ClassVar[
+        dict[str, int]
+    ] = {}  # by path: the size in bytes with which this process has opened one
+
+    def __init__(
+        self,
+        path: str,
+        disk: Disk | None = None,
+        mapping: Mapping | None = None,
+        *,
+        read_only: bool = True,
+    ) -> None:
+        size = disk.size if disk else 0
+        inquiry = inquiry_string(disk.model, disk.sysname) if disk else ""
+        super().__init__(path, f"{size} {int(read_only)} {inquiry}")
+        self.disk_node = disk.node if disk else ""
+        self.mapping = mapping
+        self.size = size
+        self.read_only = read_only
+        self.inquiry = inquiry
+
+    def node(self) -> str:
+        """What is written: the device over the disk, where there is one."""
+        if self.mapping is None:
+            return self.disk_node
+        return self.mapping.node() if self.mapping.sysname() else ""
+
+    def make(self, root: str) -> None:
+        lun = root + os.path.dirname(self.path)
+        if self.identity(root):
+            self.unmake(root)
+        # Only of an empty drive can it be changed.
+        write_attribute(lun + "/ro", str(int(self.read_only)))
+        try:
+            write_attribute(lun + "/inquiry_string", self.inquiry)
+        except FileNotFoundError:  # before Linux 4.10
+            pass
+        write_attribute(root + self.path, self.node())
+        self.opened[self.path] = self.size
+
+    def unmake(self, root: str) -> None:
+        self.opened.pop(self.path, None)
+        try:
+            write_attribute(root + self.path, "\n")
+        except OSError as e:
+            if e.errno in (errno.ENOENT, errno.ENOTDIR):
+                return
+            # The host has locked it.
+            if e.errno != errno.EBUSY:
+                raise
+            write_attribute(f"{root}{os.path.dirname(self.path)}/forced_eject", "1")
+
+    def identity(self, root: str) -> str:
+        return read_attribute(root + self.path)
+
+    def is_live(self, root: str) -> bool:
+        try:
+            same = self.identity(root) == (self.node() or "?")
+        except OSError:
+            return False
+        ro = read_attribute(f"{root}{os.path.dirname(self.path)}/ro")
+        return same and ro == str(int(self.read_only)) and self.opened.get(self.path, self.size) == self.size
+
+    def is_open(self, root: str) -> bool:
+        return self.identity(root) != ""
+
+    def described(self, root: str) -> dict[str, str]:
+        lun = os.path.dirname(root + self.path)
+        # The number of a device that is not there yet is not known.
+        node = f"{DEV}mapper/{self.mapping.name}" if self.mapping else self.disk_node
+        command = (
+            f"echo {int(self.read_only)} > {quoted(lun + '/ro')} && "
+            f"echo {quoted(self.inquiry)} > {quoted(lun + '/inquiry_string')} && "
+            f"echo {quoted(node)} > {quoted(root + self.path)}"
+        )
+        return {"step": "insert", "path": root + self.path, "value": node, "command": command}
+
+    def undescribed(self, root: str) -> dict[str, str]:
+        path = root + self.path
+        return {"step": "eject", "path": path, "command": f"echo > {quoted(path)}"}
+
+
+class Binding(Entry):
+    """What a gadget is bound to, a USB device controller: with that, a host sees it."""
+
+    LETTER = "b"
+    LIVE = ADMITS = CLOSES = True
+
+    def make(self, root: str) -> None:
+        if read_attribute(root + self.path):
+            self.unmake(root)
+        write_attribute(root + self.path, self.value)
+
+    def unmake(self, root: str) -> None:
+        try:
+            write_attribute(root + self.path, "\n")
+        except OSError as e:
+            # ENODEV: it is not bound, or its controller has gone.
+            if e.errno not in (errno.ENODEV, errno.ENOENT, errno.ENOTDIR):
+                raise
+
+    def is_live(self, root: str) -> bool:
+        return read_attribute(root + self.path) == self.value
+
+    def is_open(self, root: str) -> bool:
+        return read_attribute(root + self.path) != ""
+
+    def described(self, root: str) -> dict[str, str]:
+        path = root + self.path
+        command = f"echo {quoted(self.value)} > {quoted(path)}"
+        return {"step": "bind", "path": path, "value": self.value, "command": command}
+
+    def undescribed(self, root: str) -> dict[str, str]:
+        path = root + self.path
+        return {"step": "unbind", "path": path, "command": f"echo > {quoted(path)}"}
+
+
+def inquiry_string(model: str, sysname: str) -> str:
+    """Vendor (8 characters), product (16) and revision (4) as SCSI's INQUIRY has them: printable ASCII."""
+    words = "".join(c if 0x20 < ord(c) < 0x7F else " " for c in model.replace("_", " ")).split()
+    name = " ".join(words) or sysname or "image"
+    return f"{'Linux':8.8}{name:16.16}{'0001':4.4}"
+
+
+class UsbState(News):
+    """What the USB device controller tells of the host: sysfs says when that changes."""
+
+    def __init__(self, transport: UsbGadget, outdate: Callable[[], None]) -> None:
+        self.transport = transport
+        self.outdate = outdate
+        self.fd = -1
+        self.name = ""
+
+    def wants(self) -> tuple[int, int]:
+        if self.name != self.transport.controller:
+            if self.fd >= 0:
+                os.close(self.fd)
+            self.fd, self.name = -1, self.transport.controller
+            try:
+                path = f"{SYS}class/udc/{self.name}/state"
+                self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if self.name else -1
+                self.read()
+            except OSError as e:
+                debug(f"Failed to watch '{self.name}', ignoring: {reason_of(e)}")
+        return self.fd, select.POLLPRI
+
+    def read(self) -> str:
+        """The state. Only once it is read, poll(2) waits for the next."""
+        return printable(os.pread(self.fd, 100, 0).strip()) if self.fd >= 0 else ""
+
+    def act(self) -> bool:
+        try:
+            state = self.read()
+        except OSError:  # the controller has gone
+            os.close(self.fd)
+            self.fd, self.name = -1, ""
+            state = ""
+        self.transport.take_state(state)
+        self.outdate()
+        return True
+
+
+class UsbGadget(Transport):
+    """USB mass storage: one gadget, with a drive (LUN) for each disk, and a few that are empty for others.
+
+    Drives can only be added while the gadget is not bound. So there are some more than disks, and when these
+    do not suffice, the gadget is made anew as soon as no host uses it. All are removable, so that what is in
+    them may come and go, which the host asks for.
+    """
+
+    name = "usb"
+    modules = ("libcomposite", "usb_f_mass_storage")
+    cached = True
+    LUNS_MAX = 16  # FSG_MAX_LUNS
+    SPARE = 2
+    LARGE = 1 << 41  # bytes: what is larger needs READ CAPACITY (16), which came with Linux 5.16
+
+    def __init__(self, machine: Machine, instance: str = "", *, optional: bool = False) -> None:
+        self.gadget = "usb_gadget/" + (instance or machine.instance())
+        self.function = self.gadget + "/functions/mass_storage.0"
+        self.optional = optional  # whether nothing is said where the machine has no controller
+        # The class asks for 12 digits at least, upper case. A host must not learn the machine's ID.
+        self.serial = str(sha256(machine.id + b"usb").hexdigest()[:16]).upper()
+        self.product = "Storage target"
+        self.controller = ""
+        self.blocked = ""  # the other gadget that has the only controller
+        self.state = ""
+        self.luns = 0
+        self.places: dict[str, int] = {}  # by the disk's tag
+        self.again = 0.0
+
+    def prepare(self) -> None:
+        for module in self.modules:
+            if not os.path.isdir(SYS + "module/" + module):
+                load_module(module)
+        prepare_configfs()
+        if not os.path.isdir(CONFIGFS + "usb_gadget") and not self.optional:
+            raise UserError(
+                f"This kernel ({os.uname().release}) has no USB gadgets, or its module 'libcomposite' is "
+                "missing; boot one with CONFIG_USB_CONFIGFS_MASS_STORAGE, or leave out --transport=usb"
+            )
+
+    # The controller
+
+    def look(self) -> None:
+        """Finds a controller that is free or ours."""
+        own = os.path.basename(self.gadget)
+        users = {
+            name: read_attribute(f"{SYS}class/udc/{name}/function")
+            for name in sorted(list_directory(SYS + "class/udc"))
+        }
+        free = [name for name, user in users.items() if user in ("", own)]
+        mine = [name for name, user in users.items() if user == own]
+        self.controller = (mine or free or [""])[0]
+        self.blocked = "" if self.controller else next(iter(users.values()), "")
+        self.state = read_attribute(f"{SYS}class/udc/{self.controller}/state") if self.controller else ""
+
+    def take_state(self, state: str) -> None:
+        """Takes note of what the controller tells. What a host has ejected is put back with the next one."""
+        before = self.state
+        self.look()
+        self.state = state or self.state
+        if self.state != before and self.state in ("configured", "not attached"):
+            self.again = time.monotonic()
+
+    @property
+    def due(self) -> float:
+        return self.again
+
+    def try_again(self, live: dict[str, Branch]) -> None:
+        self.again = 0.0
+        for root, branch in list(live.items()):
+            if root.startswith(self.gadget + "/"):
+                live[root] = branch.to_compare()
+
+    def is_used(self) -> bool:
+        """Whether a host has the drives."""
+        return self.state in ("configured", "suspended")
+
+    # Places
+
+    def adopt(self, live: dict[str, Branch]) -> None:
+        self.look()
+        for root, branch in live.items():
+            if root == self.gadget:
+                luns = [e for e in branch.entries if os.path.basename(e.path).startswith("lun.")]
+                self.luns = len(luns) + 1  # the first one comes with the function
+            elif root.startswith(self.function + "/lun."):
+                self.places[branch.tag] = int(root.split("/lun.")[1].partition("/")[0])
+
+    def arrange(self, exports: Sequence[Export], live: dict[str, Branch]) -> None:
+        taken = {b.tag for r, b in live.items() if r.startswith(self.function + "/")}
+        tags = [e.disk.tag for e in exports if not self.why_unfit(e)]
+        self.places = {t: n for t, n in self.places.items() if t in taken or t in tags}
+        new = [tag for tag in tags if tag not in self.places]
+        if len(self.places) + len(new) > self.luns and not (self.luns and self.is_used()):
+            self.luns = min(self.LUNS_MAX, len(self.places) + len(new) + self.SPARE)
+        free = [n for n in range(self.luns) if n not in self.places.values()]
+        self.places.update(zip(new, free))
+
+    def basis(self) -> object:
+        return self.luns, self.controller == "" and self.optional, tuple(sorted(self.places.items()))
+
+    def why_unfit(self, export: Export) -> str:
+        """Why a disk is none for any drive."""
+        if export.disk.size > self.LARGE and kernel_version() < (5, 16):
+            return "it has more than 2 TiB, which USB takes from Linux 5.16 on"
+        return ""
+
+    def why_not(self, export: Export) -> str:
+        if self.optional and not self.controller:
+            return "this machine has no USB device controller"
+        if why := self.why_unfit(export):
+            return why
+        return "" if export.disk.tag in self.places else "no LUN is left"
+
+    def root(self, export: Export) -> str:
+        return f"{self.function}/lun.{self.places.get(export.disk.tag, -1)}/file"
+
+    # The wanted tree
+
+    def common(self) -> list[Branch]:
+        if self.optional and not self.controller:
+            return []
+        top, strings = self.gadget, self.gadget + "/strings/0x409"
+        config = top + "/configs/c.1"
+        entries: list[Entry] = [
+            Directory(top),
+            Attribute(top + "/idVendor", "0x1d6b"),  # the Linux Foundation's
+            Attribute(top + "/idProduct", "0x0104"),  # a gadget of several functions
+            Directory(strings),
+            Attribute(strings + "/manufacturer", "Linux"),
+            Attribute(strings + "/product", self.product),
+            Attribute(strings + "/serialnumber", self.serial),
+            Directory(self.function),
+        ]
+        for number in range(max(1, self.luns)):
+            lun = f"{self.function}/lun.{number}"
+            entries += [] if number == 0 else [Directory(lun)]
+            entries.append(Attribute(lun + "/removable", "1"))
+        entries += [Directory(config), Link(f"{config}/mass_storage.0", self.function)]
+        if self.controller:
+            entries.append(Binding(top + "/UDC", self.controller))
+        return [Branch("gadget", entries)]
+
+    def branch(self, export: Export, between: Branch) -> Branch:
+        read_only = export.access == READ_ONLY
+        lun = Lun(self.root(export), export.disk, mapping_of(between), read_only=read_only)
+        return Branch(export.disk.tag, [lun], needs=[between.root, self.gadget])
+
+    def explain(self, failure: Failure) -> str:
+        if failure.error.errno == errno.EEXIST and failure.branch.root == self.gadget:
+            name = os.path.basename(self.gadget)
+            return f"another program made the gadget '{name}'; remove it, or give another --nqn"
+        if isinstance(failure.entry, Binding) and failure.error.errno == errno.EBUSY:
+            return f"another program uses '{failure.entry.value}'; stop it"
+        return ""
+
+    # What people are told
+
+    def label(self, export: Export) -> str:
+        return f"USB LUN {self.places.get(export.disk.tag, 0)}"
+
+    def instructions(self, exports: Iterable[Export], addresses: Sequence[Address]) -> list[Instruction]:
+        return []
+
+    def way(self, addresses: Sequence[Address]) -> Way:
+        if self.optional and not self.controller:
+            return Way("")
+        effect = "no disk can be attached by USB yet"
+        if self.blocked:
+            shut = f"the USB device controller is used by the gadget '{self.blocked}'"
+            return Way("USB (in use)", shut, effect, "stop the program that made it")
+        if not self.controller:
+            shut = "this machine has no USB device controller"
+            return Way("USB (no controller)", shut, effect, "plug in one, or load its driver")
+        hint = "Connect this machine's USB device port to another machine, and the disks appear there"
+        where = "USB (a host is connected)" if self.is_used() else "USB"
+        return Way(where, hint="" if self.is_used() else hint)
+
+    def remarks(self, exports: Iterable[Export]) -> list[str]:
+        found = ["USB: a host is connected"] if self.is_used() else []
+        for export in exports:
+            if not read_attribute(CONFIGFS + self.root(export)):
+                found.append(
+                    f"USB: the host has ejected '{export.disk.node}'; it comes back when the cable is "
+                    "plugged in again"
+                )
+        return found
+
+    def news(self, outdate: Callable[[], None]) -> list[News]:
+        uevents = Uevents("udc")
+
+        def take() -> bool:
+            if changed := uevents.changed() != set():
+                self.take_state("")
+                outdate()
+            return changed
+
+        return [Incoming(uevents.socket, take), UsbState(self, outdate)]
+
+
+TRANSPORTS: tuple[type[Transport], ...] = (NvmeTcp, UsbGadget)
 # All that may be needed. The dracut module asks for them.
 MODULES = (*(m for transport in TRANSPORTS for m in transport.modules), *COMMON_MODULES)
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 22. The exporter
+# 23. The exporter
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -6549,6 +6980,22 @@ class Wanted:
         """Whether all that could export a disk has failed."""
         return "" in export.failed or all(t.name in export.failed for t in self.transports)
 
+    def mixed(self, export: Export) -> list[tuple[str, str]]:
+        """Transports over which a disk must not be exported besides others, by name, and why not.
+
+        Of what one client writes through the page cache, another one past it sees nothing, or old data.
+        """
+        usable = [t for t in self.transports if not t.why_not(export) and t.name not in export.failed]
+        return [
+            (
+                t.name,
+                f"not over {t.name}, since it can be written to and is exported over {usable[0].name}: "
+                "only one of these goes through the page cache; see --read-only",
+            )
+            for t in usable[1:]
+            if export.access != READ_ONLY and t.cached != usable[0].cached
+        ]
+
     def scaffolds(self) -> list[Branch]:
         return [s for transport in self.transports for s in transport.scaffolds(self.tree.live)]
 
@@ -6622,6 +7069,17 @@ class Wanted:
         export.leave_out(Reason(why + advice))
 
 
+def set_urgent(urgent: bool) -> None:
+    """Has this process come before all others, or no longer.
+
+    Not by a nice value, which counts only inside a session (sched(7), "The autogroup feature").
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR if urgent else os.SCHED_OTHER, os.sched_param(int(urgent)))
+    except OSError as e:
+        debug(f"Failed to change the priority, ignoring: {reason_of(e)}")
+
+
 class Exporter:
     """Brings what is exported to what the disks ask for: at first, later, after a crash and at the end.
 
@@ -6664,17 +7122,6 @@ class Exporter:
         for transport in self.transports:
             transport.adopt(self.tree.live)
 
-    @staticmethod
-    def set_urgent(urgent: bool) -> None:
-        """Comes before all others, or no longer.
-
-        Not by a nice value, which counts only inside a session (sched(7), "The autogroup feature").
-        """
-        try:
-            os.sched_setscheduler(0, os.SCHED_RR if urgent else os.SCHED_OTHER, os.sched_param(int(urgent)))
-        except OSError as e:
-            debug(f"Failed to change the priority, ignoring: {reason_of(e)}")
-
     # Wanted, live, difference
 
     def synchronise(self, *, strict: bool = False) -> None:
@@ -6686,12 +7133,16 @@ class Exporter:
         now = time.monotonic()
         strict = strict or not self.opened
         exports = self.choose()
+        for export in self.inventory.exports.values():
+            if export.disk.removable:
+                export.disk.watch_medium()
         allow_files(len(exports))
         for export in exports:
             if not (export.held or self.want.is_hopeless(export)):
                 self.claim(export, now, strict=strict)
         if self.inventory.stays.first is None:
             self.inventory.stays.begin_with([e.disk for e in self.inventory.exports.values()])
+        self.refuse_mixed([e for e in exports if e.held])
         self.inventory.begin_stays(e for e in exports if e.held)
         if not self.opened:
             self.awaited = self.still_awaited(now)
@@ -6700,11 +7151,11 @@ class Exporter:
             self.opened = True
             self.inventory.stays.forget_awaited()
         # udev looks at each device that is made on the way: that can wait.
-        self.set_urgent(True)
+        set_urgent(True)
         try:
             self.apply(exports, strict=strict)
         finally:
-            self.set_urgent(False)
+            set_urgent(False)
         for transport in self.transports:
             transport.note(self.tree.live)
         try:
@@ -6716,12 +7167,11 @@ class Exporter:
 
     def choose(self) -> list[Export]:
         """The disks that one of the transports can export, in the order to show them."""
+        for transport in self.transports:
+            transport.arrange(self.inventory.candidates(), self.tree.live)
         for export in self.inventory.candidates():
             if why := self.want.why_no_transport(export):
-                export.leave_out(Reason(why))
-        for export in self.inventory.exports.values():
-            if export.disk.removable:
-                export.disk.watch_medium()
+                export.leave_out(Reason(why, Reason.NO_WAY))
         return self.inventory.candidates()
 
     def rehearse(self) -> list[Failure]:
@@ -6732,10 +7182,16 @@ class Exporter:
             debug(f"Nothing of ours is noted as exported: {reason_of(e)}")
         for transport in self.transports:
             transport.adopt(self.tree.live)
-        exports = [e for e in self.inventory.candidates() if not self.want.why_no_transport(e)]
+        exports = self.choose()
+        self.refuse_mixed(exports)
         self.inventory.begin_stays(exports)
         scaffolds = self.want.scaffolds()
         return self.tree.apply(self.tree.plan(self.want.branches(exports)[0], scaffolds))
+
+    def refuse_mixed(self, exports: Iterable[Export]) -> None:
+        for export in exports:
+            for name, why in self.want.mixed(export):
+                self.give_up(export, Reason(why), name, fatal=False)
 
     def pending(self) -> list[Export]:
         return [
@@ -6926,7 +7382,7 @@ class Exporter:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 23. The report
+# 24. The report
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -7028,6 +7484,7 @@ class Report:
         self.awaited: list[str] = []  # disks without which nothing is exported yet
         self.attached = ""  # who has disks
         self.firewall = ""  # what it has to let in, where there is one
+        self.notes: list[str] = []  # what else transports say
         self.idle: list[str] = []  # what to say of rules that have matched nothing
         self.memory = ""  # how full it is with snapshots, if there are any
         self.memory_full = False
@@ -7042,13 +7499,14 @@ class Report:
             disks += f" ({writable} read-write)"
         waiting, failed = sum(row.waiting for row in self.others), sum(row.failed for row in self.others)
         more = (f", {waiting} waiting" if waiting else "") + (f", {failed} failed" if failed else "")
-        where = " and ".join(way.where for way in self.ways)
+        where = " and ".join(filter(None, (way.where for way in self.ways)))
         return f"Exporting {disks} at {where}{more}{'; ' if self.memory else ''}{self.memory}."
 
     @property
     def shut(self) -> list[Way]:
         """The ways by which nobody can come in; none as long as one is open."""
-        return self.ways if all(way.shut for way in self.ways) else []
+        told = [way for way in self.ways if way.where]
+        return told if all(way.shut for way in told) else []
 
     @property
     def interrupt_text(self) -> str:
@@ -7062,7 +7520,8 @@ class Report:
         if self.refused:
             return f"No disk is exported: {self.refused}"
         if not self.commands:
-            return f"Storage target mode: {'; '.join(way.shut for way in self.shut)}"
+            texts = [way.shut for way in self.shut] or [way.hint or way.where for way in self.ways]
+            return f"Storage target mode: {'; '.join(filter(None, texts))}"
         best = [c for c in self.commands if c.kind == self.commands[0].kind]
         line = min((c.line for c in best), key=len)
         return line if len(line) <= PLYMOUTH_MAX else min((c.brief or c.line for c in best), key=len)
@@ -7085,6 +7544,7 @@ class Report:
             found.append(Fact("clients", "", self.attached))
         if self.firewall:
             found.append(Fact("firewall", "", self.firewall))
+        found += [Fact("note", text, text) for text in self.notes]
         for row in self.exported:
             if row.full:
                 text = f"The memory for changes of '{row.node}' is full: writes to it fail, reads go on"
@@ -7119,6 +7579,9 @@ class Report:
                 if c.note:
                     lines.append(("dim", f"    {c.note}"))
                 blocks.append([*lines, ("", "")])
+        for way in self.ways if count else ():
+            if way.hint:
+                blocks.append([("", line) for line in wrapped(f"{way.hint}.", width)] + [("", "")])
         if self.firewall and count:
             blocks.append([("", f"{self.firewall}."), ("", "")])
         return blocks
@@ -7149,6 +7612,8 @@ class Report:
         blocks: list[list[tuple[str, str]]] = []
         if self.attached:
             blocks.append([("", line) for line in wrapped(f"{self.attached}.", width)] + [("", "")])
+        for text in self.notes:
+            blocks.append([("", line) for line in wrapped(f"{text}.", width)] + [("", "")])
         for text in self.idle:
             blocks.append([("alert", line) for line in wrapped(f"{text}.", width)] + [("", "")])
         if self.memory:
@@ -7225,6 +7690,7 @@ def take_report(
     report.ways = [t.way(addresses) for t in transports]
     for transport in transports:
         reached = [e for e in exported if transport.name in e.live]
+        report.notes += transport.remarks(reached)
         for instruction in transport.instructions(reached, addresses):
             instruction.transport = transport.name
             where = rows[instruction.disk].commands if instruction.disk else report.commands
@@ -7240,7 +7706,7 @@ def take_report(
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 24. Outputs
+# 25. Outputs
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -7797,7 +8263,7 @@ def paginated(blocks: Iterable[list[tuple[str, str]]], width: int, room: int) ->
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 25. The service
+# 26. The service
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -7907,20 +8373,6 @@ class Signals(News):
         os.read(self.fd, 4096)
         self.outdate()
         return False
-
-
-class Incoming(News):
-    """Something that comes in at a socket, and what takes it, as act() does."""
-
-    def __init__(self, where: socket.socket, take: Callable[[], bool]) -> None:
-        self.where = where
-        self.take = take
-
-    def wants(self) -> tuple[int, int]:
-        return self.where.fileno(), select.POLLIN
-
-    def act(self) -> bool:
-        return self.take()
 
 
 class SnapshotNews(News):
@@ -8196,7 +8648,7 @@ class Service:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 26. The command line
+# 27. The command line
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -8218,6 +8670,7 @@ class Options:
         self.rules: list[tuple[str, str]] = []  # glob and kind of access
         self.subsystem = ""  # PER_DISK or SHARED; empty if none was asked for
         self.clients = -1  # at a time; 0 for any, -1 if nothing was asked for
+        self.transports: list[str] = []  # by name, or AUTO; empty if none was asked for
         self.kernel_command_line = False
         self.console = False
         self.refused = ""  # why nothing is exported although the service runs, for which see Service.reboots
@@ -8278,6 +8731,11 @@ OPTIONS = (
         "clients",
         "Let N clients at a time attach a disk that they can\nwrite to (default: 1)",
         value="=N|any",
+    ),
+    Option(
+        "transport",
+        "nvme-tcp (default), usb, or both with a comma; auto:\nalso usb, where this machine has a device port",
+        value="=LIST",
     ),
     Option("stacked", "Export idle arrays and volumes, and not their disks"),
     Option("force", "Export the named devices even if they are in use"),
@@ -8394,6 +8852,12 @@ def set_option(options: Options, name: str, value: str, before: str = "--") -> N
         ):
             raise UsageError(f"{before}clients={value} is neither a number from 1 to {CLIENTS_MAX} nor any")
         options.clients = 0 if value == "any" else int(value)
+    elif name == "transport":
+        for word in value.split(","):
+            if word not in (*(t.name for t in TRANSPORTS), AUTO):
+                known = ", ".join([*(t.name for t in TRANSPORTS), AUTO])
+                raise UsageError(f"{before}transport={value} is no list of {known}")
+            options.transports += [word] * (word not in options.transports)
     elif name == "access":
         options.rules.append(parse_rule(value, before))
     else:
@@ -8459,6 +8923,7 @@ def add_options(options: Options, more: Options) -> None:
     options.store = options.store or more.store
     options.nqn = options.nqn or more.nqn
     options.subsystem = options.subsystem or more.subsystem
+    options.transports = options.transports or more.transports
     options.clients = more.clients if options.clients < 0 else options.clients
     options.all = max(options.all, more.all) if not options.devices else options.all
     for name in ("force", "stacked", "console"):
@@ -8580,6 +9045,20 @@ def dry_run(options: Options, exporter: Exporter, steps: list[dict[str, str]]) -
     return 1 if failures else 0
 
 
+def chosen_transports(options: Options, machine: Machine, instance: str, access: Access) -> list[Transport]:
+    """The transports that were asked for, in that order."""
+    found: list[Transport] = []
+    for name in options.transports or [NvmeTcp.name]:
+        if name in (NvmeTcp.name, AUTO) and not any(isinstance(t, NvmeTcp) for t in found):
+            kind = SharedNvmeTcp if options.subsystem == SHARED else NvmeTcp
+            clients = 1 if options.clients < 0 else options.clients
+            found.append(kind(machine, instance, clients=clients, writable=access.may_write()))
+        if name in (UsbGadget.name, AUTO) and not any(isinstance(t, UsbGadget) for t in found):
+            optional = UsbGadget.name not in options.transports
+            found.append(UsbGadget(machine, instance, optional=optional))
+    return found
+
+
 def start(argv: Sequence[str]) -> int:
     """Does what the command line says; returns the exit code. Raises UserError."""
     options = parse_arguments(argv)
@@ -8603,14 +9082,8 @@ def start(argv: Sequence[str]) -> int:
         raise UserError("Only root can export disks; run it as root, or see what it would do with --dry-run")
     machine = Machine()
     access = Access(options.rules, options.mode)
-    kind = SharedNvmeTcp if options.subsystem == SHARED else NvmeTcp
     instance = options.nqn or machine.instance()
-    transport = kind(
-        machine,
-        instance,
-        clients=1 if options.clients < 0 else options.clients,
-        writable=access.may_write(),
-    )
+    transports = chosen_transports(options, machine, instance, access)
     if options.refused:
         options.devices, options.all = [], 0
     sources: list[Source] = [BlockDevices()] if options.all else [NamedDisks(options.devices)]
@@ -8619,9 +9092,9 @@ def start(argv: Sequence[str]) -> int:
     inventory = Inventory(sources, access, stays, force=force, stacked=options.stacked)
     if options.dry_run:
         steps: list[dict[str, str]] = []
-        rehearsing = Exporter(instance, [transport], inventory, rehearse=steps.append)
+        rehearsing = Exporter(instance, transports, inventory, rehearse=steps.append)
         return dry_run(options, rehearsing, steps)
-    exporter = Exporter(instance, [transport], inventory, Memory(options.store))
+    exporter = Exporter(instance, transports, inventory, Memory(options.store))
     reboots = options.kernel_command_line
     return Service(machine, exporter, options.refused, on_consoles=options.console, reboots=reboots).run()
 
