@@ -8734,7 +8734,7 @@ OPTIONS = (
     ),
     Option(
         "transport",
-        "nvme-tcp (default), usb, or both with a comma; auto:\nalso usb, where this machine has a device port",
+        "nvme-tcp (default), usb, or both with a comma; auto:\nalso usb if this machine has a device port",
         value="=LIST",
     ),
     Option("stacked", "Export idle arrays and volumes, and not their disks"),
