@@ -1,6 +1,6 @@
 #!/usr/bin/python3 -IS
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Storage target mode: this machine's disks on the network, over NVMe/TCP.
+"""Storage target mode: this machine's disks on another machine, over NVMe/TCP or USB.
 
 The file stands alone and imports little, because it is started in an initrd, where every module costs room
 in the image and time at boot. It computes from disks, addresses and options what should be in the kernel
@@ -8756,7 +8756,7 @@ def help_text() -> str:
         "storagetm [OPTIONS...] --all",
         "storagetm --list-devices",
         "",
-        "Export block devices or regular files over NVMe/TCP.",
+        "Export block devices or regular files over NVMe/TCP or USB.",
         "",
     ]
     for option in OPTIONS:
