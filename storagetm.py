@@ -6744,7 +6744,7 @@ class UsbGadget(Transport):
         self.function = self.gadget + "/functions/mass_storage.0"
         self.optional = optional  # whether nothing is said where the machine has no controller
         # The class asks for 12 digits at least, upper case. A host must not learn the machine's ID.
-        self.serial = str(sha256(machine.id + b"usb").hexdigest()[:16]).upper()
+        self.serial = str(sha256(machine.id + utf8(self.gadget)).hexdigest()[:16]).upper()
         self.product = "Storage target"
         self.controller = ""
         self.blocked = ""  # the other gadget that has the only controller
@@ -6769,6 +6769,8 @@ class UsbGadget(Transport):
     def look(self) -> None:
         """Finds a controller that is free or ours."""
         own = os.path.basename(self.gadget)
+        if not os.path.isdir(CONFIGFS + "usb_gadget"):
+            return
         users = {
             name: read_attribute(f"{SYS}class/udc/{name}/function")
             for name in sorted(list_directory(SYS + "class/udc"))
@@ -6858,6 +6860,10 @@ class UsbGadget(Transport):
             Attribute(strings + "/serialnumber", self.serial),
             Directory(self.function),
         ]
+        driver = f"{SYS}class/udc/{self.controller}/device/driver"
+        if self.controller and os.path.basename(os.path.realpath(driver)) == "dwc2":
+            # It does not halt endpoints well, and some hosts reset it again and again for that.
+            entries.append(Attribute(self.function + "/stall", "0"))
         for number in range(max(1, self.luns)):
             lun = f"{self.function}/lun.{number}"
             entries += [] if number == 0 else [Directory(lun)]
@@ -7241,6 +7247,9 @@ class Exporter:
 
     def choose(self) -> list[Export]:
         """The disks that one of the transports can export, in the order to show them."""
+        for export in self.inventory.exports.values():
+            if export.left_out.kind == Reason.NO_WAY:
+                export.left_out = Reason()
         for transport in self.transports:
             transport.arrange(self.inventory.candidates(), self.tree.live)
         for export in self.inventory.candidates():
