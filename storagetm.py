@@ -3002,6 +3002,12 @@ class Inventory:
         if new:
             self.stays.note()
 
+    def reconsider(self) -> None:
+        """Takes back that no transport can export a disk, which may have changed."""
+        for export in self.exports.values():
+            if export.left_out.kind == Reason.NO_WAY:
+                export.left_out = Reason()
+
     def candidates(self) -> list[Export]:
         """The disks that are to be exported, or are being waited for, in the order to show them."""
         found = [e for e in self.exports.values() if not e.left_out]
@@ -7247,9 +7253,7 @@ class Exporter:
 
     def choose(self) -> list[Export]:
         """The disks that one of the transports can export, in the order to show them."""
-        for export in self.inventory.exports.values():
-            if export.left_out.kind == Reason.NO_WAY:
-                export.left_out = Reason()
+        self.inventory.reconsider()
         for transport in self.transports:
             transport.arrange(self.inventory.candidates(), self.tree.live)
         for export in self.inventory.candidates():
