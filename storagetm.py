@@ -3002,9 +3002,12 @@ class Inventory:
         if new:
             self.stays.note()
 
-    def candidates(self) -> list[Export]:
-        """The disks that are to be exported, or are being waited for, in the order to show them."""
-        found = [e for e in self.exports.values() if not e.left_out]
+    def candidates(self, kind: str = "") -> list[Export]:
+        """The disks that are to be exported, or are being waited for, in the order to show them.
+
+        And with a `kind` of reasons, those that are left out for these.
+        """
+        found = [e for e in self.exports.values() if not e.left_out or (kind and e.left_out.kind == kind)]
         return sorted(found, key=lambda e: natural_order(e.disk.name))
 
 
@@ -3511,6 +3514,10 @@ class Entry:
     def is_begun(self, root: str) -> bool:
         """Whether it shows that the root of its branch is not one that we have made just now."""
         return False
+
+    def is_wrong(self, root: str) -> bool:
+        """Whether something else is there that has to go first, now that it is known not to be live."""
+        return self.ADMITS and os.path.lexists(root + self.path)
 
     def guard(self, *, adopted: bool) -> None:
         """Keeps the rest of this machine off the device that it stands for, if it stands for one.
@@ -4319,7 +4326,7 @@ class Tree(Live):
         missing = [e for e in want.entries if not e.is_live(self.root)]
         if have.tag != want.tag or not all(e.LIVE for e in missing) or not all(e.ADMITS for e in stale):
             return None
-        wrong = [e for e in missing if e.ADMITS and os.path.lexists(self.root + e.path)]
+        wrong = [e for e in missing if e.is_wrong(self.root)]
         return Patch(want, stale + wrong, missing)
 
     def apply(self, plan: Plan, patience: float | None = None) -> list[Failure]:
@@ -6653,6 +6660,10 @@ class Lun(Entry):
         same = node != "" and read_attribute(root + self.path) == shown(os.path.realpath(node))
         return same and read_attribute(self.drive(root) + "/ro") == str(int(self.read_only))
 
+    def is_wrong(self, root: str) -> bool:
+        """Whether it has another device open, which then cannot be removed."""
+        return read_attribute(root + self.path) != "" and not self.is_inserted(root)
+
     def is_live(self, root: str) -> bool:
         # What an earlier run has left is taken to have the size that the disk has now.
         return self.is_inserted(root) and self.opened.setdefault(self.path, self.size) == self.size
@@ -6866,8 +6877,13 @@ class UsbGadget(Transport):
             if root == self.gadget:
                 luns = [e for e in branch.entries if os.path.basename(e.path).startswith("lun.")]
                 self.luns = len(luns) + 1  # the first one comes with the function
-            elif root.startswith(self.function + "/lun."):
-                self.places[branch.tag] = int(root.split("/lun.")[1].partition("/")[0])
+            elif (number := self.number(root)) >= 0:
+                self.places[branch.tag] = number
+
+    def number(self, root: str) -> int:
+        """The drive that a branch is for, given its root; -1 if it is for none."""
+        before, _, number = root.rpartition("/")[0].rpartition("/lun.")
+        return int(number) if before == self.function and number.isascii() and number.isdecimal() else -1
 
     def arrange(self, exports: Sequence[Export], live: dict[str, Branch]) -> None:
         tags = [e.disk.tag for e in exports if not self.why_unfit(e)]
@@ -6876,9 +6892,7 @@ class UsbGadget(Transport):
         if len(kept) + len(new) > self.luns and not (self.luns and self.is_used()):
             self.luns = min(self.LUNS_MAX, len(kept) + len(new) + self.SPARE)
         # Where a disk was that is going now, another one comes last.
-        going = {
-            int(r.split("/lun.")[1].partition("/")[0]) for r in live if r.startswith(self.function + "/")
-        }
+        going = set(map(self.number, live))
         free = [n for n in range(self.luns) if n not in kept.values()]
         self.places = {**kept, **dict(zip(new, sorted(free, key=lambda n: n in going)))}
 
@@ -6950,6 +6964,8 @@ class UsbGadget(Transport):
     def adapt(self, failure: Failure) -> bool:
         """Leaves a controller alone that the gadget cannot be bound to, until there is news of it."""
         entry = failure.entry
+        if failure.cause:
+            return False
         if isinstance(entry, Binding) and entry.value and entry.value == self.controller:
             why = reason_of(failure.error)
             warning(
@@ -6960,7 +6976,7 @@ class UsbGadget(Transport):
             self.replugged, self.again = True, time.monotonic()
             self.look()
             return True
-        if self.optional and failure.branch.root == self.gadget and not (failure.cause or self.lacking):
+        if self.optional and failure.branch.root == self.gadget and not self.lacking:
             warning(f"Exporting nothing over USB: {self.explain(failure) or reason_of(failure.error)}")
             self.lacking = True
             self.look()
@@ -7338,12 +7354,22 @@ class Exporter:
 
     def choose(self) -> list[Export]:
         """The disks that one of the transports can export, in the order to show them."""
-        for transport in self.transports:
-            transport.arrange(self.inventory.candidates(), self.tree.live)
+        able = self.arrange()
+        if any(e.left_out and not self.want.why_no_transport(e) for e in able):
+            # They may have come into use since they were left out.
+            self.inventory.update(())
+            self.arrange()
         for export in self.inventory.candidates():
             if why := self.want.why_no_transport(export):
                 export.leave_out(Reason(why, Reason.NO_WAY))
         return self.inventory.candidates()
+
+    def arrange(self) -> list[Export]:
+        """Has transports make room for all disks, returned, that are only left out for want of that."""
+        able = self.inventory.candidates(Reason.NO_WAY)
+        for transport in self.transports:
+            transport.arrange(able, self.tree.live)
+        return able
 
     def rehearse(self) -> list[Failure]:
         """Shows the steps to what is wanted, without waiting for anything; returns what would fail."""
