@@ -3730,8 +3730,8 @@ class Ledger:
 
 
 def in_threads(
-    items: Sequence[Branch],
-    work: Callable[[Branch], None],
+    items: Sequence[Any],
+    work: Callable[[Any], None],
     patience: float | None,
     wake: Callable[[], None],
 ) -> None:
@@ -3778,6 +3778,19 @@ def together(branches: Iterable[Branch], patches: dict[str, Patch]) -> list[list
 def is_doomed(failures: dict[str, Failure]) -> bool:
     """Whether all else would fail in the same way as something has."""
     return any(f.entry.dooms(f.error) for f in list(failures.values())) if failures else False
+
+
+def backings_of(going: Sequence[Branch], live: Iterable[Branch]) -> dict[str, Branch]:
+    """What goes right after each of these branches, by its root: what no other live one needs.
+
+    Gone through once more, in threads again, it would take a stop a fifth longer.
+    """
+    needed: dict[str, int] = {}
+    for branch in live:
+        for root in branch.needs:
+            needed[root] = needed.get(root, 0) + 1
+    only = {b.root: b for b in going if needed.get(b.root) == 1 and not b.needs}
+    return {b.root: only[r] for b in going for r in b.needs if r in only and only[r].tag == b.tag}
 
 
 class Plan:
@@ -3952,7 +3965,7 @@ class Tree:
         patches = {patch.branch.root: patch for patch in plan.patches}
         changed = [*free, *(patch.branch for patch in plan.patches)]
         for level in in_levels(changed):
-            self.note([b for b in level if b.root not in patches], failures)
+            self.note([b for b in level if b.root not in patches])
             self.for_each(level, lambda branch: self.make(branch, patches.get(branch.root), failures))
         there = [b for b in changed if b.root in self.live and b.root not in failures]
         for entries in together(there, patches):
@@ -4017,17 +4030,10 @@ class Tree:
         elif branch.root not in self.live and stands and not is_doomed(failures):
             self.create(branch, failures)
 
-    def note(self, branches: Iterable[Branch], failures: dict[str, Failure]) -> None:
+    def note(self, branches: Iterable[Branch]) -> None:
         """Notes in one go which of these are about to be made. What fails is tried again for each alone."""
-        coming = [
-            b
-            for b in branches
-            if b.root not in self.live
-            and b.root not in failures
-            and all(root in self.live for root in b.needs)
-            and not self.is_taken(b.root)
-        ]
-        if len(coming) > 1 and not is_doomed(failures):
+        coming = [b for b in branches if b.root not in self.live and not self.is_taken(b.root)]
+        if len(coming) > 1:
             try:
                 self.ledger.add_all(coming)
                 self.noted.update(b.root for b in coming)
@@ -4145,11 +4151,16 @@ class Tree:
             entries = branch.entries if made is None else made
             if self.undo_all(branch, [e for e in reversed(entries) if e.ADMITS], failures):
                 ready.append(branch)
-        for level in reversed(in_levels(ready)):
+        # What goes on in the background is a branch alone.
+        at_once = made is None and patience is None
+        backings = backings_of(ready, self.live.values()) if at_once else {}
+        followers = {b.root for b in backings.values()}
+        for level in reversed(in_levels(b for b in ready if b.root not in followers)):
             free = level
             if made is None and (needed := self.needed_by_rest(branches)):
                 free = [b for b in level if b.root not in needed]
-            self.remove_level(free, patience, made)
+            chains = [[b, backings[b.root]] if b.root in backings else [b] for b in free]
+            self.remove_chains(chains, patience, made)
             failures.update(self.collect())
 
     def needed_by_rest(self, going: Sequence[Branch]) -> set[str]:
@@ -4158,26 +4169,31 @@ class Tree:
         kept += [b for b in going if b.root in self.live]
         return {root for b in kept for root in b.needs}
 
-    def remove_level(
-        self, branches: Sequence[Branch], patience: float | None, made: Sequence[Entry] | None
+    def remove_chains(
+        self, chains: Sequence[list[Branch]], patience: float | None, made: Sequence[Entry] | None
     ) -> None:
-        def unmake(branch: Branch) -> None:
-            entries = branch.entries if made is None else made
-            problems: dict[str, Failure] = {}
-            try:
-                self.await_io(branch)
-                self.undo_all(branch, [e for e in reversed(entries) if not e.ADMITS], problems)
-            except OSError as e:
-                problems[branch.root] = Failure(branch, branch.entries[0], e)
-            self.finished.append((branch, problems.get(branch.root)))
+        """Removes the branches of each chain in turn, as far as that goes."""
 
-        if not branches or not self.threads or (patience is None and len(branches) <= 4):
-            for branch in branches:
-                unmake(branch)
+        def unmake(chain: list[Branch]) -> None:
+            for branch in chain:
+                entries = branch.entries if made is None else made
+                problems: dict[str, Failure] = {}
+                try:
+                    self.await_io(branch)
+                    self.undo_all(branch, [e for e in reversed(entries) if not e.ADMITS], problems)
+                except OSError as e:
+                    problems[branch.root] = Failure(branch, branch.entries[0], e)
+                self.finished.append((branch, problems.get(branch.root)))
+                if problems:
+                    return
+
+        if not chains or not self.threads or (patience is None and len(chains) <= 4):
+            for chain in chains:
+                unmake(chain)
         else:
-            in_threads(branches, unmake, patience, self.wake)
+            in_threads(chains, unmake, patience, self.wake)
             done = {branch.root for branch, _ in list(self.finished)}
-            self.leaving.update(b.root for b in branches if b.root not in done)
+            self.leaving.update(chain[0].root for chain in chains if chain[0].root not in done)
 
     def await_io(self, branch: Branch) -> None:
         """Waits until a disk that is gone has answered its clients, or its driver has in its place.
@@ -5465,13 +5481,6 @@ class WriteProtection(Entry):
         except (FileNotFoundError, NotADirectoryError):
             pass
 
-    def close_passage(self, root: str) -> None:
-        """Takes the way in away again as soon as it has served."""
-        try:
-            self.unmake(root)
-        except OSError as e:
-            debug(f"Failed to unlink '{self.path}' from the passage, ignoring: {reason_of(e)}")
-
     def make(self, root: str) -> None:
         self.make_all([self], root)
 
@@ -5491,10 +5500,6 @@ class WriteProtection(Entry):
                 entry.host.untold.pop(entry.path, None)
             for entry in some:
                 entry.leave()
-            # For each Connect the kernel goes through all that is linked there (nvmet_find_get_subsys()). It
-            # listens as long as there is one link.
-            for entry in some[:-1]:
-                entry.close_passage(root)
 
     def take(self, step: Callable[[WriteProtection, str], None], root: str) -> bool:
         """Takes a step on the way; False if that fails."""
