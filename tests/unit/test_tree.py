@@ -250,8 +250,8 @@ def test_visible_last(nvmet: Nvmet, run: Run, access: str) -> None:
     assert made[-3].endswith("/enable 1")
     gone = [c.split()[0] for c in changes(nvmet, lambda: run([]))]
     between = [] if access == READ_WRITE else ["remove"]
-    # Both links, the namespace before the subsystem, and then what they need, the disk's own first.
-    assert gone == ["unlink", "unlink", "rmdir", "rmdir", *between, "rmdir", "rmdir"]
+    # Both links, the namespace before the subsystem, and then what they need.
+    assert gone == ["unlink", "unlink", "rmdir", "rmdir", "rmdir", "rmdir", *between]
 
 
 @in_each_access
