@@ -7167,6 +7167,12 @@ class Wanted:
         self.tree = tree
         self.locks = locks
 
+    def arrange(self, exports: Sequence[Export]) -> Sequence[Export]:
+        """Has transports make room for these disks, which are returned."""
+        for transport in self.transports:
+            transport.arrange(exports, self.tree.live)
+        return exports
+
     def why_no_transport(self, export: Export) -> str:
         """Why a disk can be exported in no way; empty if it can."""
         reasons = [transport.why_not(export) for transport in self.transports]
@@ -7363,22 +7369,15 @@ class Exporter:
 
     def choose(self) -> list[Export]:
         """The disks that one of the transports can export, in the order to show them."""
-        able = self.arrange()
+        able = self.want.arrange(self.inventory.candidates(Reason.NO_WAY))
         if any(e.left_out and not self.want.why_no_transport(e) for e in able):
             # They may have come into use since they were left out.
             self.inventory.update(())
-            self.arrange()
+            self.want.arrange(self.inventory.candidates(Reason.NO_WAY))
         for export in self.inventory.candidates():
             if why := self.want.why_no_transport(export):
                 export.leave_out(Reason(why, Reason.NO_WAY))
         return self.inventory.candidates()
-
-    def arrange(self) -> list[Export]:
-        """Has transports make room for all disks, returned, that are only left out for want of that."""
-        able = self.inventory.candidates(Reason.NO_WAY)
-        for transport in self.transports:
-            transport.arrange(able, self.tree.live)
-        return able
 
     def rehearse(self) -> list[Failure]:
         """Shows the steps to what is wanted, without waiting for anything; returns what would fail."""
@@ -7391,8 +7390,7 @@ class Exporter:
         exports = self.choose()
         self.refuse_mixed(exports)
         self.inventory.begin_stays(exports)
-        scaffolds = self.want.scaffolds()
-        return self.tree.apply(self.tree.plan(self.want.branches(exports)[0], scaffolds))
+        return self.tree.apply(self.tree.plan(self.want.branches(exports)[0], self.want.scaffolds()))
 
     def refuse_mixed(self, exports: Iterable[Export]) -> None:
         for export in exports:
