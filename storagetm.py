@@ -7371,8 +7371,7 @@ class Exporter:
         """The disks that one of the transports can export, in the order to show them."""
         able = self.want.arrange(self.inventory.candidates(Reason.NO_WAY))
         if any(e.left_out and not self.want.why_no_transport(e) for e in able):
-            # They may have come into use since they were left out.
-            self.inventory.update(())
+            self.inventory.update(())  # they may have come into use meanwhile
             self.want.arrange(self.inventory.candidates(Reason.NO_WAY))
         for export in self.inventory.candidates():
             if why := self.want.why_no_transport(export):
@@ -7390,7 +7389,8 @@ class Exporter:
         exports = self.choose()
         self.refuse_mixed(exports)
         self.inventory.begin_stays(exports)
-        return self.tree.apply(self.tree.plan(self.want.branches(exports)[0], self.want.scaffolds()))
+        scaffolds = self.want.scaffolds()
+        return self.tree.apply(self.tree.plan(self.want.branches(exports)[0], scaffolds))
 
     def refuse_mixed(self, exports: Iterable[Export]) -> None:
         for export in exports:
