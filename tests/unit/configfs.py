@@ -402,7 +402,7 @@ class Gadgets:
 
     def remove(self, path: Path) -> None:
         for child in path.iterdir():
-            if child.is_dir():
+            if child.is_dir() and not child.is_symlink():
                 self.remove(child)
             else:
                 self.nvmet._unlink(child)
@@ -437,6 +437,8 @@ class Gadgets:
                 raise failure(errno.EINVAL)
             if name == "ro" and self.medium(f"{relative.rpartition('/')[0]}/file"):
                 raise failure(errno.EBUSY)
+        elif name == "stall" and self.is_linked(relative):
+            raise failure(errno.EBUSY)
         elif name == "inquiry_string":
             value = f"{value:28.28}"
         elif name in STRINGS and len(value) > 126:

@@ -307,6 +307,70 @@ def test_restart_after_a_kill_leaves_all_as_it_is(start: Start, nvmet: Nvmet, ga
     assert nvmet.contents().keys() == {"nvmet", "nvmet/ports", "nvmet/subsystems", "usb_gadget"}
 
 
+@pytest.mark.parametrize(("first", "second"), [(READ_ONLY, READ_WRITE), (READ_WRITE, READ_ONLY)])
+def test_restart_with_another_access_puts_another_device_in(
+    start: Start, nvmet: Nvmet, gadgets: Gadgets, first: str, second: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The one that was in is out by the time it is to be removed."""
+    before = nvmet.contents()
+    run = start("/dev/vdb", access=first)
+    run.synchronise()
+    run.kill()
+    gadgets.plug(UDC)
+    gadgets.lock(f"{lun(0)}/file")
+    run = start("/dev/vdb", access=second)
+    run.synchronise()
+    assert media(nvmet) == ["vdb", "", ""]
+    assert attribute(nvmet, f"{lun(0)}/ro") == str(int(second == READ_ONLY))
+    assert any(path.startswith("dm/") for path in nvmet.contents()) == (second == READ_ONLY)
+    assert capfd.readouterr().err == ""
+    assert run.stop()
+    assert nvmet.contents() == before
+
+
+def test_gadget_that_others_made_in_its_place_stays_bound(
+    start: Start, nvmet: Nvmet, gadgets: Gadgets
+) -> None:
+    """While the program was dead."""
+    run = start("/dev/vdb")
+    run.synchronise()
+    run.kill()
+    # Made beside ours, so that no number is given twice.
+    other = "usb_gadget/other"
+    for path in (other, f"{other}/functions/mass_storage.0", f"{other}/configs/c.1"):
+        os.mkdir(nvmet.path(path))
+    nvmet._symlink("../../functions/mass_storage.0", nvmet.path(f"{other}/configs/c.1/mass_storage.0"))
+    gadgets.unbind(top())
+    gadgets.remove(nvmet.path(top()))
+    nvmet.path(other).rename(nvmet.path(top()))
+    storagetm.write_attribute(f"{nvmet.path(top())}/UDC", UDC)
+    calls = len(nvmet.calls)
+    run = start("/dev/vdb")
+    assert run.stop()
+    assert calls_since(nvmet, calls) == []
+    assert attribute(nvmet, f"{top()}/UDC") == UDC
+
+
+@pytest.mark.parametrize(("driver", "stall"), [("dwc2", "0"), ("dwc3", "1"), ("", "1")])
+def test_controller_that_halts_badly_is_not_asked_to(
+    start: Start, nvmet: Nvmet, machine: CapturedMachine, gadgets: Gadgets, driver: str, stall: str
+) -> None:
+    if driver:
+        place = machine.path("/sys/bus/platform/drivers") / driver
+        place.mkdir(parents=True)
+        (gadgets.udc / UDC / "device").mkdir()
+        (gadgets.udc / UDC / "device/driver").symlink_to(place)
+    run = start("/dev/vdb")
+    run.synchronise()
+    assert attribute(nvmet, f"{top()}/functions/mass_storage.0/stall") == stall
+    assert attribute(nvmet, f"{top()}/UDC") == UDC
+    calls = len(nvmet.calls)
+    run.kill()
+    run = start("/dev/vdb")
+    run.synchronise()
+    assert calls_since(nvmet, calls) == []
+
+
 def test_kill_before_the_binding_lets_nobody_in(start: Start, nvmet: Nvmet, gadgets: Gadgets) -> None:
     """So the next start waits for disks as the first would have done."""
     assert gadgets.udc.is_dir()
@@ -759,6 +823,7 @@ def test_controllers_are_looked_at_once_listened_for(
     run.synchronise()
     gadgets.appear(UDC)
     run.listen(monkeypatch)
+    assert run.exporter.due() > 0
     run.later()
     assert attribute(nvmet, f"{top()}/UDC") == UDC
     incoming = run.news[0]
