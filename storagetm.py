@@ -6706,11 +6706,14 @@ class UsbGadget(Transport):
         self.state = read_attribute(f"{SYS}class/udc/{self.controller}/state") if self.controller else ""
 
     def take_state(self, state: str) -> None:
-        """Takes note of what the controller tells. What a host has ejected is put back with the next one."""
+        """Takes note of what the controller tells. What a host has ejected is put back with the next one.
+
+        Told is each SET_CONFIGURATION; not all controllers tell that a host has gone, or show it afterwards.
+        """
         before = self.state
         self.look()
         self.state = state or self.state
-        if self.state != before and self.state in ("configured", "not attached"):
+        if state == "configured" or (self.state != before and self.state in ("configured", "not attached")):
             self.again = time.monotonic()
 
     @property
