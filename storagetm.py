@@ -6703,7 +6703,8 @@ class UsbGadget(Transport):
         mine = [name for name, user in users.items() if user == own]
         self.controller = (mine or free or [""])[0]
         self.blocked = "" if self.controller else next(iter(users.values()), "")
-        self.state = read_attribute(f"{SYS}class/udc/{self.controller}/state") if self.controller else ""
+        # Without a gadget, the kernel still shows what it was with the last one.
+        self.state = read_attribute(f"{SYS}class/udc/{self.controller}/state") if mine else ""
 
     def take_state(self, state: str) -> None:
         """Takes note of what the controller tells. What a host has ejected is put back with the next one.
