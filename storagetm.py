@@ -1,6 +1,6 @@
 #!/usr/bin/python3 -IS
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Storage target mode: this machine's disks on the network, over NVMe/TCP.
+"""Storage target mode: this machine's disks on another machine, over NVMe/TCP or USB.
 
 The file stands alone and imports little, because it is started in an initrd, where every module costs room
 in the image and time at boot. It computes from disks, addresses and options what should be in the kernel
@@ -1883,7 +1883,7 @@ class Disk:
         self.node = node
         self.sysname = sysname  # empty for an image
         self.place = ""  # its directory in sysfs, once probed
-        self.cached: dict[str, str] = {}  # what stable() and location() have found
+        self.cached: dict[str, str] = {}  # what stable(), location() and Stays have found
         self.tag = ""
         self.size = 0
         self.read_only = False
@@ -2344,11 +2344,17 @@ class Stays:
         self.numbers.add(number)
         self.taken |= {uuid, name}
 
+    def tag_of(self, disk: Disk) -> str:
+        """The digest of a disk's tag. Kept, since it is asked for five times at the start."""
+        if self.boot not in disk.cached:
+            disk.cached[self.boot] = self.digest(self.boot, disk.tag)
+        return disk.cached[self.boot]
+
     def of(self, disk: Disk) -> Stay | None:
         """A disk's stay, if it was begun before."""
         if not self.boot:
             self.read()
-        stay = self.known.get(self.digest(self.boot, disk.tag))
+        stay = self.known.get(self.tag_of(disk))
         if stay and not stay.name:
             # Cached: while a disk is being unplugged, parts of its sysfs directory are already gone.
             stay.name = disk.id_serial or disk.stable()
@@ -2366,7 +2372,7 @@ class Stays:
         while not (found := self.of(disk)):
             if len(self.numbers) >= NSID_MAX:
                 return None
-            tag, name = self.digest(self.boot, disk.tag), self.digest(disk.id_serial or disk.stable())
+            tag, name = self.tag_of(disk), self.digest(disk.id_serial or disk.stable())
             slot = self.digest(disk.location())
             number = returned = self.returning(disk, name + slot) if alone else 0
             if not number and alone and name not in self.taken and disk.lasts():
@@ -2382,14 +2388,14 @@ class Stays:
     def returning(self, disk: Disk, origin: str) -> int:
         """The number of the awaited disk that this one is, which came back to its slot; 0 if it is none."""
         tags = [t for t, (wanted, _) in self.awaited.items() if wanted == origin and t in self.known]
-        if not tags or not disk.lasts() or self.digest(self.boot, disk.tag) in (self.first or ()):
+        if not tags or not disk.lasts() or self.tag_of(disk) in (self.first or ()):
             return 0
         del self.awaited[tags[0]]
         return self.known[tags[0]].number
 
     def begin_with(self, disks: Iterable[Disk]) -> None:
         """Takes note of the disks that are here first: none of them returns, nor one whose slot is taken."""
-        tags = [self.digest(self.boot, d.tag) for d in disks if self.of(d) or self.awaited]
+        tags = [self.tag_of(d) for d in disks if self.of(d) or self.awaited]
         slots = {self.digest(d.location()) for d in disks if self.awaited}
         self.first = set(tags)
         self.awaited = {t: a for t, a in self.awaited.items() if t not in tags and a[0][32:] not in slots}
@@ -2406,7 +2412,7 @@ class Stays:
         """Notes that these were exported until now: the next run awaits them."""
         if not self.path:
             return
-        tags = [(self.digest(self.boot, d.tag), d.node) for d in disks]
+        tags = [(self.tag_of(d), d.node) for d in disks]
         lines = [f"{tag} {self.known[tag].origin} {node}\n" for tag, node in tags if tag in self.known]
         try:
             # Half a line does not count, and no file is one that says nothing.
@@ -2995,6 +3001,12 @@ class Inventory:
                 export.leave_out(Reason(why))
         if new:
             self.stays.note()
+
+    def reconsider(self) -> None:
+        """Takes back that no transport can export a disk, which may have changed."""
+        for export in self.exports.values():
+            if export.left_out.kind == Reason.NO_WAY:
+                export.left_out = Reason()
 
     def candidates(self) -> list[Export]:
         """The disks that are to be exported, or are being waited for, in the order to show them."""
@@ -3703,7 +3715,10 @@ class Branch:
     branch may have.
     """
 
-    __slots__ = ("adopted", "claims", "entries", "needs", "root", "scaffold", "tag")
+    __slots__ = (
+        *("admitting", "adopted", "claims", "entries", "needs", "plain", "root", "scaffold", "tag"),
+        *("together", "waits"),
+    )
 
     def __init__(
         self,
@@ -3717,6 +3732,19 @@ class Branch:
     ) -> None:
         self.tag = tag
         self.entries = entries
+        # Apart by when they are made. Each is asked once, since there are a dozen for each of many disks.
+        self.plain: list[Entry] = []
+        self.together: list[Entry] = []
+        self.admitting: list[Entry] = []
+        self.waits = False
+        for entry in entries:
+            if entry.ADMITS:
+                self.admitting.append(entry)
+            elif entry.TOGETHER:
+                self.together.append(entry)
+            else:
+                self.plain.append(entry)
+                self.waits = self.waits or entry.WAITS
         self.root = entries[0].path
         self.needs = tuple(needs)
         self.scaffold = tuple(scaffold)
@@ -3735,6 +3763,18 @@ class Branch:
     def to_compare(self) -> Branch:
         """A copy of which each entry has to be looked at, since it is not known what is there of it."""
         return Branch(self.tag, self.entries, needs=self.needs, scaffold=self.scaffold, adopted=True)
+
+
+def owes(branches: Iterable[Branch]) -> bool:
+    """Whether devices that these stand for have I/O of clients that has not ended."""
+    for branch in branches:
+        for entry in branch.entries:
+            try:
+                if entry.owes():
+                    return True
+            except OSError as e:
+                debug(f"Failed to look at '{entry.path}', ignoring: {reason_of(e)}")
+    return False
 
 
 def in_levels(branches: Iterable[Branch]) -> list[list[Branch]]:
@@ -3897,11 +3937,18 @@ class Ledger:
 
     def add(self, branch: Branch, identity: str = "") -> None:
         """Notes what is about to be made, unless all of it goes with this process. Raises OSError."""
+        if intention := self.intention(branch):
+            self.append_all([intention, *([("=", branch.root, identity)] if identity else [])])
+
+    def add_all(self, branches: Sequence[Branch]) -> None:
+        """Notes that several branches are about to be made. Raises OSError."""
+        self.append_all(list(filter(None, map(self.intention, branches))))
+
+    def intention(self, branch: Branch) -> tuple[str, ...]:
+        """The record of a branch; empty for one that goes with this process."""
         if not (fields := [e.LETTER + e.path for e in branch.entries if e.LETTER]):
-            return
-        self.append("+", branch.root, branch.tag, *fields, *(self.NEED + root for root in branch.needs))
-        if identity:
-            self.append("=", branch.root, identity)
+            return ()
+        return "+", branch.root, branch.tag, *fields, *(self.NEED + root for root in branch.needs)
 
     def confirm(self, branch: Branch, root: str) -> None:
         """Notes that the first entry of a branch is made, unless its name says well enough whose it is."""
@@ -3993,6 +4040,22 @@ def in_threads(
     for _ in range(min(THREADS, len(items))):
         _thread.start_new_thread(run, ())
     all_done.acquire(True, -1 if patience is None else patience)
+
+
+def together(branches: Iterable[Branch], patches: dict[str, Patch]) -> list[list[Entry]]:
+    """The entries of these branches that are to be made together, by kind."""
+    kinds: dict[type[Entry], list[Entry]] = {}
+    for branch in branches:
+        patch = patches.get(branch.root)
+        for entry in branch.together:
+            if patch is None or entry in patch.missing:
+                kinds.setdefault(type(entry), []).append(entry)
+    return list(kinds.values())
+
+
+def is_doomed(failures: dict[str, Failure]) -> bool:
+    """Whether all else would fail in the same way as something has."""
+    return any(f.entry.dooms(f.error) for f in list(failures.values())) if failures else False
 
 
 class Plan:
@@ -4212,24 +4275,13 @@ class Live:
         if not any(e.CLOSES for e in branch.entries):
             return
         pause = LOCK_POLL_SEC[0]
-        while has_gone(branch.tag) and self.owes(branch):
+        while has_gone(branch.tag) and owes([self.live[r] for r in branch.needs if r in self.live]):
             now = time.monotonic()
             if now - self.owed.setdefault(branch.root, now) > LOCK_WAIT_SEC and self.ending:
                 raise IoPending(errno.EBUSY, os.strerror(errno.EBUSY))
             time.sleep(pause)
             pause = min(pause * 1.5, LOCK_POLL_SEC[1])
         self.owed.pop(branch.root, None)
-
-    def owes(self, branch: Branch) -> bool:
-        """Whether a device that a branch needs has I/O of clients that has not ended."""
-        for root in branch.needs:
-            for entry in self.live[root].entries if root in self.live else ():
-                try:
-                    if entry.owes():
-                        return True
-                except OSError as e:
-                    debug(f"Failed to look at '{entry.path}', ignoring: {reason_of(e)}")
-        return False
 
     def collect(self) -> dict[str, Failure]:
         """Takes note of removals that have ended; returns those that failed, by root."""
@@ -4260,6 +4312,7 @@ class Tree(Live):
     def __init__(self, root: str, ledger: Ledger) -> None:
         super().__init__(root, ledger)
         self.present: dict[str, set[str]] = {}  # names in the directories in which something is to be made
+        self.noted: set[str] = set()  # roots that the ledger has as about to be made
 
     def plan(self, wanted: Sequence[Branch], scaffolds: Sequence[Branch] = ()) -> Plan:
         """What has to be done so that just the wanted branches of ours are live. Changes nothing."""
@@ -4282,7 +4335,7 @@ class Tree(Live):
         seconds go on in the background (None: all are waited for).
         """
         failures: dict[str, Failure] = {}
-        self.present = {}
+        self.present, self.noted = {}, set()
         for patch in plan.patches:
             self.undo_all(patch.branch, patch.stale, failures)
         self.remove(plan.removals, patience, failures)
@@ -4291,15 +4344,20 @@ class Tree(Live):
         crowded = self.crowded()
         # What has the name of one of these could not be removed, or is still being removed.
         free = [b for b in plan.creations if b.root not in self.live]
-        creations = [b for b in free if not any(e.crowd() in crowded for e in b.entries)]
+        if crowded:
+            free = [b for b in free if not any(e.crowd() in crowded for e in b.entries)]
         patches = {patch.branch.root: patch for patch in plan.patches}
-        changed = [*creations, *(patch.branch for patch in plan.patches)]
+        changed = [*free, *(patch.branch for patch in plan.patches)]
         for level in in_levels(changed):
+            self.note([b for b in level if b.root not in patches], failures)
             self.for_each(level, lambda branch: self.make(branch, patches.get(branch.root), failures))
-        self.make_together([b for b in changed if b.root not in failures], patches)
+        self.take_back([b for b in changed if b.root in self.noted and b.root not in self.live])
+        there = [b for b in changed if b.root in self.live and b.root not in failures]
+        for entries in together(there, patches):
+            self.do_all(entries)
         # Once one disk lets clients in, they may ask for others, and give up those that do not yet.
         for branch in changed:
-            if branch.root in self.live and branch.root not in failures and not self.is_doomed(failures):
+            if branch.root in self.live and branch.root not in failures and not is_doomed(failures):
                 self.admit(branch, patches.get(branch.root), failures)
         for scaffold in plan.scaffolds:
             self.take_down(scaffold, failures)
@@ -4333,11 +4391,6 @@ class Tree(Live):
             names = self.present[directory] = set(list_directory(self.root + directory))
         return name in names and not self.is_gone(path)
 
-    @staticmethod
-    def is_doomed(failures: dict[str, Failure]) -> bool:
-        """Whether all else would fail in the same way as something has."""
-        return any(f.entry.dooms(f.error) for f in list(failures.values())) if failures else False
-
     def make(self, branch: Branch, patch: Patch | None, failures: dict[str, Failure]) -> None:
         """Makes a branch, or what a patch adds, but not what lets clients in; if what it needs is there.
 
@@ -4352,21 +4405,45 @@ class Tree(Live):
         stands = all(root in self.live for root in branch.needs)
         if patch:
             self.amend(patch, failures)
-        elif branch.root not in self.live and stands and not self.is_doomed(failures):
+        elif branch.root not in self.live and stands and not is_doomed(failures):
             self.create(branch, failures)
+
+    def take_back(self, branches: Sequence[Branch]) -> None:
+        """Notes that these were not made after all: whoever makes them later is another program."""
+        try:
+            self.ledger.remove(*branches)
+        except OSError as e:
+            debug(f"Failed to take back {len(branches)} intentions, ignoring: {reason_of(e)}")
+
+    def note(self, branches: Iterable[Branch], failures: dict[str, Failure]) -> None:
+        """Notes in one go which of these are about to be made. What fails is tried again for each alone."""
+        coming = [
+            b
+            for b in branches
+            if b.root not in self.live
+            and b.root not in failures
+            and all(root in self.live for root in b.needs)
+            and not self.is_taken(b.entries[0])
+        ]
+        if len(coming) > 1 and not is_doomed(failures):
+            try:
+                self.ledger.add_all(coming)
+                self.noted.update(b.root for b in coming)
+            except OSError as e:
+                debug(f"Failed to note {len(coming)} intentions, ignoring: {reason_of(e)}")
 
     def create(self, branch: Branch, failures: dict[str, Failure]) -> None:
         made: list[Entry] = []
         entry = branch.entries[0]
         noted = False
         try:
-            if self.is_taken(branch.entries[0]):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            if branch.root not in self.noted:
+                if self.is_taken(branch.entries[0]):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                noted = True
+                self.ledger.add(branch)
             noted = True
-            self.ledger.add(branch)
-            for entry in branch.entries:
-                if entry.ADMITS or entry.TOGETHER:
-                    continue
+            for entry in branch.plain:
                 if not entry.FOLLOWS:
                     self.do(entry)
                 made.append(entry)
@@ -4396,22 +4473,10 @@ class Tree(Live):
         if not any(e.ADMITS or e.TOGETHER for e in patch.missing):
             self.live[branch.root] = branch
 
-    def make_together(self, branches: Iterable[Branch], patches: dict[str, Patch]) -> None:
-        """Makes what is made for many branches at once, of those that are there by now."""
-        kinds: dict[type[Entry], list[Entry]] = {}
-        for branch in branches:
-            if branch.root in self.live:
-                patch = patches.get(branch.root)
-                for entry in patch.missing if patch else branch.entries:
-                    if entry.TOGETHER:
-                        kinds.setdefault(type(entry), []).append(entry)
-        for entries in kinds.values():
-            self.do_all(entries)
-
     def admit(self, branch: Branch, patch: Patch | None, failures: dict[str, Failure]) -> None:
         """Makes what lets clients in. What cannot be completed is removed, unless clients use it."""
-        admitting = [e for e in (patch.missing if patch else branch.entries) if e.ADMITS]
-        made = [e for e in branch.entries if not e.ADMITS]
+        admitting = [e for e in patch.missing if e.ADMITS] if patch else branch.admitting
+        made = [*branch.plain, *branch.together]
         entry = branch.entries[0]
         try:
             for entry in admitting:
@@ -4454,7 +4519,7 @@ class Tree(Live):
         """Does `work` for each branch in turn, and for many at a time where it is mostly waiting."""
         waiting = []
         for branch in branches:
-            if self.threads and any(e.WAITS for e in branch.entries):
+            if self.threads and branch.waits:
                 waiting.append(branch)
             else:
                 work(branch)
@@ -5058,7 +5123,9 @@ def backing(disk: Disk, access: str, instance: str) -> Branch:
 
 def mapping_of(branch: Branch | None) -> Mapping | None:
     """The device-mapper device of a backing; None if it has none."""
-    return next((e for e in branch.entries if isinstance(e, Mapping)), None) if branch else None
+    # In a backing there is nothing above it.
+    last = branch.entries[-1] if branch else None
+    return last if isinstance(last, Mapping) else None
 
 
 def live_mappings(live: dict[str, Branch], target: str) -> list[Mapping]:
@@ -5543,7 +5610,9 @@ class NvmeHost:
     WRITE_PROTECT = 0x84
     CC = 0x14  # property: the controller's configuration
     ENABLE = 0x460001  # entries of 64 and 16 bytes, enabled
-    QUEUE_SIZE = 32  # commands that may be under way
+    # Commands that may be under way; for each, nvmet makes two with four buffers. With 32, as other hosts
+    # have, 256 disks took XXX longer.
+    QUEUE_SIZE = 2
     ANSWER_MAX = 8192  # longest PDU to take, in bytes
 
     def __init__(self, address: tuple[str, int], nqn: str, host_id: str) -> None:
@@ -5872,6 +5941,13 @@ class WriteProtection(Entry):
         except (FileNotFoundError, NotADirectoryError):
             pass
 
+    def close_passage(self, root: str) -> None:
+        """Takes the way in away again as soon as it has served."""
+        try:
+            self.unmake(root)
+        except OSError as e:
+            debug(f"Failed to unlink '{self.path}' from the passage, ignoring: {reason_of(e)}")
+
     def make(self, root: str) -> None:
         self.make_all([self], root)
 
@@ -5891,6 +5967,10 @@ class WriteProtection(Entry):
                 entry.host.untold.pop(entry.path, None)
             for entry in some:
                 entry.leave()
+            # For each Connect the kernel goes through all that is linked there (nvmet_find_get_subsys()). It
+            # listens as long as there is one link.
+            for entry in some[:-1]:
+                entry.close_passage(root)
 
     def take(self, step: Callable[[WriteProtection, str], None], root: str) -> bool:
         """Takes a step on the way; False if that fails."""
@@ -6670,7 +6750,7 @@ class UsbGadget(Transport):
         self.function = self.gadget + "/functions/mass_storage.0"
         self.optional = optional  # whether nothing is said where the machine has no controller
         # The class asks for 12 digits at least, upper case. A host must not learn the machine's ID.
-        self.serial = str(sha256(machine.id + b"usb").hexdigest()[:16]).upper()
+        self.serial = str(sha256(machine.id + utf8(self.gadget)).hexdigest()[:16]).upper()
         self.product = "Storage target"
         self.controller = ""
         self.blocked = ""  # the other gadget that has the only controller
@@ -6695,6 +6775,8 @@ class UsbGadget(Transport):
     def look(self) -> None:
         """Finds a controller that is free or ours."""
         own = os.path.basename(self.gadget)
+        if not os.path.isdir(CONFIGFS + "usb_gadget"):
+            return
         users = {
             name: read_attribute(f"{SYS}class/udc/{name}/function")
             for name in sorted(list_directory(SYS + "class/udc"))
@@ -6788,6 +6870,10 @@ class UsbGadget(Transport):
             Attribute(strings + "/serialnumber", self.serial),
             Directory(self.function),
         ]
+        driver = f"{SYS}class/udc/{self.controller}/device/driver"
+        if self.controller and os.path.basename(os.path.realpath(driver)) == "dwc2":
+            # It does not halt endpoints well, and some hosts reset it again and again for that.
+            entries.append(Attribute(self.function + "/stall", "0"))
         for number in range(max(1, self.luns)):
             lun = f"{self.function}/lun.{number}"
             entries += [] if number == 0 else [Directory(lun)]
@@ -7171,6 +7257,7 @@ class Exporter:
 
     def choose(self) -> list[Export]:
         """The disks that one of the transports can export, in the order to show them."""
+        self.inventory.reconsider()
         for transport in self.transports:
             transport.arrange(self.inventory.candidates(), self.tree.live)
         for export in self.inventory.candidates():
@@ -8738,7 +8825,7 @@ OPTIONS = (
     ),
     Option(
         "transport",
-        "nvme-tcp (default), usb, or both with a comma; auto:\nalso usb, where this machine has a device port",
+        "nvme-tcp (default), usb, or both with a comma; auto:\nalso usb if this machine has a device port",
         value="=LIST",
     ),
     Option("stacked", "Export idle arrays and volumes, and not their disks"),
@@ -8760,7 +8847,7 @@ def help_text() -> str:
         "storagetm [OPTIONS...] --all",
         "storagetm --list-devices",
         "",
-        "Export block devices or regular files over NVMe/TCP.",
+        "Export block devices or regular files over NVMe/TCP or USB.",
         "",
     ]
     for option in OPTIONS:

@@ -307,6 +307,24 @@ def test_kernel_that_cannot_keep_others_away_exports_nothing(
     assert run([*made.common(), *wanted_of(made, disk("a", access=access), "nqn.test")]) == {}
 
 
+class Dooming(storagetm.Directory):
+    """A directory for which all others could not be made either."""
+
+    def dooms(self, error: OSError) -> bool:
+        return True
+
+
+def test_what_was_not_tried_after_all_is_not_noted(nvmet: Nvmet, tmp_path: Path) -> None:
+    """Whoever makes something of that name later is another program."""
+    session = Session(nvmet, tmp_path / "x.entries")
+    branches = [storagetm.Branch("1", [Dooming(f"nvmet/ports/{number}")]) for number in (2, 4, 6)]
+    nvmet.fail_at(0)
+    assert once(session.tree, branches, None).keys() == {"nvmet/ports/2"}
+    noted = storagetm.Ledger.parse((tmp_path / "x.entries").read_bytes())
+    assert noted == {}
+    session.close()
+
+
 # Changes
 
 
