@@ -3466,7 +3466,7 @@ class Entry:
     TOGETHER = False  # whether make_all() makes those of all branches, once all else is there but ADMITS
     FOLLOWS = False  # whether it only tells of a change, of which there is none in a branch that is new
     CLOSES = False  # whether no client can change anything in its branch once it is unmade
-    CONTENT = False  # whether it is what stands in something that is there anyway, and that is empty without
+    CONTENT = False  # whether it is what is in an attribute of another branch, where nothing is another's
 
     kinds: ClassVar[dict[str, type[Entry]]] = {}  # by letter
 
@@ -4383,7 +4383,7 @@ class Tree(Live):
         all that it has.
         """
         if entry.CONTENT:
-            return entry.identity(self.root) != "" and not self.is_gone(entry.path)
+            return False
         path = entry.path
         directory, _, name = path.rpartition("/")
         names = self.present.get(directory)
@@ -4482,6 +4482,8 @@ class Tree(Live):
             for entry in admitting:
                 self.do(entry, again=patch is not None)
                 made.append(entry)
+                if entry is branch.entries[0]:
+                    self.ledger.confirm(branch, self.root)
         except OSError as e:
             failures[branch.root] = Failure(branch, entry, e)
             if not patch:
@@ -6562,15 +6564,14 @@ class Lun(Entry):
     """A disk in one of the gadget's drives: `path` is the attribute that takes its node.
 
     The kernel opens the node when it is written there, and asks for its size only then. What the host has
-    ejected is gone from there, too (do_start_stop() in drivers/usb/gadget/function/f_mass_storage.c).
+    ejected is gone from there, too (do_start_stop() in drivers/usb/gadget/function/f_mass_storage.c). So it
+    is ours as long as the drive is the one that we have made.
     """
 
     LETTER = "u"
     LIVE = CLOSES = CONTENT = True
 
-    opened: ClassVar[
-        dict[str, int]
-    ] = {}  # by path: the size in bytes with which this process has opened one
+    opened: ClassVar[dict[str, int]] = {}  # sizes in bytes with which the kernel has opened them, by path
 
     def __init__(
         self,
@@ -6595,9 +6596,16 @@ class Lun(Entry):
             return self.disk_node
         return self.mapping.node() if self.mapping.sysname() else ""
 
+    def drive(self, root: str) -> str:
+        """The directory of the drive."""
+        return root + os.path.dirname(self.path)
+
     def make(self, root: str) -> None:
-        lun = root + os.path.dirname(self.path)
-        if self.identity(root):
+        lun = self.drive(root)
+        if self.is_inserted(root):
+            self.insert_again(root)
+            return
+        if read_attribute(root + self.path):
             self.unmake(root)
         # Only of an empty drive can it be changed.
         write_attribute(lun + "/ro", str(int(self.read_only)))
@@ -6618,24 +6626,45 @@ class Lun(Entry):
             # The host has locked it.
             if e.errno != errno.EBUSY:
                 raise
-            write_attribute(f"{root}{os.path.dirname(self.path)}/forced_eject", "1")
+            try:
+                write_attribute(self.drive(root) + "/forced_eject", "1")
+            except FileNotFoundError:  # before Linux 6.0
+                raise e from None
+
+    def insert_again(self, root: str) -> None:
+        """Has the kernel ask for the size anew.
+
+        To the host it is another medium, and what it has mounted would be lost. So while it has the drive
+        locked, this waits until it connects again.
+        """
+        try:
+            write_attribute(root + self.path, self.node())
+        except OSError as e:
+            if e.errno != errno.EBUSY:
+                raise
+            debug(f"The host has locked '{self.disk_node}', it sees the new size when it connects again")
+            return
+        self.opened[self.path] = self.size
 
     def identity(self, root: str) -> str:
-        return read_attribute(root + self.path)
+        return Directory(os.path.dirname(self.path)).identity(root)
 
-    def is_live(self, root: str) -> bool:
+    def is_inserted(self, root: str) -> bool:
+        """Whether it is in the drive, of whatever size."""
         try:
-            same = self.identity(root) == (self.node() or "?")
+            node = self.node()
         except OSError:
             return False
-        ro = read_attribute(f"{root}{os.path.dirname(self.path)}/ro")
-        return same and ro == str(int(self.read_only)) and self.opened.get(self.path, self.size) == self.size
+        # The kernel tells where the node was found.
+        same = node != "" and read_attribute(root + self.path) == shown(os.path.realpath(node))
+        return same and read_attribute(self.drive(root) + "/ro") == str(int(self.read_only))
 
-    def is_open(self, root: str) -> bool:
-        return self.identity(root) != ""
+    def is_live(self, root: str) -> bool:
+        # What an earlier run has left is taken to have the size that the disk has now.
+        return self.is_inserted(root) and self.opened.setdefault(self.path, self.size) == self.size
 
     def described(self, root: str) -> dict[str, str]:
-        lun = os.path.dirname(root + self.path)
+        lun = self.drive(root)
         # The number of a device that is not there yet is not known.
         node = f"{DEV}mapper/{self.mapping.name}" if self.mapping else self.disk_node
         command = (
@@ -6650,11 +6679,21 @@ class Lun(Entry):
         return {"step": "eject", "path": path, "command": f"echo > {quoted(path)}"}
 
 
+class Function(Link):
+    """A function's link in a gadget's configuration. As long as the gadget is not bound, no host sees it."""
+
+    LETTER = "f"
+    ADMITS = CLOSES = False
+
+    def is_open(self, root: str) -> bool:
+        return False
+
+
 class Binding(Entry):
     """What a gadget is bound to, a USB device controller: with that, a host sees it."""
 
     LETTER = "b"
-    LIVE = ADMITS = CLOSES = True
+    LIVE = ADMITS = CLOSES = CONTENT = True
 
     def make(self, root: str) -> None:
         if read_attribute(root + self.path):
@@ -6669,8 +6708,14 @@ class Binding(Entry):
             if e.errno not in (errno.ENODEV, errno.ENOENT, errno.ENOTDIR):
                 raise
 
+    def identity(self, root: str) -> str:
+        return Directory(os.path.dirname(self.path)).identity(root)
+
     def is_live(self, root: str) -> bool:
-        return read_attribute(root + self.path) == self.value
+        # A controller that has gone is still named there, and when it returns, old kernels do not bind it.
+        user = read_attribute(f"{SYS}class/udc/{self.value}/function")
+        gadget = os.path.basename(os.path.dirname(self.path))
+        return read_attribute(root + self.path) == self.value and user == shown(gadget)
 
     def is_open(self, root: str) -> bool:
         return read_attribute(root + self.path) != ""
@@ -6719,12 +6764,12 @@ class UsbState(News):
         return printable(os.pread(self.fd, 100, 0).strip()) if self.fd >= 0 else ""
 
     def act(self) -> bool:
+        state = ""
         try:
             state = self.read()
         except OSError:  # the controller has gone
             os.close(self.fd)
             self.fd, self.name = -1, ""
-            state = ""
         self.transport.take_state(state)
         self.outdate()
         return True
@@ -6743,28 +6788,33 @@ class UsbGadget(Transport):
     cached = True
     LUNS_MAX = 16  # FSG_MAX_LUNS
     SPARE = 2
-    LARGE = 1 << 41  # bytes: what is larger needs READ CAPACITY (16), which came with Linux 5.16
+    LARGE = 1 << 41  # bytes from which on it needs READ CAPACITY (16), which came with Linux 5.16
 
     def __init__(self, machine: Machine, instance: str = "", *, optional: bool = False) -> None:
         self.gadget = "usb_gadget/" + (instance or machine.instance())
         self.function = self.gadget + "/functions/mass_storage.0"
+        self.binding = self.gadget + "/UDC"
         self.optional = optional  # whether nothing is said where the machine has no controller
+        self.lacking = False  # whether the kernel has no gadgets, and need not have
         # The class asks for 12 digits at least, upper case. A host must not learn the machine's ID.
         self.serial = str(sha256(machine.id + utf8(self.gadget)).hexdigest()[:16]).upper()
         self.product = "Storage target"
         self.controller = ""
         self.blocked = ""  # the other gadget that has the only controller
+        self.refused: dict[str, str] = {}  # why the gadget could not be bound, by controller
         self.state = ""
         self.luns = 0
         self.places: dict[str, int] = {}  # by the disk's tag
         self.again = 0.0
+        self.replugged = False  # whether a host has come or gone, for which ejected disks are put back
 
     def prepare(self) -> None:
         for module in self.modules:
             if not os.path.isdir(SYS + "module/" + module):
                 load_module(module)
         prepare_configfs()
-        if not os.path.isdir(CONFIGFS + "usb_gadget") and not self.optional:
+        self.lacking = not os.path.isdir(CONFIGFS + "usb_gadget")
+        if self.lacking and not self.optional:
             raise UserError(
                 f"This kernel ({os.uname().release}) has no USB gadgets, or its module 'libcomposite' is "
                 "missing; boot one with CONFIG_USB_CONFIGFS_MASS_STORAGE, or leave out --transport=usb"
@@ -6774,39 +6824,41 @@ class UsbGadget(Transport):
 
     def look(self) -> None:
         """Finds a controller that is free or ours."""
-        own = os.path.basename(self.gadget)
-        if not os.path.isdir(CONFIGFS + "usb_gadget"):
-            return
+        own = shown(os.path.basename(self.gadget))
+        names = [] if self.lacking else sorted(list_directory(SYS + "class/udc"))
         users = {
             name: read_attribute(f"{SYS}class/udc/{name}/function")
-            for name in sorted(list_directory(SYS + "class/udc"))
+            for name in names
+            if name not in self.refused
         }
-        free = [name for name, user in users.items() if user in ("", own)]
         mine = [name for name, user in users.items() if user == own]
+        free = [name for name, user in users.items() if not user]
         self.controller = (mine or free or [""])[0]
         self.blocked = "" if self.controller else next(iter(users.values()), "")
         # Without a gadget, the kernel still shows what it was with the last one.
         self.state = read_attribute(f"{SYS}class/udc/{self.controller}/state") if mine else ""
 
-    def take_state(self, state: str) -> None:
-        """Takes note of what the controller tells. What a host has ejected is put back with the next one.
+    def take_state(self, state: str = "") -> None:
+        """Takes note of what our controller tells; without a state, of news of any controller.
 
-        Told is each SET_CONFIGURATION; not all controllers tell that a host has gone, or show it afterwards.
+        States that follow each other fast may be told as one. What a host has ejected is put back for the
+        next one.
         """
-        before = self.state
+        self.refused.clear()
         self.look()
         self.state = state or self.state
-        if state == "configured" or (self.state != before and self.state in ("configured", "not attached")):
-            self.again = time.monotonic()
+        self.replugged |= state in ("configured", "not attached")
+        self.again = time.monotonic()
 
     @property
     def due(self) -> float:
         return self.again
 
     def try_again(self, live: dict[str, Branch]) -> None:
-        self.again = 0.0
+        prefix = self.gadget + "/" if self.replugged else self.binding
+        self.again, self.replugged = 0.0, False
         for root, branch in list(live.items()):
-            if root.startswith(self.gadget + "/"):
+            if root.startswith(prefix):
                 live[root] = branch.to_compare()
 
     def is_used(self) -> bool:
@@ -6825,22 +6877,25 @@ class UsbGadget(Transport):
                 self.places[branch.tag] = int(root.split("/lun.")[1].partition("/")[0])
 
     def arrange(self, exports: Sequence[Export], live: dict[str, Branch]) -> None:
-        taken = {b.tag for r, b in live.items() if r.startswith(self.function + "/")}
         tags = [e.disk.tag for e in exports if not self.why_unfit(e)]
-        self.places = {t: n for t, n in self.places.items() if t in taken or t in tags}
         new = [tag for tag in tags if tag not in self.places]
-        if len(self.places) + len(new) > self.luns and not (self.luns and self.is_used()):
-            self.luns = min(self.LUNS_MAX, len(self.places) + len(new) + self.SPARE)
-        free = [n for n in range(self.luns) if n not in self.places.values()]
-        self.places.update(zip(new, free))
+        kept = {t: n for t, n in self.places.items() if t in tags}
+        if len(kept) + len(new) > self.luns and not (self.luns and self.is_used()):
+            self.luns = min(self.LUNS_MAX, len(kept) + len(new) + self.SPARE)
+        # Where a disk was that is going now, another one comes last.
+        going = {
+            int(r.split("/lun.")[1].partition("/")[0]) for r in live if r.startswith(self.function + "/")
+        }
+        free = [n for n in range(self.luns) if n not in kept.values()]
+        self.places = {**kept, **dict(zip(new, sorted(free, key=lambda n: n in going)))}
 
     def basis(self) -> object:
         return self.luns, self.controller == "" and self.optional, tuple(sorted(self.places.items()))
 
     def why_unfit(self, export: Export) -> str:
         """Why a disk is none for any drive."""
-        if export.disk.size > self.LARGE and kernel_version() < (5, 16):
-            return "it has more than 2 TiB, which USB takes from Linux 5.16 on"
+        if export.disk.size >= self.LARGE and kernel_version() < (5, 16):
+            return "it has 2 TiB or more, which USB takes from Linux 5.16 on"
         return ""
 
     def why_not(self, export: Export) -> str:
@@ -6878,10 +6933,12 @@ class UsbGadget(Transport):
             lun = f"{self.function}/lun.{number}"
             entries += [] if number == 0 else [Directory(lun)]
             entries.append(Attribute(lun + "/removable", "1"))
-        entries += [Directory(config), Link(f"{config}/mass_storage.0", self.function)]
+        entries += [Directory(config), Function(f"{config}/mass_storage.0", self.function)]
+        found = [Branch("gadget", entries)]
         if self.controller:
-            entries.append(Binding(top + "/UDC", self.controller))
-        return [Branch("gadget", entries)]
+            # When it cannot be bound, the disks need not be put in anew.
+            found.append(Branch("binding", [Binding(self.binding, self.controller)], needs=[top]))
+        return found
 
     def branch(self, export: Export, between: Branch) -> Branch:
         read_only = export.access == READ_ONLY
@@ -6892,9 +6949,34 @@ class UsbGadget(Transport):
         if failure.error.errno == errno.EEXIST and failure.branch.root == self.gadget:
             name = os.path.basename(self.gadget)
             return f"another program made the gadget '{name}'; remove it, or give another --nqn"
-        if isinstance(failure.entry, Binding) and failure.error.errno == errno.EBUSY:
-            return f"another program uses '{failure.entry.value}'; stop it"
+        if failure.entry.path == self.function and failure.error.errno == errno.ENOENT:
+            return (
+                "this kernel has no USB mass storage, or its module 'usb_f_mass_storage' is missing; boot "
+                "one with CONFIG_USB_CONFIGFS_MASS_STORAGE, or leave out --transport=usb"
+            )
+        if isinstance(failure.entry, Lun) and failure.error.errno == errno.EBUSY:
+            return "the host has locked it; eject it there, or unplug the cable"
         return ""
+
+    def adapt(self, failure: Failure) -> bool:
+        """Leaves a controller alone that the gadget cannot be bound to, until there is news of it."""
+        entry = failure.entry
+        if isinstance(entry, Binding) and entry.value and entry.value == self.controller:
+            why = reason_of(failure.error)
+            warning(
+                f"Failed to use the USB device controller '{entry.value}': {why}; see the kernel's messages"
+            )
+            self.refused[entry.value] = why
+            # The kernel has ejected all disks if it was the function that could not be bound (fsg_bind()).
+            self.replugged, self.again = True, time.monotonic()
+            self.look()
+            return True
+        if self.optional and failure.branch.root == self.gadget and not (failure.cause or self.lacking):
+            warning(f"Exporting nothing over USB: {self.explain(failure) or reason_of(failure.error)}")
+            self.lacking = True
+            self.look()
+            return True
+        return False
 
     # What people are told
 
@@ -6911,6 +6993,10 @@ class UsbGadget(Transport):
         if self.blocked:
             shut = f"the USB device controller is used by the gadget '{self.blocked}'"
             return Way("USB (in use)", shut, effect, "stop the program that made it")
+        if self.refused and not self.controller:
+            name, why = next(iter(self.refused.items()))
+            shut = f"the USB device controller '{name}' cannot be used: {why}"
+            return Way("USB (no controller)", shut, effect, "see the kernel's messages")
         if not self.controller:
             shut = "this machine has no USB device controller"
             return Way("USB (no controller)", shut, effect, "plug in one, or load its driver")
@@ -6933,9 +7019,15 @@ class UsbGadget(Transport):
 
         def take() -> bool:
             if changed := uevents.changed() != set():
-                self.take_state("")
+                self.take_state()
                 outdate()
             return changed
+
+        # There may have been news before this listened.
+        before = self.controller
+        self.look()
+        if self.controller != before:
+            self.again = time.monotonic()
 
         return [Incoming(uevents.socket, take), UsbState(self, outdate)]
 

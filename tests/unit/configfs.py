@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A directory that behaves like nvmet's part of configfs, for tests of what is done there, as any user.
+"""A directory that behaves like nvmet's part of configfs, and like that of USB gadgets, for tests as any user.
 
 The real kernel is tested in machines. Here it is about the order of steps and what is left when they stop.
 """
@@ -51,6 +51,7 @@ class Nvmet:
         self.intercept: Callable[[int], object] = bool
         self.room_for_two = False  # whether a range of controllers' IDs has two at least, as with Linux 6.1
         self.mapper: DeviceMapper | None = None
+        self.gadgets: Gadgets | None = None
         # Held by what the real kernel does in one go.
         self.lock = threading.RLock()
         (root / "nvmet/subsystems").mkdir(parents=True)
@@ -68,6 +69,10 @@ class Nvmet:
         """The path below the root; empty for others."""
         text = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
         return text[len(str(self.root)) + 1 :] if text.startswith(f"{self.root}/") else ""
+
+    def _gadgets(self, relative: str) -> Gadgets | None:
+        """What a path belongs to, if it is to USB gadgets."""
+        return self.gadgets if relative.startswith("usb_gadget/") else None
 
     def called(self, call: str) -> None:
         with self.lock:
@@ -91,6 +96,9 @@ class Nvmet:
         if not relative:
             self._mkdir(path, mode, **options)
             return
+        if gadgets := self._gadgets(relative):
+            gadgets.mkdir(relative)
+            return
         attributes, groups = self._layout(relative)
         self.called(f"mkdir {relative}")
         with self.lock:
@@ -109,7 +117,10 @@ class Nvmet:
             return
         self.called(f"rmdir {relative}")
         with self.lock:
-            self._remove_object(path, relative)
+            if gadgets := self._gadgets(relative):
+                gadgets.rmdir(relative)
+            else:
+                self._remove_object(path, relative)
 
     def _remove_object(self, path: Any, relative: str) -> None:
         if not os.path.isdir(path):
@@ -135,12 +146,16 @@ class Nvmet:
             self.called(f"symlink {relative}")
             if not os.path.isdir(target):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), target)
+            if gadgets := self._gadgets(relative):
+                gadgets.check_link(self._relative(target), relative)
             target = os.path.relpath(target, os.path.dirname(path))  # as configfs does
         self._symlink(target, path, *is_directory, **options)
 
     def unlink(self, path: Any, **options: Any) -> None:
         if (relative := self._relative(path)) and os.path.lexists(path):
             self.called(f"unlink {relative}")
+            if gadgets := self._gadgets(relative):
+                gadgets.unbind(relative)
         self._unlink(path, **options)
 
     def write(self, fd: int, data: bytes) -> int:
@@ -149,6 +164,9 @@ class Nvmet:
             return self._write(fd, data)
         self.called(f"write {relative} {data.decode()}")
         with self.lock:
+            if data and (gadgets := self._gadgets(relative)):
+                gadgets.write(relative, data.decode())
+                return len(data)
             return self._write_attribute(fd, relative, data)
 
     def _write_attribute(self, fd: int, relative: str, data: bytes) -> int:
@@ -198,7 +216,7 @@ class Nvmet:
                     with open(path) as file:
                         found[relative] = file.read().strip()
                     if (
-                        name == "device_path"
+                        name in ("device_path", "file")
                         and self.mapper
                         and (device := self.mapper.name_of(found[relative]))
                     ):
@@ -206,8 +224,9 @@ class Nvmet:
         return found
 
     def exports(self, node: str) -> int:
-        """How many namespaces there are of a block device, which nvmet has open for them."""
-        return sum(
+        """How many namespaces and LUNs there are of a block device, which is open for them."""
+        luns = self.root.glob("usb_gadget/*/functions/*/lun.*/file")
+        return sum(path.read_text() == f"{node}\n" for path in luns) + sum(
             (path.parent / "enable").read_text() == "1\n"
             for path in self.root.glob("nvmet/subsystems/*/namespaces/*/device_path")
             if path.read_text() == f"{node}\n"
@@ -250,6 +269,285 @@ class Nvmet:
             return True
         assert os.waitstatus_to_exitcode(result) == 0
         return False
+
+
+# Attributes of the objects of a gadget, with what they are at first, and the groups that come with them.
+# These are drivers/usb/gadget/configfs.c and function/f_mass_storage.c.
+LUN = {"cdrom": "0", "file": "", "forced_eject": "", "inquiry_string": "", "nofua": "0", "removable": "1"}
+LUN |= {"ro": "0"}
+GADGET = {
+    "UDC": "",
+    "bcdDevice": "0x0612",
+    "bcdUSB": "0x0000",
+    "bDeviceClass": "0x00",
+    "idProduct": "0x0000",
+}
+GADGET |= {"idVendor": "0x0000", "max_speed": "super-speed-plus"}
+STRINGS = {"manufacturer": "", "product": "", "serialnumber": ""}
+CONFIGURATION = {"MaxPower": "500", "bmAttributes": "0x80"}
+FUNCTION = {"stall": "1"}
+OBJECTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {  # by what a path matches below "usb_gadget"
+    r"[^/]+": (GADGET, ("configs", "functions", "os_desc", "strings")),
+    r"[^/]+/strings/0x409": (STRINGS, ()),
+    r"[^/]+/configs/[^/.]+\.[0-9]+": (CONFIGURATION, ("strings",)),
+    r"[^/]+/functions/mass_storage\.[^/]+": (FUNCTION, ("lun.0",)),
+    r"[^/]+/functions/[^/]+/lun\.[^/]+": (LUN, ()),
+}
+LUNS_MAX = 16
+NOT_ATTACHED, CONFIGURED = "not attached", "configured"
+
+
+def failure(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+class Gadgets:
+    """The part of `nvmet` that is for USB gadgets, the controllers in sysfs at `sys`, and a host at the cable.
+
+    All of it is in files, so that it outlives a process that is killed. With an `old` kernel (before Linux
+    5.19), errors of a controller are told as they are, and none gets its gadget back when it returns;
+    without `forces` (before 6.0) there is no `forced_eject`.
+    """
+
+    def __init__(self, nvmet: Nvmet, sys: Path) -> None:
+        self.nvmet = nvmet
+        self.udc = sys / "class/udc"
+        self.locked = sys / "usb-host"  # a file for each LUN that the host has locked
+        self.old, self.forces = False, True
+        self.functions = ("mass_storage",)  # whose modules there are
+        self.refusing: set[str] = set()  # controllers that have too few endpoints
+        nvmet._mkdir(nvmet.root / "usb_gadget")
+        self.locked.mkdir(parents=True)
+        nvmet.gadgets = self
+
+    def path(self, relative: str) -> Path:
+        return self.nvmet.root / relative
+
+    @staticmethod
+    def gadget(relative: str) -> str:
+        """The gadget that a path is in."""
+        return "/".join(relative.split("/")[:2])
+
+    @staticmethod
+    def layout(relative: str) -> tuple[dict[str, str], tuple[str, ...]]:
+        below = relative.partition("/")[2]
+        found = [made for pattern, made in OBJECTS.items() if re.fullmatch(pattern, below)]
+        if not found:
+            raise failure(errno.EPERM)
+        return found[0]
+
+    def is_linked(self, relative: str) -> bool:
+        return any(path.is_symlink() for path in self.path(self.gadget(relative)).glob("configs/*/*"))
+
+    # What is made and removed
+
+    def mkdir(self, relative: str) -> None:
+        self.layout(relative)
+        self.nvmet.called(f"mkdir {relative}")
+        with self.nvmet.lock:
+            name = relative.rpartition("/")[2]
+            if "/lun." in relative:
+                number = name.partition(".")[2]
+                if not number.isdecimal():
+                    raise failure(errno.EINVAL)
+                if int(number) >= LUNS_MAX:
+                    raise failure(errno.ERANGE)
+                if self.is_linked(relative):
+                    raise failure(errno.EBUSY)
+            elif "/functions/" in relative and name.partition(".")[0] not in self.functions:
+                raise failure(errno.ENOENT)
+            self.make(relative)
+
+    def make(self, relative: str) -> None:
+        attributes, groups = self.layout(relative) if self.is_object(relative) else ({}, ())
+        self.nvmet._mkdir(self.path(relative))
+        for name, value in attributes.items():
+            if name != "forced_eject" or self.forces:
+                self.path(f"{relative}/{name}").write_text(f"{value}\n" if value or name == "UDC" else "")
+        for name in groups:
+            self.make(f"{relative}/{name}")
+
+    def is_object(self, relative: str) -> bool:
+        try:
+            return bool(self.layout(relative))
+        except OSError:
+            return False
+
+    def rmdir(self, relative: str) -> None:
+        path = self.path(relative)
+        if not path.is_dir():
+            raise failure(errno.ENOENT)
+        parent, _, name = relative.rpartition("/")
+        if not self.is_object(relative) or (self.is_object(parent) and name in self.layout(parent)[1]):
+            raise failure(errno.EPERM)
+        targets = {
+            link.parent / os.readlink(link)
+            for link in self.nvmet.root.glob("usb_gadget/*/configs/*/*")
+            if link.is_symlink()
+        }
+        if path in {Path(os.path.normpath(target)) for target in targets}:
+            raise failure(errno.EBUSY)
+        self.check_empty(relative)
+        if "/lun." in relative and self.is_linked(relative):
+            self.unbind(relative)
+        self.remove(path)
+
+    def check_empty(self, relative: str) -> None:
+        groups = self.layout(relative)[1] if self.is_object(relative) else ()
+        for child in self.path(relative).iterdir():
+            if child.name in groups:
+                self.check_empty(f"{relative}/{child.name}")
+            elif child.is_dir():
+                raise failure(errno.ENOTEMPTY)
+
+    def remove(self, path: Path) -> None:
+        for child in path.iterdir():
+            if child.is_dir():
+                self.remove(child)
+            else:
+                self.nvmet._unlink(child)
+        self.nvmet._rmdir(path)
+
+    def check_link(self, target: str, relative: str) -> None:
+        functions = self.gadget(relative) + "/functions/"
+        if not target.startswith(functions) or not re.search(r"/configs/[^/]+/[^/]+$", relative):
+            raise failure(errno.EINVAL)
+        if self.is_linked(relative):
+            raise failure(errno.EEXIST)
+
+    # What is written
+
+    def write(self, relative: str, text: str) -> None:
+        name = relative.rpartition("/")[2]
+        value = text.removesuffix("\n")
+        if name == "UDC":
+            self.bind(relative, value)
+        elif name == "file":
+            self.insert(relative, value)
+        elif name == "forced_eject":
+            file = f"{relative.rpartition('/')[0]}/file"
+            self.unlock(file)
+            self.insert(file, "")
+        else:
+            self.set(relative, name, value)
+
+    def set(self, relative: str, name: str, value: str) -> None:
+        if name in LUN and name != "inquiry_string":
+            if value not in ("0", "1"):
+                raise failure(errno.EINVAL)
+            if name == "ro" and self.medium(f"{relative.rpartition('/')[0]}/file"):
+                raise failure(errno.EBUSY)
+        elif name == "inquiry_string":
+            value = f"{value:28.28}"
+        elif name in STRINGS and len(value) > 126:
+            raise failure(errno.EOVERFLOW)
+        elif name.startswith("id"):
+            value = f"{int(value, 0):#06x}"
+        self.path(relative).write_text(f"{value}\n")
+
+    def medium(self, file: str) -> str:
+        """What is in a LUN, given its attribute."""
+        return self.path(file).read_text().removesuffix("\n")
+
+    def insert(self, file: str, node: str) -> None:
+        """As fsg_store_file(): what is there before is locked, replaced, or ejected."""
+        if self.lock_of(file).exists() and self.medium(file):
+            raise failure(errno.EBUSY)
+        if node and self.nvmet.mapper:
+            self.nvmet.mapper.check_open(node)
+        self.path(file).write_text(f"{os.path.realpath(node)}\n" if node else "")
+
+    def bind(self, relative: str, name: str) -> None:
+        bound = self.path(relative).read_text().strip()
+        if name in ("", "none"):
+            if not bound:
+                raise failure(errno.ENODEV)
+            self.unbind(relative)
+            return
+        if bound:
+            raise failure(errno.EBUSY)
+        function = self.udc / name / "function"
+        code = 0
+        if not function.exists():
+            code = errno.ENODEV
+        elif function.read_text():
+            code = errno.EBUSY
+        elif not self.is_linked(relative):
+            code = errno.EINVAL
+        elif name in self.refusing:
+            code = errno.EOPNOTSUPP
+            for file in self.files(relative):
+                self.path(file).write_text("")  # the end of its thread ejects all
+        if code:
+            raise failure(code if self.old else errno.EBUSY)
+        self.path(relative).write_text(f"{name}\n")
+        function.write_text(f"{self.gadget(relative).rpartition('/')[2]}\n")
+
+    def unbind(self, relative: str) -> None:
+        """Ends the binding of the gadget that a path is in, if there is one."""
+        gadget = self.gadget(relative)
+        name = self.path(f"{gadget}/UDC").read_text().strip()
+        self.path(f"{gadget}/UDC").write_text("\n")
+        function = self.udc / name / "function"
+        if name and function.exists() and function.read_text() == f"{gadget.rpartition('/')[2]}\n":
+            function.write_text("")
+            self.unplug(name)
+
+    def files(self, relative: str) -> list[str]:
+        found = self.path(self.gadget(relative)).glob("functions/*/lun.*/file")
+        return [str(path.relative_to(self.nvmet.root)) for path in found]
+
+    # What controllers do, and other programs
+
+    def appear(self, name: str, user: str = "") -> None:
+        """A controller that is used by another gadget, or free."""
+        (self.udc / name).mkdir(parents=True)
+        (self.udc / name / "function").write_text(f"{user}\n" if user else "")
+        (self.udc / name / "state").write_text(f"{NOT_ATTACHED}\n")
+        for path in self.nvmet.root.glob("usb_gadget/*/UDC"):
+            if path.read_text() == f"{name}\n" and not self.old:
+                (self.udc / name / "function").write_text(f"{path.parent.name}\n")
+
+    def vanish(self, name: str) -> None:
+        """Its gadget goes on having its name."""
+        self.unplug(name)
+        for attribute in ("function", "state"):
+            (self.udc / name / attribute).unlink()
+        (self.udc / name).rmdir()
+
+    def use(self, name: str, user: str) -> None:
+        """Has another gadget use a controller, or none."""
+        (self.udc / name / "function").write_text(f"{user}\n" if user else "")
+
+    # What the host does
+
+    def state(self, name: str, state: str) -> None:
+        (self.udc / name / "state").write_text(f"{state}\n")
+
+    def plug(self, name: str) -> None:
+        assert (self.udc / name / "function").read_text(), "nothing is bound"
+        self.state(name, CONFIGURED)
+
+    def unplug(self, name: str) -> None:
+        """That ends all locks, too (handle_exception())."""
+        self.state(name, NOT_ATTACHED)
+        for path in self.locked.iterdir():
+            path.unlink()
+
+    def lock_of(self, file: str) -> Path:
+        return self.locked / file.replace("/", "!")
+
+    def lock(self, file: str) -> None:
+        assert self.medium(file), "no medium"
+        self.lock_of(file).touch()
+
+    def unlock(self, file: str) -> None:
+        self.lock_of(file).unlink(missing_ok=True)
+
+    def eject(self, file: str) -> None:
+        """As do_start_stop() does it."""
+        self.unlock(file)
+        self.path(file).write_text("")
 
 
 class Host:
