@@ -3002,15 +3002,12 @@ class Inventory:
         if new:
             self.stays.note()
 
-    def reconsider(self) -> None:
-        """Takes back that no transport can export a disk, which may have changed."""
-        for export in self.exports.values():
-            if export.left_out.kind == Reason.NO_WAY:
-                export.left_out = Reason()
+    def candidates(self, kind: str = "") -> list[Export]:
+        """The disks that are to be exported, or are being waited for, in the order to show them.
 
-    def candidates(self) -> list[Export]:
-        """The disks that are to be exported, or are being waited for, in the order to show them."""
-        found = [e for e in self.exports.values() if not e.left_out]
+        And with a `kind` of reasons, those that are left out for these.
+        """
+        found = [e for e in self.exports.values() if not e.left_out or (kind and e.left_out.kind == kind)]
         return sorted(found, key=lambda e: natural_order(e.disk.name))
 
 
@@ -3518,6 +3515,10 @@ class Entry:
         """Whether it shows that the root of its branch is not one that we have made just now."""
         return False
 
+    def is_wrong(self, root: str) -> bool:
+        """Whether something else is there that has to go first, now that it is known not to be live."""
+        return self.ADMITS and os.path.lexists(root + self.path)
+
     def guard(self, *, adopted: bool) -> None:
         """Keeps the rest of this machine off the device that it stands for, if it stands for one.
 
@@ -4008,8 +4009,8 @@ class Ledger:
 
 
 def in_threads(
-    items: Sequence[Branch],
-    work: Callable[[Branch], None],
+    items: Sequence[Any],
+    work: Callable[[Any], None],
     patience: float | None,
     wake: Callable[[], None],
 ) -> None:
@@ -4056,6 +4057,20 @@ def together(branches: Iterable[Branch], patches: dict[str, Patch]) -> list[list
 def is_doomed(failures: dict[str, Failure]) -> bool:
     """Whether all else would fail in the same way as something has."""
     return any(f.entry.dooms(f.error) for f in list(failures.values())) if failures else False
+
+
+def backings_of(going: Sequence[Branch], live: Iterable[Branch]) -> dict[str, Branch]:
+    """What goes right after each of these branches, by its root: what no other live one needs.
+
+    That is what takes no time of its own; in threads of its own it would take a stop with 256 disks 0.37 s
+    instead of 0.32. What the kernel takes time for goes better all at once: 0.79 s instead of 0.87.
+    """
+    needed: dict[str, int] = {}
+    for branch in live:
+        for root in branch.needs:
+            needed[root] = needed.get(root, 0) + 1
+    only = {b.root: b for b in going if needed.get(b.root) == 1 and not b.needs and not b.waits}
+    return {b.root: only[r] for b in going for r in b.needs if r in only and only[r].tag == b.tag}
 
 
 class Plan:
@@ -4231,11 +4246,16 @@ class Live:
             entries = branch.entries if made is None else made
             if self.undo_all(branch, [e for e in reversed(entries) if e.ADMITS], failures):
                 ready.append(branch)
-        for level in reversed(in_levels(ready)):
+        # What goes on in the background is a branch alone.
+        at_once = made is None and patience is None
+        backings = backings_of(ready, self.live.values()) if at_once else {}
+        followers = {b.root for b in backings.values()}
+        for level in reversed(in_levels(b for b in ready if b.root not in followers)):
             free = level
             if made is None and (needed := self.needed_by_rest(branches)):
                 free = [b for b in level if b.root not in needed]
-            self.remove_level(free, patience, made)
+            chains = [[b, backings[b.root]] if b.root in backings else [b] for b in free]
+            self.remove_chains(chains, patience, made)
             failures.update(self.collect())
 
     def needed_by_rest(self, going: Sequence[Branch]) -> set[str]:
@@ -4244,26 +4264,31 @@ class Live:
         kept += [b for b in going if b.root in self.live]
         return {root for b in kept for root in b.needs}
 
-    def remove_level(
-        self, branches: Sequence[Branch], patience: float | None, made: Sequence[Entry] | None
+    def remove_chains(
+        self, chains: Sequence[list[Branch]], patience: float | None, made: Sequence[Entry] | None
     ) -> None:
-        def unmake(branch: Branch) -> None:
-            entries = branch.entries if made is None else made
-            problems: dict[str, Failure] = {}
-            try:
-                self.await_io(branch)
-                self.undo_all(branch, [e for e in reversed(entries) if not e.ADMITS], problems)
-            except OSError as e:
-                problems[branch.root] = Failure(branch, branch.entries[0], e)
-            self.finished.append((branch, problems.get(branch.root)))
+        """Removes the branches of each chain in turn, as far as that goes."""
 
-        if not branches or not self.threads or (patience is None and len(branches) <= 4):
-            for branch in branches:
-                unmake(branch)
+        def unmake(chain: list[Branch]) -> None:
+            for branch in chain:
+                entries = branch.entries if made is None else made
+                problems: dict[str, Failure] = {}
+                try:
+                    self.await_io(branch)
+                    self.undo_all(branch, [e for e in reversed(entries) if not e.ADMITS], problems)
+                except OSError as e:
+                    problems[branch.root] = Failure(branch, branch.entries[0], e)
+                self.finished.append((branch, problems.get(branch.root)))
+                if problems:
+                    return
+
+        if not chains or not self.threads or (patience is None and len(chains) <= 4):
+            for chain in chains:
+                unmake(chain)
         else:
-            in_threads(branches, unmake, patience, self.wake)
+            in_threads(chains, unmake, patience, self.wake)
             done = {branch.root for branch, _ in list(self.finished)}
-            self.leaving.update(b.root for b in branches if b.root not in done)
+            self.leaving.update(chain[0].root for chain in chains if chain[0].root not in done)
 
     def await_io(self, branch: Branch) -> None:
         """Waits until a disk that is gone has answered its clients, or its driver has in its place.
@@ -4325,7 +4350,7 @@ class Tree(Live):
         missing = [e for e in want.entries if not e.is_live(self.root)]
         if have.tag != want.tag or not all(e.LIVE for e in missing) or not all(e.ADMITS for e in stale):
             return None
-        wrong = [e for e in missing if e.ADMITS and os.path.lexists(self.root + e.path)]
+        wrong = [e for e in missing if e.is_wrong(self.root)]
         return Patch(want, stale + wrong, missing)
 
     def apply(self, plan: Plan, patience: float | None = None) -> list[Failure]:
@@ -4349,7 +4374,7 @@ class Tree(Live):
         patches = {patch.branch.root: patch for patch in plan.patches}
         changed = [*free, *(patch.branch for patch in plan.patches)]
         for level in in_levels(changed):
-            self.note([b for b in level if b.root not in patches], failures)
+            self.note([b for b in level if b.root not in patches])
             self.for_each(level, lambda branch: self.make(branch, patches.get(branch.root), failures))
         self.take_back([b for b in changed if b.root in self.noted and b.root not in self.live])
         there = [b for b in changed if b.root in self.live and b.root not in failures]
@@ -4415,17 +4440,10 @@ class Tree(Live):
         except OSError as e:
             debug(f"Failed to take back {len(branches)} intentions, ignoring: {reason_of(e)}")
 
-    def note(self, branches: Iterable[Branch], failures: dict[str, Failure]) -> None:
+    def note(self, branches: Iterable[Branch]) -> None:
         """Notes in one go which of these are about to be made. What fails is tried again for each alone."""
-        coming = [
-            b
-            for b in branches
-            if b.root not in self.live
-            and b.root not in failures
-            and all(root in self.live for root in b.needs)
-            and not self.is_taken(b.entries[0])
-        ]
-        if len(coming) > 1 and not is_doomed(failures):
+        coming = [b for b in branches if b.root not in self.live and not self.is_taken(b.entries[0])]
+        if len(coming) > 1:
             try:
                 self.ledger.add_all(coming)
                 self.noted.update(b.root for b in coming)
@@ -5612,9 +5630,9 @@ class NvmeHost:
     WRITE_PROTECT = 0x84
     CC = 0x14  # property: the controller's configuration
     ENABLE = 0x460001  # entries of 64 and 16 bytes, enabled
-    # Commands that may be under way; for each, nvmet makes two with four buffers. With 32, as other hosts
-    # have, 256 disks took XXX longer.
-    QUEUE_SIZE = 2
+    # One more than the commands that are under way. For each, nvmet makes two, with four buffers each: with
+    # 32, as other hosts have, a start with 256 disks took 2 % longer.
+    QUEUE_SIZE = 3
     ANSWER_MAX = 8192  # longest PDU to take, in bytes
 
     def __init__(self, address: tuple[str, int], nqn: str, host_id: str) -> None:
@@ -5943,13 +5961,6 @@ class WriteProtection(Entry):
         except (FileNotFoundError, NotADirectoryError):
             pass
 
-    def close_passage(self, root: str) -> None:
-        """Takes the way in away again as soon as it has served."""
-        try:
-            self.unmake(root)
-        except OSError as e:
-            debug(f"Failed to unlink '{self.path}' from the passage, ignoring: {reason_of(e)}")
-
     def make(self, root: str) -> None:
         self.make_all([self], root)
 
@@ -5957,8 +5968,7 @@ class WriteProtection(Entry):
     def make_all(cls, entries: Sequence[Entry], root: str) -> None:
         """Asks for many at a time, since most of it is waiting for the kernel.
 
-        Threads of ours would take turns at each step, which took longer than all that they waited for:
-        256 disks XXX s instead of XXX.
+        With 256 disks that takes a start no longer than 16 threads would, and 1.1 MB less memory.
         """
         asked = [e for e in entries if isinstance(e, WriteProtection)]
         for first in range(0, len(asked), cls.AT_ONCE):
@@ -5969,10 +5979,6 @@ class WriteProtection(Entry):
                 entry.host.untold.pop(entry.path, None)
             for entry in some:
                 entry.leave()
-            # For each Connect the kernel goes through all that is linked there (nvmet_find_get_subsys()). It
-            # listens as long as there is one link.
-            for entry in some[:-1]:
-                entry.close_passage(root)
 
     def take(self, step: Callable[[WriteProtection, str], None], root: str) -> bool:
         """Takes a step on the way; False if that fails."""
@@ -6659,6 +6665,10 @@ class Lun(Entry):
         same = node != "" and read_attribute(root + self.path) == shown(os.path.realpath(node))
         return same and read_attribute(self.drive(root) + "/ro") == str(int(self.read_only))
 
+    def is_wrong(self, root: str) -> bool:
+        """Whether it has another device open, which then cannot be removed."""
+        return read_attribute(root + self.path) != "" and not self.is_inserted(root)
+
     def is_live(self, root: str) -> bool:
         # What an earlier run has left is taken to have the size that the disk has now.
         return self.is_inserted(root) and self.opened.setdefault(self.path, self.size) == self.size
@@ -6975,6 +6985,8 @@ class UsbGadget(Transport):
     def adapt(self, failure: Failure) -> bool:
         """Leaves a controller alone that the gadget cannot be bound to, until there is news of it."""
         entry = failure.entry
+        if failure.cause:
+            return False
         if isinstance(entry, Binding) and entry.value and entry.value == self.controller:
             why = reason_of(failure.error)
             warning(
@@ -6985,7 +6997,7 @@ class UsbGadget(Transport):
             self.replugged, self.again = True, time.monotonic()
             self.look()
             return True
-        if self.optional and failure.branch.root == self.gadget and not (failure.cause or self.lacking):
+        if self.optional and failure.branch.root == self.gadget and not self.lacking:
             warning(f"Exporting nothing over USB: {self.explain(failure) or reason_of(failure.error)}")
             self.lacking = True
             self.look()
@@ -7363,13 +7375,22 @@ class Exporter:
 
     def choose(self) -> list[Export]:
         """The disks that one of the transports can export, in the order to show them."""
-        self.inventory.reconsider()
-        for transport in self.transports:
-            transport.arrange(self.inventory.candidates(), self.tree.live)
+        able = self.arrange()
+        if any(e.left_out and not self.want.why_no_transport(e) for e in able):
+            # They may have come into use since they were left out.
+            self.inventory.update(())
+            self.arrange()
         for export in self.inventory.candidates():
             if why := self.want.why_no_transport(export):
                 export.leave_out(Reason(why, Reason.NO_WAY))
         return self.inventory.candidates()
+
+    def arrange(self) -> list[Export]:
+        """Has transports make room for all disks, returned, that are only left out for want of that."""
+        able = self.inventory.candidates(Reason.NO_WAY)
+        for transport in self.transports:
+            transport.arrange(able, self.tree.live)
+        return able
 
     def rehearse(self) -> list[Failure]:
         """Shows the steps to what is wanted, without waiting for anything; returns what would fail."""

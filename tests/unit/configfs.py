@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A directory that behaves like nvmet's part of configfs, and like that of USB gadgets, for tests as any user.
+"""A directory that behaves like nvmet's and USB gadgets' parts of configfs, for tests as any user.
 
 The real kernel is tested in machines. Here it is about the order of steps and what is left when they stop.
 """
@@ -302,7 +302,7 @@ def failure(code: int) -> OSError:
 
 
 class Gadgets:
-    """The part of `nvmet` that is for USB gadgets, the controllers in sysfs at `sys`, and a host at the cable.
+    """The part of `nvmet` that is for USB gadgets, controllers in sysfs at `sys`, and a host at the cable.
 
     All of it is in files, so that it outlives a process that is killed. With an `old` kernel (before Linux
     5.19), errors of a controller are told as they are, and none gets its gadget back when it returns;
@@ -314,7 +314,7 @@ class Gadgets:
         self.udc = sys / "class/udc"
         self.locked = sys / "usb-host"  # a file for each LUN that the host has locked
         self.old, self.forces = False, True
-        self.functions = ("mass_storage",)  # whose modules there are
+        self.functions = {"mass_storage"}  # whose modules there are
         self.refusing: set[str] = set()  # controllers that have too few endpoints
         nvmet._mkdir(nvmet.root / "usb_gadget")
         self.locked.mkdir(parents=True)
@@ -470,7 +470,7 @@ class Gadgets:
         code = 0
         if not function.exists():
             code = errno.ENODEV
-        elif function.read_text():
+        elif function.read_bytes():
             code = errno.EBUSY
         elif not self.is_linked(relative):
             code = errno.EINVAL
@@ -489,7 +489,7 @@ class Gadgets:
         name = self.path(f"{gadget}/UDC").read_text().strip()
         self.path(f"{gadget}/UDC").write_text("\n")
         function = self.udc / name / "function"
-        if name and function.exists() and function.read_text() == f"{gadget.rpartition('/')[2]}\n":
+        if name and function.exists() and function.read_bytes() == f"{gadget.rpartition('/')[2]}\n".encode():
             function.write_text("")
             self.unplug(name)
 
@@ -622,3 +622,23 @@ rmdir() {{
 }}
 set -e
 """
+
+
+def gadgets_shell() -> str:
+    """The same for gadgets."""
+    patterns = {
+        "*/lun.*": (LUN, ()),
+        "*/functions/*.*": OBJECTS[r"[^/]+/functions/mass_storage\.[^/]+"],
+        "*/configs/*.*/strings": ({}, ()),
+        "*/configs/*.*": (CONFIGURATION, ("strings",)),
+        "*/strings/*": (STRINGS, ()),
+        "*/configs | */functions | */os_desc | */strings": ({}, ()),
+        "*": OBJECTS[r"[^/]+"],
+    }
+    lines = ["make() {", 'command mkdir "$1" || exit', "case $1 in"]
+    for pattern, (attributes, groups) in patterns.items():
+        lines.append(f"{pattern})")
+        lines += [f'echo "{value}" >"$1/{name}"' for name, value in attributes.items()]
+        lines += [f'make "$1/{name}"' for name in groups]
+        lines.append(";;")
+    return "\n".join([*lines, "esac", "}", 'mkdir() { make "$1"; }', "set -e", ""])

@@ -318,7 +318,7 @@ class DeviceMapper:
         """Lets go what nobody has open any longer and what was to go then."""
         devices = self._devices()
         for name, device in devices.items():
-            if device["deferred"] and not self._opened(name, device):
+            if device["deferred"] and name in self._devices() and not self._opened(name, device):
                 self._drop(name, device)
         used = {n for d in devices.values() for n in self._lower(d["active"] + " " + d["inactive"])}
         for file in (self.state / "loops").iterdir():

@@ -97,6 +97,22 @@ def test_last_nqn_counts() -> None:
     assert parsed("--nqn=a", "--nqn=b", "d")["nqn"] == "b"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "transports"),
+    [
+        (["--transport=usb"], ["usb"]),
+        (["--transport", "nvme-tcp,usb"], ["nvme-tcp", "usb"]),
+        (["--transport=usb,nvme-tcp"], ["usb", "nvme-tcp"]),
+        (["--transport=usb", "--transport=nvme-tcp"], ["usb", "nvme-tcp"]),
+        (["--transport=usb,usb", "--tr=usb"], ["usb"]),
+        (["--transport=auto"], ["auto"]),
+    ],
+)
+def test_transports_are_a_list(arguments: list[str], transports: list[str]) -> None:
+    assert parsed("d", *arguments) == {"devices": ["d"], "transports": transports}
+    assert parsed("d") == {"devices": ["d"]}
+
+
 def test_help_and_version_ask_for_nothing_else() -> None:
     assert parsed("-h") == parsed("--help") == {"help": True}
     assert parsed("--version") == {"version": True}
@@ -146,6 +162,12 @@ REFUSED: list[tuple[list[str | bytes], str]] = [
         ["--all", "--nqn=" + "é" * 111],
         "--nqn= is too long: 222 bytes, and with '.' and a disk's name 223 are allowed",
     ),
+    (["--all", "--transport"], "Option '--transport' needs a value"),
+    (["--all", "--transport="], "--transport= is no list of nvme-tcp, usb, auto"),
+    (["--all", "--transport=nbd"], "--transport=nbd is no list of nvme-tcp, usb, auto"),
+    (["--all", "--transport=usb,"], "--transport=usb, is no list of nvme-tcp, usb, auto"),
+    (["--all", "--transport=USB"], "--transport=USB is no list of nvme-tcp, usb, auto"),
+    (["--all", "--transport=usb, auto"], "--transport=usb, auto is no list of nvme-tcp, usb, auto"),
     (["--all", "--json"], "--json goes with --list-devices or --dry-run"),
     ([""], "A device's name is empty"),
 ]
@@ -211,6 +233,33 @@ def test_service_checks_names_too(places: Path, monkeypatch: pytest.MonkeyPatch)
     inventory = storagetm.Inventory([storagetm.NamedDisks([f"{places}/longer.img"])])
     with pytest.raises(storagetm.UsageError, match="has 224 bytes"):
         made_service(machine, transport, inventory).run()
+
+
+@pytest.mark.parametrize(
+    ("words", "kinds"),
+    [
+        ([], ["NvmeTcp"]),
+        (["--transport=usb"], ["UsbGadget"]),
+        (["--transport=usb,nvme-tcp"], ["UsbGadget", "NvmeTcp"]),
+        (["--transport=auto", "--subsystem=shared"], ["SharedNvmeTcp", "UsbGadget"]),
+    ],
+)
+def test_service_has_the_transports_that_were_asked_for(
+    words: list[str], kinds: list[str], places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (places / "d").write_bytes(bytes(512))
+    started: list[storagetm.Service] = []
+
+    def run(service: storagetm.Service) -> int:
+        started.append(service)
+        return 0
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(storagetm.Service, "run", run)
+    assert storagetm.main([*words, "--nqn=quux", f"{places}/d"]) == 0
+    transports = started[0].exporter.transports
+    assert [type(t).__name__ for t in transports] == kinds
+    assert {t.gadget for t in transports if isinstance(t, storagetm.UsbGadget)} <= {"usb_gadget/quux"}
 
 
 @pytest.mark.usefixtures("places")

@@ -77,8 +77,37 @@ def test_initrd_options_count_there_only() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "transports"),
+    [
+        (["rd.storagetm.transport=usb"], ["usb"]),
+        (["storagetm.transport=usb,nvme-tcp"], ["usb", "nvme-tcp"]),
+        (["rd.storagetm.transport=auto"], ["auto"]),
+        (["rd.storagetm.transport=nvme-tcp", "rd.storagetm.transport=usb"], ["nvme-tcp", "usb"]),
+    ],
+)
+def test_transports_are_taken(words: list[str], transports: list[str]) -> None:
+    """Unless the program's own options have some."""
+    assert options(*words).transports == transports
+    own = storagetm.parse_arguments(["--all"])
+    storagetm.add_options(own, options(*words))
+    assert own.transports == transports
+    own = storagetm.parse_arguments(["--all", "--transport=nvme-tcp"])
+    storagetm.add_options(own, options(*words))
+    assert own.transports == ["nvme-tcp"]
+
+
+def test_bad_transport_names_the_word_to_correct() -> None:
+    with pytest.raises(storagetm.UsageError) as caught:
+        options("rd.storagetm.transport=nbd")
+    assert str(caught.value) == (
+        "Kernel command line: storagetm.transport=nbd is no list of nvme-tcp, usb, auto; correct it"
+    )
+
+
+@pytest.mark.parametrize(
     "word",
     [
+        *("transport=", "transport", "transport=usb,nbd"),
         *("snapshot=lots", "snapshot=", "access=/dev/sda", "access", "read-write=1", "nqn=a/b", "nqn="),
         # What prints something and ends, which nobody could read there.
         *("help", "version", "list-devices", "list_devices", "dry-run", "json"),

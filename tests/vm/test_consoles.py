@@ -60,7 +60,7 @@ def test_serial_line_or_monitor_is_found(target: Machine) -> None:
     clear(target)
     service = Service(target, ["--console", "--nqn=quux", "/dev/nvme0n1"])
     service.start()
-    rows = target.wait_screen("^Ctrl-C stops", redraw=REDRAW)
+    rows = target.wait_screen(r"^Ctrl-C stops exporting\.$", redraw=REDRAW)
     assert rows.index("Ctrl-C stops exporting.") == ROWS - 1
     target.wait_screen(f"^  {command('192.0.2.1')}$", redraw=REDRAW)
     service.wait_output(f"^Attach all disks with: {command('192.0.2.1')}$")
@@ -70,9 +70,11 @@ def test_serial_line_or_monitor_is_found(target: Machine) -> None:
     hang_up = "import fcntl, os; fcntl.ioctl(os.open('/dev/ttyS0', os.O_RDWR | os.O_NOCTTY), 0x5437)"
     clear(target)
     target.run(["python3", "-c", hang_up])
-    rows = target.wait_screen("^Ctrl-C stops", redraw=REDRAW)
+    rows = target.wait_screen(r"^Ctrl-C stops exporting\.$", redraw=REDRAW)
     assert rows.index("Ctrl-C stops exporting.") == ROWS - 1
     assert service.output.count("Exporting '/dev/nvme0n1'") == 1
+    # A key that comes before the line is the program's again goes to nobody.
+    target.wait_run(f'test "$(ps -o tty= -p {service.pid})" = ttyS0')
     target.send_keys("\x03")
     target.wait_run(f"! systemctl --quiet is-active {service.unit}")
     assert target.run(f"systemctl --quiet is-failed {service.unit}", check=False).returncode
