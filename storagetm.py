@@ -7179,6 +7179,12 @@ class Wanted:
         self.tree = tree
         self.locks = locks
 
+    def arrange(self, exports: Sequence[Export]) -> Sequence[Export]:
+        """Has transports make room for these disks, which are returned."""
+        for transport in self.transports:
+            transport.arrange(exports, self.tree.live)
+        return exports
+
     def why_no_transport(self, export: Export) -> str:
         """Why a disk can be exported in no way; empty if it can."""
         reasons = [transport.why_not(export) for transport in self.transports]
@@ -7375,22 +7381,14 @@ class Exporter:
 
     def choose(self) -> list[Export]:
         """The disks that one of the transports can export, in the order to show them."""
-        able = self.arrange()
+        able = self.want.arrange(self.inventory.candidates(Reason.NO_WAY))
         if any(e.left_out and not self.want.why_no_transport(e) for e in able):
-            # They may have come into use since they were left out.
-            self.inventory.update(())
-            self.arrange()
+            self.inventory.update(())  # they may have come into use meanwhile
+            self.want.arrange(self.inventory.candidates(Reason.NO_WAY))
         for export in self.inventory.candidates():
             if why := self.want.why_no_transport(export):
                 export.leave_out(Reason(why, Reason.NO_WAY))
         return self.inventory.candidates()
-
-    def arrange(self) -> list[Export]:
-        """Has transports make room for all disks, returned, that are only left out for want of that."""
-        able = self.inventory.candidates(Reason.NO_WAY)
-        for transport in self.transports:
-            transport.arrange(able, self.tree.live)
-        return able
 
     def rehearse(self) -> list[Failure]:
         """Shows the steps to what is wanted, without waiting for anything; returns what would fail."""
