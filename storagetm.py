@@ -1277,8 +1277,9 @@ def sys_block(sysname: str) -> str:
 
 def sys_device(sysname: str) -> str:
     """A block device's directory in the device tree, where sys_block() is a link to. Raises OSError."""
-    link = sys_block(sysname)
-    return os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link)))
+    target = os.readlink(sys_block(sysname))
+    # All are "../../devices/...". To join and normalize paths takes 6 microseconds a disk in place of 4.
+    return SYS + target[6:] if target[:6] == "../../" else os.path.join(SYS + "class/block", target)
 
 
 def whole_place(place: str) -> str:
@@ -1433,11 +1434,18 @@ def natural_order(name: str) -> tuple[int, str]:
 
 
 def parse_block_uevent(raw: bytes) -> tuple[str, str]:
-    """MAJOR:MINOR and DISKSEQ, if it is there, from a block device's uevent file. Takes any bytes."""
-    found = parse_assignments(raw)
-    values = [found.get(name, "") for name in ("MAJOR", "MINOR", "DISKSEQ")]
+    """MAJOR:MINOR and DISKSEQ, if it is there, from a block device's uevent file. Takes any bytes.
+
+    With parse_assignments() it would take 2.5 microseconds in place of 0.8, for each disk.
+    """
+    text = "\n" + raw.decode("ascii", "replace")
     # They become part of paths.
-    major, minor, diskseq = [value if value.isascii() and value.isdecimal() else "" for value in values]
+    major, minor, diskseq = [
+        value if value.isdecimal() else ""
+        for value in [
+            text.partition(name)[2].partition("\n")[0] for name in ("\nMAJOR=", "\nMINOR=", "\nDISKSEQ=")
+        ]
+    ]
     return f"{major}:{minor}", diskseq
 
 
