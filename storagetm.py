@@ -6942,6 +6942,7 @@ class UsbGadget(Transport):
             Directory(strings),
             Attribute(strings + "/manufacturer", "Linux"),
             Attribute(strings + "/product", self.product),
+            Attribute(strings + "/serialnumber", self.serial),
         ]
         driver = os.path.realpath(f"{SYS}class/udc/{self.controller}/device/driver")
         links: list[Entry] = []
