@@ -1277,8 +1277,9 @@ def sys_block(sysname: str) -> str:
 
 def sys_device(sysname: str) -> str:
     """A block device's directory in the device tree, where sys_block() is a link to. Raises OSError."""
-    link = sys_block(sysname)
-    return os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link)))
+    target = os.readlink(sys_block(sysname))
+    # All are "../../devices/...". To join and normalize paths takes 6 microseconds a disk in place of 4.
+    return SYS + target[6:] if target[:6] == "../../" else os.path.join(SYS + "class/block", target)
 
 
 def whole_place(place: str) -> str:
@@ -1433,11 +1434,18 @@ def natural_order(name: str) -> tuple[int, str]:
 
 
 def parse_block_uevent(raw: bytes) -> tuple[str, str]:
-    """MAJOR:MINOR and DISKSEQ, if it is there, from a block device's uevent file. Takes any bytes."""
-    found = parse_assignments(raw)
-    values = [found.get(name, "") for name in ("MAJOR", "MINOR", "DISKSEQ")]
+    """MAJOR:MINOR and DISKSEQ, if it is there, from a block device's uevent file. Takes any bytes.
+
+    With parse_assignments() it would take 2.5 microseconds in place of 0.8, for each disk.
+    """
+    text = "\n" + raw.decode("ascii", "replace")
     # They become part of paths.
-    major, minor, diskseq = [value if value.isascii() and value.isdecimal() else "" for value in values]
+    major, minor, diskseq = [
+        value if value.isdecimal() else ""
+        for value in [
+            text.partition(name)[2].partition("\n")[0] for name in ("\nMAJOR=", "\nMINOR=", "\nDISKSEQ=")
+        ]
+    ]
     return f"{major}:{minor}", diskseq
 
 
@@ -6796,13 +6804,15 @@ class UsbGadget(Transport):
     name = "usb"
     modules = ("libcomposite", "usb_f_mass_storage")
     cached = True
-    LUNS_MAX = 16  # FSG_MAX_LUNS
+    LUNS_MAX = 16
+    # A function could have 16 (FSG_MAX_LUNS), but says that it is a SCSI-2 device, of which Linux as a host
+    # shows no more than 8 (scsi_sequential_lun_scan()).
+    FUNCTION_LUNS = 8
     SPARE = 2
     LARGE = 1 << 41  # bytes from which on it needs READ CAPACITY (16), which came with Linux 5.16
 
     def __init__(self, machine: Machine, instance: str = "", *, optional: bool = False) -> None:
         self.gadget = "usb_gadget/" + (instance or machine.instance())
-        self.function = self.gadget + "/functions/mass_storage.0"
         self.binding = self.gadget + "/UDC"
         self.optional = optional  # whether nothing is said where the machine has no controller
         self.lacking = False  # whether the kernel has no gadgets, and need not have
@@ -6845,7 +6855,8 @@ class UsbGadget(Transport):
         free = [name for name, user in users.items() if not user]
         self.controller = (mine or free or [""])[0]
         self.blocked = "" if self.controller else next(iter(users.values()), "")
-        self.state = read_attribute(f"{SYS}class/udc/{self.controller}/state") if self.controller else ""
+        # Without a gadget, the kernel still shows what it was with the last one.
+        self.state = read_attribute(f"{SYS}class/udc/{self.controller}/state") if mine else ""
 
     def take_state(self, state: str = "") -> None:
         """Takes note of what our controller tells; without a state, of news of any controller.
@@ -6880,15 +6891,20 @@ class UsbGadget(Transport):
         self.look()
         for root, branch in live.items():
             if root == self.gadget:
-                luns = [e for e in branch.entries if os.path.basename(e.path).startswith("lun.")]
-                self.luns = len(luns) + 1  # the first one comes with the function
+                parts = [os.path.relpath(e.path, root).split("/") for e in branch.entries]
+                # The first one comes with the function.
+                self.luns = sum(p[0] == "functions" and (len(p) == 2 or p[2] != "lun.0") for p in parts)
             elif (number := self.number(root)) >= 0:
                 self.places[branch.tag] = number
 
+    def drive(self, number: int) -> str:
+        """The directory of a drive."""
+        function, lun = divmod(number, self.FUNCTION_LUNS)
+        return f"{self.gadget}/functions/mass_storage.{function}/lun.{lun}"
+
     def number(self, root: str) -> int:
         """The drive that a branch is for, given its root; -1 if it is for none."""
-        before, _, number = root.rpartition("/")[0].rpartition("/lun.")
-        return int(number) if before == self.function and number.isascii() and number.isdecimal() else -1
+        return next((n for n in range(self.LUNS_MAX) if root == self.drive(n) + "/file"), -1)
 
     def arrange(self, exports: Sequence[Export], live: dict[str, Branch]) -> None:
         tags = [e.disk.tag for e in exports if not self.why_unfit(e)]
@@ -6918,7 +6934,7 @@ class UsbGadget(Transport):
         return "" if export.disk.tag in self.places else "no LUN is left"
 
     def root(self, export: Export) -> str:
-        return f"{self.function}/lun.{self.places.get(export.disk.tag, -1)}/file"
+        return self.drive(self.places.get(export.disk.tag, -1)) + "/file"
 
     # The wanted tree
 
@@ -6935,17 +6951,22 @@ class UsbGadget(Transport):
             Attribute(strings + "/manufacturer", "Linux"),
             Attribute(strings + "/product", self.product),
             Attribute(strings + "/serialnumber", self.serial),
-            Directory(self.function),
         ]
-        driver = f"{SYS}class/udc/{self.controller}/device/driver"
-        if self.controller and os.path.basename(os.path.realpath(driver)) == "dwc2":
-            # It does not halt endpoints well, and some hosts reset it again and again for that.
-            entries.append(Attribute(self.function + "/stall", "0"))
+        driver = os.path.realpath(f"{SYS}class/udc/{self.controller}/device/driver")
+        links: list[Entry] = []
         for number in range(max(1, self.luns)):
-            lun = f"{self.function}/lun.{number}"
-            entries += [] if number == 0 else [Directory(lun)]
+            lun = self.drive(number)
+            function = os.path.dirname(lun)
+            if number % self.FUNCTION_LUNS:
+                entries.append(Directory(lun))
+            else:  # comes with the function
+                entries.append(Directory(function))
+                links.append(Function(f"{config}/{os.path.basename(function)}", function))
+                if self.controller and os.path.basename(driver) == "dwc2":
+                    # It does not halt endpoints well, and some hosts reset it again and again for that.
+                    entries.append(Attribute(function + "/stall", "0"))
             entries.append(Attribute(lun + "/removable", "1"))
-        entries += [Directory(config), Function(f"{config}/mass_storage.0", self.function)]
+        entries += [Directory(config), *links]
         found = [Branch("gadget", entries)]
         if self.controller:
             # When it cannot be bound, the disks need not be put in anew.
@@ -6961,7 +6982,7 @@ class UsbGadget(Transport):
         if failure.error.errno == errno.EEXIST and failure.branch.root == self.gadget:
             name = os.path.basename(self.gadget)
             return f"another program made the gadget '{name}'; remove it, or give another --nqn"
-        if failure.entry.path == self.function and failure.error.errno == errno.ENOENT:
+        if failure.entry.path == os.path.dirname(self.drive(0)) and failure.error.errno == errno.ENOENT:
             return (
                 "this kernel has no USB mass storage, or its module 'usb_f_mass_storage' is missing; boot "
                 "one with CONFIG_USB_CONFIGFS_MASS_STORAGE, or leave out --transport=usb"

@@ -63,6 +63,8 @@ installkernel() {
         =drivers/firewire =drivers/hv =drivers/pci/controller =drivers/thunderbolt =drivers/usb/host =drivers/virtio \
         =drivers/net/ethernet =drivers/net/hyperv =drivers/net/mdio =drivers/net/phy =drivers/net/usb \
         =drivers/net/vmxnet3 =drivers/net/thunderbolt thunderbolt-net virtio_net xen-netfront \
+        =drivers/usb/gadget/udc =drivers/usb/cdns3 =drivers/usb/chipidea =drivers/usb/dwc2 =drivers/usb/dwc3 \
+        =drivers/usb/musb \
         af_packet inet_diag ipv6 tcp_diag \
         atkbd hid-generic i8042 usbhid
     # For systemd-pcrphase-storage-target-mode.service; most kernels have them built in.

@@ -412,7 +412,11 @@ class Gadgets:
         functions = self.gadget(relative) + "/functions/"
         if not target.startswith(functions) or not re.search(r"/configs/[^/]+/[^/]+$", relative):
             raise failure(errno.EINVAL)
-        if self.is_linked(relative):
+        config = self.nvmet.path(relative).parent
+        # A function is in a configuration once.
+        if any(
+            os.path.realpath(link) == os.path.realpath(self.nvmet.path(target)) for link in config.iterdir()
+        ):
             raise failure(errno.EEXIST)
 
     # What is written

@@ -168,17 +168,22 @@ def top() -> str:
     return f"usb_gadget/{storagetm.Machine().instance()}"
 
 
+def part(number: int) -> str:
+    """Where a drive is in the gadget: each function has eight."""
+    return f"functions/mass_storage.{number // 8}/lun.{number % 8}"
+
+
 def lun(number: int) -> str:
-    return f"{top()}/functions/mass_storage.0/lun.{number}"
+    return f"{top()}/{part(number)}"
 
 
 def media(nvmet: Nvmet) -> list[str]:
     """What is in each drive, as people know it; "" for an empty one."""
     found: dict[int, str] = {}
     for path, text in nvmet.contents().items():
-        if match := re.fullmatch(rf"{re.escape(top())}/functions/mass_storage.0/lun.(\d+)/file", path):
+        if match := re.fullmatch(rf"{re.escape(top())}/functions/mass_storage.(\d)/lun.(\d)/file", path):
             mapped = re.fullmatch(r"/dev/mapper/storagetm-(.+)-[0-9a-f]{16}", text)
-            found[int(match[1])] = mapped[1] if mapped else os.path.basename(text)
+            found[8 * int(match[1]) + int(match[2])] = mapped[1] if mapped else os.path.basename(text)
     assert sorted(found) == list(range(len(found)))
     return [found[number] for number in sorted(found)]
 
@@ -272,15 +277,14 @@ def test_named_disk_keeps_its_drive_when_another_comes(
     run.update("vdc")
     place = before.index("")
     assert media(nvmet) == [*before[:place], "vdc", ""]
-    part = f"functions/mass_storage.0/lun.{place}"
     made = calls_since(nvmet, calls)
-    assert [c.rpartition(" ")[0] for c in made[-1:]] == [f"write {part}/file"]
-    assert all(part in call for call in made)
+    assert [c.rpartition(" ")[0] for c in made[-1:]] == [f"write {part(place)}/file"]
+    assert all(part(place) in call for call in made)
     calls = len(nvmet.calls)
     unplug(machine, "vdc")
     run.update("vdc")
     assert media(nvmet) == before
-    assert calls_since(nvmet, calls) == [f"write {part}/file \n"]
+    assert calls_since(nvmet, calls) == [f"write {part(place)}/file \n"]
     assert run.stop()
 
 
@@ -296,8 +300,7 @@ def test_restart_after_a_kill_leaves_all_as_it_is(start: Start, nvmet: Nvmet, ga
     assert second.exporter.opened
     second.synchronise()
     assert media(nvmet) == ["vdc", "vdd", "vdb", ""]
-    part = "functions/mass_storage.0/lun.2"
-    assert all(f" {part}/" in call for call in calls_since(nvmet, calls))
+    assert all(f" {part(2)}/" in call for call in calls_since(nvmet, calls))
     second.kill()
     calls = len(nvmet.calls)
     third = start("/dev/vdb", "/dev/vdc", "/dev/vdd")
@@ -570,7 +573,7 @@ def test_drive_that_the_host_has_locked_goes_with_its_disk(
     calls = len(nvmet.calls)
     run.update("vdb")
     assert media(nvmet)[place] == ""
-    assert calls_since(nvmet, calls)[-1] == f"write functions/mass_storage.0/lun.{place}/forced_eject 1"
+    assert calls_since(nvmet, calls)[-1] == f"write {part(place)}/forced_eject 1"
     assert not any("vdb" in path for path in nvmet.contents())
 
 
@@ -1582,7 +1585,8 @@ def test_ledger_may_have_any_bytes_of_a_gadget(raw: bytes) -> None:
 def test_root_that_is_no_drive_has_no_number(root: str) -> None:
     usb = storagetm.UsbGadget(Named(), "x")
     assert usb.number(root) == -1
-    assert usb.number("usb_gadget/x/functions/mass_storage.0/lun.15/file") == 15
+    assert usb.number("usb_gadget/x/functions/mass_storage.1/lun.7/file") == 15
+    assert usb.number("usb_gadget/x/functions/mass_storage.0/lun.15/file") == -1
 
 
 # What people are told

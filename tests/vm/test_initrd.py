@@ -9,6 +9,7 @@ of, and no command line tells it its machine ID.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import random
@@ -16,7 +17,7 @@ import re
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,9 @@ DROP_IN = "/etc/systemd/system/storagetm.service.d/test.conf"
 
 # Any link-local address does that isn't the target's.
 CLIENT_ADDRESS = "169.254.10.10/16"
+
+# Without dd and sha256sum, which an initrd does not have.
+DIGEST_SCRIPT = "import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], 'rb').read()).hexdigest())"
 
 # Prints the NQN's last part and the disk of each NVMe subsystem that is attached.
 ATTACHED_SCRIPT = """
@@ -456,12 +460,11 @@ def test_later_disks_are_shown_and_attached(pair: Pair) -> None:
     assert not re.search(r"/dev/vd[bc]", pair.screen("all 2 disks|both disks"))
 
 
-@pytest.fixture
-def shared(pair: Pair) -> Iterator[None]:
-    """The service as it is with one more option on the kernel command line."""
-    target = pair.target
+@contextlib.contextmanager
+def restarted(target: Machine, change: Callable[[str], str]) -> Iterator[None]:
+    """Has the service run with another kernel command line, and in the end as before."""
     line = target.run("cat /proc/cmdline").stdout.strip()
-    target.put("/run/cmdline", f"{line} rd.storagetm.subsystem=shared\n")
+    target.put("/run/cmdline", f"{change(line)}\n")
     # Without the reboot that comes with its end.
     target.put(DROP_IN, "[Unit]\nSuccessAction=none\n")
     reload = "systemctl daemon-reload"
@@ -469,6 +472,13 @@ def shared(pair: Pair) -> Iterator[None]:
     target.run(f"{reload} && {again.format('mount --bind /run/cmdline /proc/cmdline')}", timeout=180)
     yield
     target.run(again.format(f"umount /proc/cmdline && rm {DROP_IN} && {reload}"), timeout=180)
+
+
+@pytest.fixture
+def shared(pair: Pair) -> Iterator[None]:
+    """The service as it is with one more option on the kernel command line."""
+    with restarted(pair.target, lambda line: f"{line} rd.storagetm.subsystem=shared"):
+        yield
 
 
 @pytest.mark.parametrize("pair", ON_NEWER, indirect=True, scope="module")
@@ -500,6 +510,47 @@ def test_one_command_attaches_a_shared_subsystem(pair: Pair) -> None:
         pair.client.run("nvme disconnect-all")
 
 
+@pytest.fixture
+def with_usb(pair: Pair) -> Iterator[None]:
+    """The service as it is with --transport=auto on the kernel command line, and all disks read-only."""
+    with restarted(
+        pair.target, lambda line: f"{line.split(' rd.storagetm.')[0]} rd.storagetm.transport=auto"
+    ):
+        yield
+
+
+@pytest.mark.parametrize("pair", ON_NEWER, indirect=True, scope="module")
+@pytest.mark.usefixtures("with_usb")
+def test_disks_appear_at_the_end_of_a_usb_cable(pair: Pair) -> None:
+    """The image has all that USB takes; where the machine has a device port, it is used, too."""
+    target = pair.target
+    screen = pair.screen(r"^  nvme connect-all .* -a 169\.254\.", r"^/dev/vda", r"^/dev/sda")
+    assert "USB" not in screen
+    # A device port, and at the other end of the cable this machine itself.
+    target.run("modprobe dummy_hcd && modprobe usb-storage && modprobe sd_mod")
+    try:
+        pair.screen(r"^USB: a host is connected", r"^  nvme connect-all .* -a 169\.254\.")
+        names = (
+            r"for d in /sys/block/sd*; do case $(readlink -f $d) in */dummy_hcd*) echo ${d##*/};; esac; done"
+        )
+
+        def read() -> list[str] | None:
+            found = target.run(names).stdout.split()
+            sizes = {int(target.run(f"cat /sys/block/{n}/size").stdout): n for n in found}
+            nodes = [sizes.get(size * MIB // 512) for size in (24, 16)]
+            return [n for n in nodes if n] if all(nodes) else None
+
+        scsi, virtio = target.wait_until(read)
+        for name, own in ((scsi, "sda"), (virtio, "vda")):
+            read_there = ["python3", "-s", "-S", "-c", DIGEST_SCRIPT, f"/dev/{name}"]
+            assert target.run(read_there).stdout.split() == [pair.checksums[own]]
+        status = target.run("systemctl status --no-pager storagetm.service").stdout
+        assert 'Status: "Exporting 2 disks at 2 addresses and USB (a host is connected)' in status
+    finally:
+        target.run("modprobe -r dummy_hcd")
+    pair.screen(r"^  nvme connect-all .* -a 169\.254\.", r"\A(?!(.*\n)*.*USB)")
+
+
 def test_stop_leaves_nothing_and_reboots(pair: Pair) -> None:
     """Ctrl-C stops exporting and leaves nothing behind, and so does SIGTERM; either reboots the machine."""
     target = pair.target
@@ -528,7 +579,11 @@ def test_stop_leaves_nothing_and_reboots(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["ahci", "nvme", "nvmet_tcp", "r8152", "thunderbolt_net", "uas", "virtio_net"]
+    "module",
+    [
+        *("ahci", "dwc3", "net2280", "nvme", "nvmet_tcp", "r8152", "thunderbolt_net", "uas"),
+        *("usb_f_mass_storage", "virtio_net"),
+    ],
 )
 def test_drivers_of_what_comes_later_are_there(module: str, images: dict[str, Image], release: str) -> None:
     """An initrd for this host has the drivers of what may be plugged in later, too."""

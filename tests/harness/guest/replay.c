@@ -6,10 +6,10 @@
  *     replay < STEPS
  *
  * STEPS are fields that end with NUL: mkdir PATH, write PATH VALUE, symlink PATH TARGET, and
- * map NAME SECTORS KIND PARAMETERS. Undone are links first, one after the other, then all directories and mappings
- * below each other, those of different disks in THREADS threads, as waiting for the kernel to let go of a namespace
- * would else be all there is. Prints the seconds that making and taking away took. An
- * attribute that is not there is no error.
+ * map NAME SECTORS KIND PARAMETERS. Undone are links first, one after the other, then all directories, those of
+ * different disks in THREADS threads, as waiting for the kernel to let go of a namespace would else be all there is,
+ * and in the same way all mappings. Prints the seconds that making and taking away took. An attribute that is not
+ * there is no error.
  */
 
 #include <errno.h>
@@ -33,6 +33,7 @@ enum kind { MKDIR, WRITE, SYMLINK, MAP };
 struct step {
     enum kind kind;
     char *fields[4];
+    char node[32]; /* of a mapping, whose link in /dev/mapper udev makes later */
 };
 
 static const struct {
@@ -43,9 +44,9 @@ static const struct {
 static struct step steps[MOST];
 static size_t count;
 static int control = -1;
-static char node[64]; /* of the last mapping, whose link in /dev/mapper udev makes later */
 /* Where the steps of each disk begin; they end where the next one's begin. */
 static size_t groups[MOST], group_count, next_group;
+static enum kind undone; /* what is taken away now */
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 
 static void fail(const struct step *step)
@@ -81,8 +82,26 @@ static int dm(unsigned long request, const char *name, struct step *table)
     }
     if (ioctl(control, request, &call))
         return -1;
-    snprintf(node, sizeof node, "/dev/dm-%u", minor(call.head.dev));
+    if (table)
+        snprintf(table->node, sizeof table->node, "/dev/dm-%u", minor(call.head.dev));
     return 0;
+}
+
+/* The node of the mapping that a path in /dev/mapper is for. They are asked for in the order in which they were made. */
+static const char *node_of(const char *path)
+{
+    static size_t last;
+    size_t i;
+
+    for (i = 0; i < count; i++) {
+        struct step *step = &steps[(last + i) % count];
+
+        if (step->kind == MAP && !strcmp(step->fields[0], path + strlen("/dev/mapper/"))) {
+            last += i;
+            return step->node;
+        }
+    }
+    return path;
 }
 
 static void make(struct step *step)
@@ -103,7 +122,7 @@ static void make(struct step *step)
             failed = errno != ENOENT;
         else {
             if (!strncmp(value, "/dev/mapper/", 12))
-                value = node;
+                value = node_of(value);
             failed = write(fd, value, strlen(value)) < 0;
             close(fd);
         }
@@ -128,16 +147,28 @@ static void *unmake_groups(void *unused)
         if (group >= group_count)
             return unused;
         for (i = groups[group + 1]; i-- > groups[group];)
-            if (steps[i].kind == MKDIR ? rmdir(steps[i].fields[0])
-                                       : steps[i].kind == MAP && dm(DM_DEV_REMOVE, steps[i].fields[0], NULL))
+            if (steps[i].kind == undone && (undone == MKDIR ? rmdir(steps[i].fields[0])
+                                                            : dm(DM_DEV_REMOVE, steps[i].fields[0], NULL)))
                 fail(&steps[i]);
     }
+}
+
+static void unmake(enum kind kind)
+{
+    pthread_t threads[THREADS];
+    int i;
+
+    undone = kind;
+    next_group = 0;
+    for (i = 0; i < THREADS; i++)
+        pthread_create(&threads[i], NULL, unmake_groups, NULL);
+    for (i = 0; i < THREADS; i++)
+        pthread_join(threads[i], NULL);
 }
 
 int main(void)
 {
     static char text[1 << 26];
-    pthread_t threads[THREADS];
     double begin, made;
     size_t i, length = fread(text, 1, sizeof text - 1, stdin);
     char *p = text;
@@ -151,8 +182,8 @@ int main(void)
         p += strlen(p) + 1;
         for (f = 0; f < kinds[step->kind].fields; f++, p += strlen(p) + 1)
             step->fields[f] = p;
-        /* A port or a subsystem begins; a mapping is for the namespace after it. */
-        if (step->kind == MKDIR && !strstr(step->fields[0], "/namespaces/"))
+        /* A port, a subsystem or a mapping begins. */
+        if (step->kind == MAP || (step->kind == MKDIR && !strstr(step->fields[0], "/namespaces/")))
             groups[group_count++] = count - 1;
     }
     groups[group_count] = count;
@@ -166,10 +197,8 @@ int main(void)
     for (i = count; i-- > 0;)
         if (steps[i].kind == SYMLINK && unlink(steps[i].fields[0]))
             fail(&steps[i]);
-    for (i = 0; i < THREADS; i++)
-        pthread_create(&threads[i], NULL, unmake_groups, NULL);
-    for (i = 0; i < THREADS; i++)
-        pthread_join(threads[i], NULL);
+    unmake(MKDIR);
+    unmake(MAP);
     printf("%.6f %.6f\n", made, now() - begin);
     return 0;
 }
