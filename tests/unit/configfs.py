@@ -337,7 +337,10 @@ class Gadgets:
         return found[0]
 
     def is_linked(self, relative: str) -> bool:
-        return any(path.is_symlink() for path in self.path(self.gadget(relative)).glob("configs/*/*"))
+        """Whether the function that a path is in is linked; for others, whether any of the gadget's is."""
+        links = [p for p in self.path(self.gadget(relative)).glob("configs/*/*") if p.is_symlink()]
+        function = "/".join(relative.split("/")[:4]) if "/functions/" in relative else ""
+        return any(not function or os.path.samefile(link, self.path(function)) for link in links)
 
     # What is made and removed
 

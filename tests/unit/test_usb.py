@@ -169,8 +169,9 @@ def top() -> str:
 
 
 def part(number: int) -> str:
-    """Where a drive is in the gadget: each function has eight."""
-    return f"functions/mass_storage.{number // 8}/lun.{number % 8}"
+    """Where a drive is in the gadget: each function has as many."""
+    each = storagetm.UsbGadget.FUNCTION_LUNS
+    return f"functions/mass_storage.{number // each}/lun.{number % each}"
 
 
 def lun(number: int) -> str:
@@ -183,7 +184,8 @@ def media(nvmet: Nvmet) -> list[str]:
     for path, text in nvmet.contents().items():
         if match := re.fullmatch(rf"{re.escape(top())}/functions/mass_storage.(\d)/lun.(\d)/file", path):
             mapped = re.fullmatch(r"/dev/mapper/storagetm-(.+)-[0-9a-f]{16}", text)
-            found[8 * int(match[1]) + int(match[2])] = mapped[1] if mapped else os.path.basename(text)
+            number = storagetm.UsbGadget.FUNCTION_LUNS * int(match[1]) + int(match[2])
+            found[number] = mapped[1] if mapped else os.path.basename(text)
     assert sorted(found) == list(range(len(found)))
     return [found[number] for number in sorted(found)]
 
@@ -437,6 +439,8 @@ def test_17th_disk_waits_for_a_drive(
     run.synchronise()
     assert media(nvmet) == [f"i{number:02}" for number in range(16)]
     assert run.disk(paths[16]).why_not == "no LUN is left"
+    names = [path.name for path in nvmet.path(f"{top()}/configs/c.1").iterdir() if path.is_symlink()]
+    assert sorted(names) == ["mass_storage.0", "mass_storage.1"]
     if connected:
         gadgets.plug(UDC)
         run.notice()
@@ -1174,10 +1178,12 @@ def test_crash_while_the_gadget_is_removed_is_recovered(nvmet: Nvmet, gadgets: G
     assert number >= 1 + 2 + 2 + 1 + 7
 
 
+@pytest.mark.parametrize("each", [8, 2])
 def test_crash_while_the_gadget_is_made_anew_is_recovered(
-    nvmet: Nvmet, gadgets: Gadgets, monkeypatch: pytest.MonkeyPatch
+    nvmet: Nvmet, gadgets: Gadgets, monkeypatch: pytest.MonkeyPatch, each: int
 ) -> None:
-    """For more disks than it has drives."""
+    """For more disks than it has drives, or than one function has."""
+    monkeypatch.setattr(storagetm.UsbGadget, "FUNCTION_LUNS", each)
     monkeypatch.setattr(storagetm.UsbGadget, "SPARE", 0)
     before = contents_of(nvmet, gadgets)
     three = "/dev/vdb", "/dev/vdc", "/dev/vdd"
@@ -1296,6 +1302,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.patch.setattr(storagetm, "claim", lambda *_: 0)
         self.patch.setattr(storagetm, "LOGIND", ())
         self.patch.setattr(storagetm, "RETURN_WAIT_SEC", 0)
+        self.patch.setattr(storagetm.UsbGadget, "FUNCTION_LUNS", 2)  # so that there are several functions
         self.patch.setattr(storagetm, "run_program", lambda *_: 127)
         self.before = self.nvmet.contents()
         self.run: Run | None = None
