@@ -38,7 +38,8 @@ import subprocess
 import sys
 import time
 
-NVMET = "/sys/kernel/config/nvmet"
+# Where the tool works, and what everything else leaves alone there.
+NVMET = os.environ.get("CONFIGFS_PART", "/sys/kernel/config/nvmet")
 OURS = "/run/storagetm"
 # What device-mapper is asked for, and where the device made read-only has its settings.
 MAPPER = ("/dev/mapper/control", "/sys/devices/virtual/block/dm-")
