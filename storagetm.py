@@ -6931,7 +6931,10 @@ class UsbGadget(Transport):
             return "this machine has no USB device controller"
         if why := self.why_unfit(export):
             return why
-        return "" if export.disk.tag in self.places else "no LUN is left"
+        if export.disk.tag in self.places:
+            return ""
+        way_out = "unplug the cable for a moment" if self.luns < self.LUNS_MAX else "pull another disk"
+        return f"no LUN is left; {way_out}"
 
     def root(self, export: Export) -> str:
         return self.drive(self.places.get(export.disk.tag, -1)) + "/file"
@@ -7209,6 +7212,9 @@ class Wanted:
         Of what one client writes through the page cache, another one past it sees nothing, or old data.
         """
         usable = [t for t in self.transports if not t.why_not(export) and t.name not in export.failed]
+        # What clients have attached counts before the order that was asked for.
+        live = self.live_of(export)
+        usable.sort(key=lambda t: t.name not in live)
         return [
             (
                 t.name,

@@ -262,6 +262,24 @@ def test_what_goes_with_the_process_is_made_again_beside_what_stays(
     assert again.paths == []
 
 
+@pytest.mark.parametrize("access", [READ_WRITE])
+def test_what_clients_have_attached_counts_before_the_order(
+    start: Start, served: Served.By, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of two transports that must not have a writable disk both, the one that has it keeps it."""
+    served.cached = True
+    with monkeypatch.context() as patch:
+        patch.setattr(storagetm.NvmeTcp, "why_not", lambda *_: "not yet")
+        exporter = start(served, "/dev/vdb")
+        exporter.synchronise(strict=True)
+    assert live(exporter) == {"vdb": ["served"]}
+    exporter.inventory.rescan()
+    exporter.synchronise()
+    assert live(exporter) == {"vdb": ["served"]}
+    assert served.order == ["+server", "+served/vdb"]
+    assert "'/dev/vdb': not over nvme-tcp, since it can be written to" in capfd.readouterr().err
+
+
 def test_report_names_all_ways_to_a_disk(start: Start, served: Served.By) -> None:
     served.left_out = {"vdc"}
     exporter = start(served, "/dev/vdb", "/dev/vdc")

@@ -414,7 +414,7 @@ def test_gadget_is_made_anew_for_more_disks_once_no_host_uses_it(
         plug(f"471{number}")
         run.update(name)
     assert media(nvmet) == [*few[:-2], "vdb", "vdc"]
-    assert run.disk("vdd").why_not == "no LUN is left"
+    assert run.disk("vdd").why_not == "no LUN is left; unplug the cable for a moment"
     assert not run.disk("vdd").live
     assert nvmet.path(top()).stat().st_ino == inode
     gadgets.unplug(UDC)
@@ -438,7 +438,7 @@ def test_17th_disk_waits_for_a_drive(
     run = start(*paths)
     run.synchronise()
     assert media(nvmet) == [f"i{number:02}" for number in range(16)]
-    assert run.disk(paths[16]).why_not == "no LUN is left"
+    assert run.disk(paths[16]).why_not == "no LUN is left; pull another disk"
     names = [path.name for path in nvmet.path(f"{top()}/configs/c.1").iterdir() if path.is_symlink()]
     assert sorted(names) == ["mass_storage.0", "mass_storage.1"]
     if connected:
@@ -1411,7 +1411,7 @@ class AnyOrder(RuleBasedStateMachine):
         found = media(self.nvmet)
         exports = self.run.inventory.exports
         for name, export in exports.items():
-            left_out = export.why_not == "no LUN is left"
+            left_out = export.why_not.startswith("no LUN is left; ")
             assert bool(export.live) == (not left_out), export.why_not
             if export.live and name not in self.ejected:
                 assert found[self.run.usb.places[export.disk.tag]] == name
@@ -1633,7 +1633,7 @@ def test_export_that_has_no_drive_yet_has_a_root_all_the_same() -> None:
     usb = storagetm.UsbGadget(Named(), "x")
     export = made_export("vda", tag="t")
     assert usb.number(usb.root(export)) == -1
-    assert usb.why_not(export) == "no LUN is left"
+    assert usb.why_not(export).startswith("no LUN is left; ")
     usb.arrange([export], {})
     assert usb.number(usb.root(export)) == 0
     assert usb.why_not(export) == ""

@@ -270,7 +270,9 @@ def test_host_sees_sixteen_disks(machine: Machine) -> None:
     service = Service(machine, arguments)
     service.start()
     assert set(wait_drives(machine, *16 * [MIB])) == set(range(16))
-    refused = re.findall(r"^Not exporting '(.*)': no LUN is left$", service.output, re.MULTILINE)
+    refused = re.findall(
+        r"^Not exporting '(.*)': no LUN is left; pull another disk$", service.output, re.MULTILINE
+    )
     assert len(refused) == 1
     assert "Exporting 16 disks" in service.show("StatusText")
     # They keep their drives over a crash.
@@ -278,7 +280,7 @@ def test_host_sees_sixteen_disks(machine: Machine) -> None:
     service = Service(machine, arguments)
     service.start()
     assert set(drives(machine)) == set(range(16))
-    assert f"Not exporting '{refused[0]}': no LUN is left\n" in service.output
+    assert f"Not exporting '{refused[0]}': no LUN is left; pull another disk\n" in service.output
     assert "USB disconnect" not in kernel_log(machine)
     service.stop()
     assert gadgets(machine) == []
