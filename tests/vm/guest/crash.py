@@ -38,8 +38,11 @@ import subprocess
 import sys
 import time
 
-# Where the tool works, and what everything else leaves alone there.
-NVMET = os.environ.get("CONFIGFS_PART", "/sys/kernel/config/nvmet")
+# The part of configfs in which the tool works, and how far below it its objects are.
+PART = os.environ.get("CONFIGFS_PART", "/sys/kernel/config/nvmet")
+DEPTH = 2 if PART.endswith("/nvmet") else 1
+# What the kernel sets in a gadget once a host has asked for it.
+HOSTS = ("bMaxPacketSize0", "bcdUSB")
 OURS = "/run/storagetm"
 # What device-mapper is asked for, and where the device made read-only has its settings.
 MAPPER = ("/dev/mapper/control", "/sys/devices/virtual/block/dm-")
@@ -55,18 +58,18 @@ class Wrong(Exception):
 
 
 def tree() -> dict[str, str]:
-    """All that is in configfs below nvmet: the text of an attribute, where a link leads, nothing for a
+    """All that is in this part of configfs: the text of an attribute, where a link leads, nothing for a
     directory. And the tables of what is in device-mapper.
     """
     mapped = subprocess.run(["dmsetup", "table"], stdout=subprocess.PIPE, check=True).stdout
     found = {"/device-mapper": mapped.decode()}
-    for directory, directories, files in os.walk(NVMET):
+    for directory, directories, files in os.walk(PART):
         found[directory + "/"] = ""
         for name in directories + files:
             path = f"{directory}/{name}"
             if os.path.islink(path):
                 found[path] = "-> " + os.readlink(path)
-            elif os.path.isfile(path):
+            elif os.path.isfile(path) and name not in HOSTS:
                 try:
                     with open(path) as file:
                         found[path] = file.read()
@@ -76,8 +79,9 @@ def tree() -> dict[str, str]:
 
 
 def roots(found: dict[str, str]) -> list[str]:
-    """The subsystems and ports in a tree."""
-    return [path for path in found if path.endswith("/") and path.count("/") == NVMET.count("/") + 3]
+    """The subsystems and ports, or the gadgets, in a tree."""
+    depth = PART.count("/") + DEPTH + 1
+    return [path for path in found if path.endswith("/") and path.count("/") == depth]
 
 
 def below(found: dict[str, str], root: str) -> dict[str, str]:
@@ -89,7 +93,7 @@ def below(found: dict[str, str], root: str) -> dict[str, str]:
 
 def difference(found: dict[str, str], wanted: dict[str, str]) -> list[str]:
     return [
-        f"{path.removeprefix(NVMET)}: {found.get(path)!r} instead of {wanted.get(path)!r}"
+        f"{path.removeprefix(PART)}: {found.get(path)!r} instead of {wanted.get(path)!r}"
         for path in sorted(found.keys() | wanted.keys())
         if found.get(path) != wanted.get(path)
     ]
@@ -98,7 +102,10 @@ def difference(found: dict[str, str], wanted: dict[str, str]) -> list[str]:
 class Run:
     """The tool, from its start to its end; with `strace`, under strace with these options."""
 
+    last: Run
+
     def __init__(self, command: list[str], strace: list[str] | None = None) -> None:
+        Run.last = self
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         name = f"\0storagetm-crash-{os.getpid()}"
         self.socket.bind(name)
@@ -183,7 +190,7 @@ def steps_in(log: str) -> list[Step]:
             path = paths[0] if operands[0].isdigit() and paths else ""
         if call == "sendto" and phase == "start":
             path = ""  # what is sent later depends on the time
-        elif not path.startswith((NVMET, OURS, *MAPPER)):
+        elif not path.startswith((PART, OURS, *MAPPER)):
             continue
         if call in (*CALLS.split(","), "sendto"):
             counts[thread, call, path] += 1
@@ -201,7 +208,7 @@ def kinds_of(step: Step) -> list[str]:
     kinds = ["SIGKILL", "EIO"]
     if step.call in MORE_ERRORS:
         kinds.append(MORE_ERRORS[step.call])
-    if step.call in ("rmdir", "unlink") and step.path.startswith(NVMET):
+    if step.call in ("rmdir", "unlink") and step.path.startswith(PART):
         kinds.append("stuck")
     return kinds
 
@@ -220,6 +227,18 @@ class Trial:
         self.wanted = tree()
         self.check_end(run, 0)
         self.steps = steps_in(self.read_log("exited with 0"))
+
+    def clean_up(self) -> None:
+        """Has the tool take away what was left, so that one fault is not told at each step after it."""
+        Run.last.process.kill()
+        Run.last.process.wait()
+        Run.last.socket.close()
+        run = Run(self.command)
+        try:
+            run.wait_ready()
+            run.end()
+        except Wrong as e:
+            print(f"and then: {e}", flush=True)
 
     @staticmethod
     def reset() -> None:
@@ -317,6 +336,7 @@ def main() -> None:
             except (Wrong, OSError) as e:
                 wrong.append(f"{kind} at {step}: {e}")
                 print(f"WRONG: {wrong[-1]}", flush=True)
+                trial.clean_up()
             counts[f"{step.call} {kind}"] += 1
             print(f"{time.monotonic() - began:.1f} s: {kind} at {step}", flush=True)
     seconds = time.monotonic() - begin
