@@ -14,12 +14,15 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
 import storagetm
+
+if TYPE_CHECKING:
+    from tests.unit.configfs import Nvmet
 
 CAPTURES = Path(__file__).parent / "captures"
 # Machines and kernels have thousands of files, which are made and removed many times.
@@ -155,3 +158,19 @@ def fresh_log(monkeypatch: pytest.MonkeyPatch) -> None:
 def unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], CapturedMachine]:
     """Make a captured machine the one that the program sees."""
     return lambda name: CapturedMachine(name, tmp_path / name, monkeypatch)
+
+
+@pytest.fixture
+def machine(unpack: Callable[[str], CapturedMachine]) -> CapturedMachine:
+    return unpack("trixie-fresh")
+
+
+@pytest.fixture
+def nvmet(machine: CapturedMachine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nvmet]:
+    """The captured machine's kernel, as far as exports are made in it."""
+    from tests.unit.devicemapper import captured_kernel  # which needs this module
+
+    made = captured_kernel(machine, monkeypatch)
+    yield made
+    assert made.mapper
+    made.mapper.close()

@@ -124,6 +124,29 @@ def test_what_is_shown_names_no_transport() -> None:
         assert re.findall(r"(?i)\w*(?:nvme|nvmet|namespace|subsystem|nqn)\w*", text) == [], title
 
 
+def test_no_class_in_use_lacks_what_its_base_leaves_open() -> None:
+    """A base class says what there has to be; whoever made another kind of it has filled all of that in."""
+
+    def leaves(kind: type[object]) -> list[type[object]]:
+        subclasses = [s for s in type.__subclasses__(kind) if s.__module__ == storagetm.__name__]
+        return [leaf for s in subclasses for leaf in leaves(s)] or [kind]
+
+    tree = ast.parse(SOURCE)
+    opened = [
+        (outer.name, inner.name)
+        for outer in tree.body
+        if isinstance(outer, ast.ClassDef)
+        for inner in outer.body
+        if isinstance(inner, ast.FunctionDef) and "raise NotImplementedError" in ast.unparse(inner)
+    ]
+    assert {base for base, _ in opened} == {"Disk", "Source", "Transport", "Output"}
+    for base, method in opened:
+        kind = getattr(storagetm, base)
+        for leaf in leaves(kind):
+            assert leaf is not kind
+            assert getattr(leaf, method) is not getattr(kind, method), (leaf, method)
+
+
 def test_words_of_the_vocabulary_are_used() -> None:
     """Each is the name of something, or stands in names."""
     doc = storagetm.__doc__ or ""

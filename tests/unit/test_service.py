@@ -18,7 +18,6 @@ import storagetm
 from storagetm import READ_ONLY, READ_WRITE, SNAPSHOT
 from tests.unit.configfs import Nvmet, is_courtesy
 from tests.unit.conftest import CapturedMachine
-from tests.unit.devicemapper import captured_kernel
 
 PREFIX = "nqn.2023-10.io.systemd:storagetm.e76a38b3eeb04f83a99185f6254a0e13"
 WRITABLE = ["nvme0n1", "sda", "sdb", "sdc", "vdb", "vdc", "vdd", "vde"]
@@ -47,19 +46,6 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager
     monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_path}/notify")
     yield made
     made.socket.close()
-
-
-@pytest.fixture
-def machine(unpack: Callable[[str], CapturedMachine]) -> CapturedMachine:
-    return unpack("trixie-fresh")
-
-
-@pytest.fixture
-def nvmet(machine: CapturedMachine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nvmet]:
-    made = captured_kernel(machine, monkeypatch)
-    yield made
-    assert made.mapper
-    made.mapper.close()
 
 
 @pytest.fixture(params=storagetm.ACCESS)

@@ -12,8 +12,6 @@ import pytest
 import storagetm
 from storagetm import READ_ONLY, READ_WRITE
 from tests.unit.configfs import Nvmet, is_courtesy
-from tests.unit.conftest import CapturedMachine
-from tests.unit.devicemapper import captured_kernel
 
 Start = Callable[..., storagetm.Exporter]
 
@@ -93,14 +91,6 @@ class Served(storagetm.Entry):
 @pytest.fixture
 def served() -> Served.By:
     return Served.By()
-
-
-@pytest.fixture
-def nvmet(unpack: Callable[[str], CapturedMachine], monkeypatch: pytest.MonkeyPatch) -> Iterator[Nvmet]:
-    made = captured_kernel(unpack("trixie-fresh"), monkeypatch)
-    yield made
-    assert made.mapper
-    made.mapper.close()
 
 
 @pytest.fixture(params=[READ_ONLY, READ_WRITE])

@@ -31,19 +31,6 @@ TiB = 1 << 40
 
 
 @pytest.fixture
-def machine(unpack: Callable[[str], CapturedMachine]) -> CapturedMachine:
-    return unpack("trixie-fresh")
-
-
-@pytest.fixture
-def nvmet(machine: CapturedMachine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nvmet]:
-    made = captured_kernel(machine, monkeypatch)
-    yield made
-    assert made.mapper
-    made.mapper.close()
-
-
-@pytest.fixture
 def gadgets(nvmet: Nvmet, machine: CapturedMachine) -> Gadgets:
     """A kernel with gadgets and one controller, to which no cable leads."""
     made = Gadgets(nvmet, machine.path("/sys"))
