@@ -19,12 +19,16 @@ import pytest
 
 from tests.harness.images import Image
 from tests.harness.machine import MIB, Disk, Machine, Process
+from tests.programs import bench
 from tests.vm.conftest import LOGS, TOOL, prepare
 from tests.vm.disks import card_reader
 from tests.vm.initiator import attached
 from tests.vm.nvmet import Service, exporting, left_over
 
 SCSI = Path(__file__).parent / "guest/scsi.py"
+CRASH = Path(__file__).parent / "guest/crash.py"
+# One disk takes so many steps at least: a gadget with three drives, and a device over the disk.
+LEAST = {"mkdir": 6, "symlink": 1, "write": 20, "rmdir": 6, "ioctl": 4}
 NQN = "quux"
 PORT = 16858  # that follows from the NQN
 USB = ("--transport=usb", f"--nqn={NQN}")
@@ -343,3 +347,21 @@ def test_both_transports_have_what_is_only_read(machine: Machine) -> None:
     wait_drives(machine)
     assert content(machine, "vdc") == after
     assert left_over(machine) == []
+
+
+def test_crash_or_failure_at_every_step_is_recovered(machine: Machine) -> None:
+    """Killed or refused at each step, while a host has the drives."""
+    bench.install(machine)
+    machine.put("/run/harness/crash.py", CRASH)
+    arguments = ["SIGKILL,EIO", "/usr/local/bin/storagetm", *USB, "/dev/vdb"]
+    process = machine.start_process(
+        ["env", f"CONFIGFS_PART={GADGETS}", "python3", "/run/harness/crash.py", *arguments]
+    )
+    assert process.wait(3000) == 0, process.output
+    print(process.output)
+    result = json.loads(process.output.splitlines()[-1])
+    assert result["wrong"] == []
+    for kind in ("SIGKILL", "EIO"):
+        for call, least in LEAST.items():
+            assert result["counts"][f"{call} {kind}"] >= least
+    assert gadgets(machine) == []
