@@ -5589,8 +5589,8 @@ class Transport:
         return ""
 
     def serial_shown(self, export: Export) -> str:
-        """A disk's serial number as clients see it."""
-        return export.disk.serial
+        """A disk's serial number as clients see it, or where they see none, as people know it."""
+        return export.disk.serial or export.disk.id_serial
 
     def instructions(self, exports: Iterable[Export], addresses: Sequence[Address]) -> list[Instruction]:
         """What attaches all disks at each address, then what attaches each one at the first address."""
@@ -6565,8 +6565,7 @@ class SharedNvmeTcp(NvmeTcp):
         return [self.instruction(a, "connect", self.prefix) for a in self.reachable(addresses)]
 
     def serial_shown(self, export: Export) -> str:
-        """The disk's own: clients see that of the subsystem."""
-        return export.disk.serial or export.disk.id_serial
+        return Transport.serial_shown(self, export)  # clients see that of the subsystem
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -7371,7 +7370,6 @@ class Exporter:
                 self.claim(export, now, strict=strict)
         if self.inventory.stays.first is None:
             self.inventory.stays.begin_with([e.disk for e in self.inventory.exports.values()])
-        self.refuse_mixed([e for e in exports if e.held])
         self.inventory.begin_stays(e for e in exports if e.held)
         if not self.opened:
             self.awaited = self.still_awaited(now)
@@ -7379,6 +7377,7 @@ class Exporter:
                 return
             self.opened = True
             self.inventory.stays.forget_awaited()
+        self.refuse_mixed([e for e in exports if e.held])
         # udev looks at each device that is made on the way: that can wait.
         set_urgent(True)
         try:
@@ -7425,11 +7424,8 @@ class Exporter:
                 self.give_up(export, Reason(why), name, fatal=False)
 
     def pending(self) -> list[Export]:
-        return [
-            e
-            for e in self.inventory.candidates()
-            if e.waiting and not e.held and not self.want.is_hopeless(e)
-        ]
+        able = (e for e in self.inventory.candidates() if not self.want.is_hopeless(e))
+        return [e for e in able if e.waiting and not e.held]
 
     def still_awaited(self, now: float) -> list[str]:
         """The disks without which no client is let in yet, with the reasons."""
@@ -7438,7 +7434,8 @@ class Exporter:
             patience = START_WAIT_SEC if export.waiting.kind == Reason.UDEV else LOCK_WAIT_SEC
             if now - export.waiting_since < patience:
                 found.append(f"'{export.disk.node}' ({export.waiting})")
-        if now - self.started < RETURN_WAIT_SEC:
+        # Those that were named are all here; of others, nobody knows whether they are wanted this time.
+        if now - self.started < RETURN_WAIT_SEC and not self.inventory.all_named:
             awaited = self.inventory.stays.awaited.values()
             found += [f"'{node}' (exported until the last stop)" for _, node in awaited]
         return found
@@ -7518,7 +7515,7 @@ class Exporter:
             # All others are new ones when they return.
             exported = [e.disk for e in self.inventory.exports.values() if e.live]
             self.inventory.stays.leave(disk for disk in exported if disk.lasts())
-        for failure in self.take_away(None):
+        for failure in self.take_away():
             why = f"{reason_of(failure.error)}; remove what is below it"
             if isinstance(failure.error, IoPending):
                 why = (
@@ -7547,12 +7544,12 @@ class Exporter:
             time.sleep(LOCK_POLL_SEC[0])
             self.tree.collect()
 
-    def take_away(self, patience: float | None) -> list[Failure]:
+    def take_away(self) -> list[Failure]:
         """Removes all that there is, with a few tries; returns what still failed."""
         failures: list[Failure] = []
         for _ in range(3):
             self.tree.collect()
-            failures = self.tree.apply(self.tree.plan([]), patience)
+            failures = self.tree.apply(self.tree.plan([]))
             if not failures:
                 break
         return failures

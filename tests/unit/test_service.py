@@ -362,6 +362,17 @@ def test_start_waits_for_disks_of_the_run_before(
     assert fourth.service.exporter.awaited == []
 
 
+def test_disk_that_is_not_named_this_time_is_not_waited_for(start: Start, nvmet: Nvmet) -> None:
+    """Those that are named are all here, or there is no start."""
+    run = start("/dev/vdb", "/dev/vdc")
+    run.service.synchronise(strict=True)
+    assert run.service.stop()
+    run = start("/dev/vdb")
+    run.service.synchronise(strict=True)
+    assert run.service.exporter.awaited == []
+    assert subsystems(nvmet) == ["vdb"]
+
+
 def test_another_disk_in_the_slot_is_not_the_awaited_one(
     start: Start, nvmet: Nvmet, machine: CapturedMachine, disks: list[str]
 ) -> None:

@@ -270,6 +270,24 @@ def test_what_clients_have_attached_counts_before_the_order(
     assert "'/dev/vdb': not over nvme-tcp, since it can be written to" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("access", [READ_WRITE])
+def test_refusal_of_one_transport_is_not_told_while_nothing_is_exported_yet(
+    start: Start, served: Served.By, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It would stand beside a disk that the other one is about to export."""
+    served.cached = True
+    exporter = start(served, "/dev/vdb")
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter, "still_awaited", lambda _: ["'/dev/vdc' (exported until the last stop)"])
+        exporter.synchronise(strict=True)
+    vdb = exporter.inventory.exports["vdb"]
+    assert (live(exporter), vdb.why_not) == ({"vdb": []}, "")
+    assert capfd.readouterr().err == ""
+    exporter.synchronise(strict=True)
+    assert live(exporter) == {"vdb": ["nvme-tcp"]}
+    assert "'/dev/vdb': not over served" in capfd.readouterr().err
+
+
 def test_report_names_all_ways_to_a_disk(start: Start, served: Served.By) -> None:
     served.left_out = {"vdc"}
     exporter = start(served, "/dev/vdb", "/dev/vdc")
