@@ -64,9 +64,11 @@ installkernel() {
         =drivers/net/ethernet =drivers/net/hyperv =drivers/net/mdio =drivers/net/phy =drivers/net/usb \
         =drivers/net/vmxnet3 =drivers/net/thunderbolt thunderbolt-net virtio_net xen-netfront \
         =drivers/usb/gadget/udc =drivers/usb/cdns3 =drivers/usb/chipidea =drivers/usb/dwc2 =drivers/usb/dwc3 \
-        =drivers/usb/musb \
+        =drivers/usb/musb =drivers/usb/roles \
         af_packet inet_diag ipv6 tcp_diag \
         atkbd hid-generic i8042 usbhid
+    # Credentials from firmware, which systemd looks for at its start.
+    hostonly='' instmods dmi-sysfs qemu_fw_cfg
     # For systemd-pcrphase-storage-target-mode.service; most kernels have them built in.
     hostonly='' instmods '=drivers/char/tpm'
     # For vlan=, bond= and bridge= on the kernel command line.
@@ -95,7 +97,7 @@ storagetm_has_module() {
 }
 
 install() {
-    local files program rules unit_dir unit
+    local files more program rules unit_dir unit
 
     unit_dir=$(storagetm_unit_dir)
     program=$(storagetm_program)
@@ -107,8 +109,19 @@ install() {
     # the image, both as bytecode for the interpreter they go with, and prints what is left for dracut to install.
     # dracut would go on without any of it, to an image that can't do the one thing it is for.
     inst_multiple /usr/bin/python3
+    # Encrypted NBD, if dracut's configuration has storagetm_nbd_tls=yes, needs OpenSSL.
+    more=''
+    if [[ ${storagetm_nbd_tls-no} == yes ]]; then
+        if ! /usr/bin/python3 -IS -c 'import ssl; assert ssl.HAS_PSK and ssl.SSLContext.set_psk_server_callback' \
+            2> /dev/null; then
+            dfatal "storagetm: this Python can't encrypt NBD (3.13 and later can); take storagetm_nbd_tls=yes out of" \
+                "dracut's configuration"
+            exit 1
+        fi
+        more=ssl
+    fi
     # shellcheck disable=SC2086  # These paths are Python's own and have no spaces.
-    if ! files=$(/usr/bin/python3 -IS -X no_debug_ranges "$moddir"/python-initrd "$program" "$initdir") \
+    if ! files=$(/usr/bin/python3 -IS -X no_debug_ranges "$moddir"/python-initrd "$program" "$initdir" $more) \
         || ! inst_multiple $files; then
         dfatal "storagetm: could not install the program and the part of Python that it needs"
         exit 1
@@ -179,8 +192,14 @@ install() {
     # image for this host; in a generic one systemd makes it up at each boot, except on virtual machines whose firmware
     # has a UUID, and unless systemd.machine_id= or a credential sets it.
 
+    # For encrypted connections, where there is what opens them, unless dracut's configuration has storagetm_tls=no.
+    if [[ ${storagetm_tls-yes} == yes && -e $dracutsysrootdir/usr/sbin/tlshd ]]; then
+        inst_multiple "$unit_dir"/storagetm-tlshd.service /usr/sbin/tlshd
+        inst_multiple "$(sed -n 's/^ExecStart=.* //p' "$unit_dir"/storagetm-tlshd.service)"
+    fi
+
     if [[ $hostonly ]]; then
-        for unit in storage-target-mode.target storagetm.service storagetm-failure.service; do
+        for unit in storage-target-mode.target storagetm.service storagetm-failure.service storagetm-tlshd.service; do
             inst_multiple -H -o "/etc/systemd/system/$unit.d/*.conf"
         done
     fi

@@ -60,14 +60,19 @@ PACKAGES = (
     "iputils-ping",
     "kbd",
     "kmod",
+    "libiscsi-bin",
+    "libnbd-bin",
     "linux-image-amd64",
     "lvm2",
     "make",  # To install the project by its own Makefile.
     "mdadm",
+    "nbd-client",
     "nvme-cli",
+    "open-iscsi",
     "plymouth",
     "procps",
     "python3",
+    "qemu-utils",
     "strace",
     "systemd",
     "systemd-sysv",
@@ -75,6 +80,8 @@ PACKAGES = (
     "util-linux",
     "xfsprogs",
 )
+# Debian 12's kernel has no TLS for NVMe.
+TLS_PACKAGES = ("keyutils", "ktls-utils", "tcpdump")
 # Parts of the packages above in older releases.
 SID_PACKAGES = ("systemd-tpm",)
 
@@ -318,10 +325,15 @@ def base_command(release: str, target: str) -> list[str]:
         f"--essential-hook={NO_INITRD}",
         # A mirror that is a few days behind its date is as good as one that is not.
         *(['--aptopt=Acquire::Check-Valid-Until "false"'] if release == SID else []),
-        f"--include={','.join(PACKAGES + SID_PACKAGES if release == SID else PACKAGES)}",
+        f"--include={','.join(packages(release))}",
         release,
         target,
     ]
+
+
+def packages(release: str) -> tuple[str, ...]:
+    more = () if release == "bookworm" else TLS_PACKAGES
+    return PACKAGES + more + (SID_PACKAGES if release == SID else ())
 
 
 def base_path(release: str) -> Path:
@@ -540,6 +552,8 @@ def configure(root: Path) -> None:
     for unit in MASKED_UNITS:
         (units / unit).unlink(missing_ok=True)
         (units / unit).symlink_to("/dev/null")
+    # Those tests start it that are about it.
+    (units / "remote-fs.target.wants/tlshd.service").unlink(missing_ok=True)
     (units / "default.target").unlink(missing_ok=True)
     (units / "default.target").symlink_to("/usr/lib/systemd/system/multi-user.target")
     (units / "harness-agent.service").write_text(AGENT_UNIT)

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from tests.harness import images
 from tests.harness.images import PROJECT
 from tests.harness.machine import Machine, Nic, Wire, boot_all
-from tests.programs import bench_initrd
+from tests.programs import bench_initrd, bench_nbd
 
 TEMPLATE = Path(__file__).with_name("benchmarks.md.template")
 PEER = "/usr/lib/systemd/systemd-storagetm"
@@ -65,6 +65,13 @@ ACCESS = {
     "peer": PEER,
     **{mode: f"/usr/local/bin/storagetm --{mode}" for mode in ("read-write", "read-only", "snapshot")},
 }
+# Pairing makes all disks namespaces of one subsystem, so that what it is compared with has that, too.
+PROTECTION = {
+    "plain": "/usr/local/bin/storagetm --read-only --subsystem=shared",
+    "authenticated": "/usr/local/bin/storagetm --read-only --pair --encrypt=no",
+    "encrypted": "/usr/local/bin/storagetm --read-only --pair",
+}
+WITH_AES = "encrypted, AES instructions"
 
 
 def install(machine: Machine) -> None:
@@ -160,24 +167,52 @@ def table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
     return lines
 
 
-def reads(machine: Machine, runs: int) -> list[str]:
-    """Lines of a Markdown table: how fast one disk is read, by kind of access."""
-    arguments = [f"{name}={command}" for name, command in ACCESS.items()]
+def measure_reads(machine: Machine, runs: int, commands: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The results of `client.py reads`: `sequential` in MB/s, `random` in reads a second, and `cipher`."""
+    arguments = [f"{name}={command}" for name, command in commands.items()]
     output = machine.run(["python3", CLIENT, "reads", str(runs), *arguments], timeout=3000).stdout
-    results = [json.loads(line) for line in output.splitlines()]
-    lines = [f"| | {' | '.join(ACCESS)} | {' | '.join(f'{n} / peer' for n in list(ACCESS)[1:])} |"]
-    lines.append("| --- |" + " --: |" * (2 * len(ACCESS) - 1))
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def reads_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table: how fast one disk is read, with ratios to the first case."""
+    names = list(dict.fromkeys(r["name"] for r in results))
+    lines = [f"| | {' | '.join(names)} | {' | '.join(f'{n} / {names[0]}' for n in names[1:])} |"]
+    lines.append("| --- |" + " --: |" * (2 * len(names) - 1))
     for quantity, what, unit in (
         ("sequential", "reads of 128 KiB in turn", "MB/s"),
         ("random", "reads of 4 KiB at random", "1/s"),
     ):
         medians = [
-            statistics.median(float(r[quantity]) for r in results if r["name"] == name) for name in ACCESS
+            statistics.median(float(r[quantity]) for r in results if r["name"] == name) for name in names
         ]
         cells = [f"{m:.0f} {unit}" for m in medians]
         ratios = [f"{m / medians[0]:.3f}" for m in medians[1:]]
         lines.append(f"| {what} | {' | '.join(cells)} | {' | '.join(ratios)} |")
     return lines
+
+
+def reads(machine: Machine, runs: int) -> list[str]:
+    """Lines of a Markdown table: how fast one disk is read, by kind of access."""
+    return reads_table(measure_reads(machine, runs, ACCESS))
+
+
+def protection(machine: Machine, runs: int) -> list[str]:
+    """Lines of Markdown: how fast one disk is read, by what protects it, and what encrypts it then."""
+    # The module has the drivers that use the processor's instructions for AES. Without it, C code does it.
+    machine.run("modprobe -r aesni_intel")
+    results = measure_reads(machine, runs, PROTECTION)
+    machine.run("modprobe aesni_intel")
+    results += measure_reads(machine, runs, {WITH_AES: PROTECTION["encrypted"]})
+    machine.run("modprobe -r aesni_intel")
+    ciphers = dict.fromkeys((r["name"], r["cipher"]) for r in results if r["cipher"])
+    return [
+        *reads_table(results),
+        "",
+        "| | cipher and the kernel's driver for it |",
+        "| --- | --- |",
+        *(f"| {name} | {cipher} |" for name, cipher in ciphers),
+    ]
 
 
 def versions(results: Sequence[dict[str, Any]], disks: Sequence[int]) -> list[str]:
@@ -336,13 +371,36 @@ def starts_and_stops(
     return results
 
 
+def many_changes(machine: Machine, disks: int) -> list[str]:
+    """Lines of a Markdown table: what comes of many changes beside so many disks."""
+    addresses = 500
+    return changes(much_at_once(machine, disks, 10, addresses), disks, addresses)
+
+
+# Beside the starts, each by its name in the template: what it is, and what makes the lines of it.
+PARTS: dict[str, tuple[str, Callable[[Machine, argparse.Namespace], list[str]]]] = {
+    "reads": ("reads through each kind of access", lambda machine, args: reads(machine, args.runs)),
+    "protection": (
+        "reads, authenticated and encrypted",
+        lambda machine, args: protection(machine, args.runs),
+    ),
+    "attachments": ("attaching 64 disks", lambda machine, args: attachments(machine, args.runs, 64)),
+    "changes": (
+        "many changes beside many disks",
+        lambda machine, args: many_changes(machine, max(1000, *args.disks)),
+    ),
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="of each case (default: %(default)s)")
     parser.add_argument("--disks", type=int, nargs="+", default=[1, 64, 256, 1024])
     parser.add_argument("--before", metavar="REVISION", help="compare starts and stops with this commit's")
     parser.add_argument(
-        "--starts", action="store_true", help="measure starts and stops only, and print them"
+        "--only",
+        choices=("starts", *PARTS, "nbd"),
+        help="measure this alone, and print it; nothing is written",
     )
     parser.add_argument("--output", type=Path, default=PROJECT / "docs", help="directory to write to")
     args = parser.parse_args()
@@ -351,33 +409,38 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begin:4.0f} s] {text}", file=sys.stderr, flush=True)
 
+    if args.only == "nbd":
+        print("\n".join(bench_nbd.table(args.runs)))
+        return 0
     image = images.build("trixie")["trixie"]
     say("booting an emulated machine")
     with Machine("bench", image, memory=4096, steady=True, nics=[Nic(Wire(), 0)]) as machine:
         boot_all(machine)
         install(machine)
-        install_replay(machine)
-        if args.before:
-            install_before(machine, args.before)
-        earlier = [name for name, _ in BEFORE.values()] if args.before else []
-        results = starts_and_stops(machine, args.runs, args.disks, say, earlier)
-        if earlier:
-            print("\n".join(versions(results, args.disks)), flush=True)
-        if args.starts:
-            print("\n".join(table(results, list(COMMANDS))))
+        tables: dict[str, list[str]] = {}
+        if args.only in (None, "starts"):
+            install_replay(machine)
+            if args.before:
+                install_before(machine, args.before)
+            earlier = [name for name, _ in BEFORE.values()] if args.before else []
+            results = starts_and_stops(machine, args.runs, args.disks, say, earlier)
+            if earlier:
+                print("\n".join(versions(results, args.disks)), flush=True)
+            tables["starts"] = table(results, list(COMMANDS))
+        for name, (what, lines_of) in PARTS.items():
+            if args.only in (None, name):
+                say(what)
+                tables[name] = lines_of(machine, args)
+        if args.only:
+            print("\n".join(tables[args.only]))
             return 0
         # What the template has names for: lines, or what stands in one.
-        parts: dict[str, object] = {}
-        say("reads through each kind of access")
-        parts["reads"] = reads(machine, args.runs)
-        say("attaching 64 disks")
-        parts["attachments"] = attachments(machine, args.runs, 64)
-        most, addresses = max(1000, *args.disks), 500
-        say(f"many changes beside {most} disks")
-        parts["changes"] = changes(much_at_once(machine, most, 10, addresses), most, addresses)
+        parts: dict[str, object] = {**tables}
         parts["kernel"] = machine.run("uname -r").stdout.strip()
         parts["systemd"] = machine.run([PEER, "--version"]).stdout.split("\n")[0]
         parts["python"] = machine.run("python3 --version").stdout.strip()
+    say("reads over NBD, on this machine itself")
+    parts["nbd"] = bench_nbd.table(args.runs)
     say("what an initrd gets")
     parts["initrd_sizes"] = bench_initrd.sizes(image)
     say("starts in an initrd")
@@ -391,7 +454,6 @@ def main() -> int:
         "many": MANY,
         "size": (PROJECT / "storagetm.pyz").stat().st_size,
         "commands": [f"| {name} | `{command} --all` |" for name, command in COMMANDS.items()],
-        "starts": table(results, list(COMMANDS)),
         "shares": shares(results, args.disks),
     }
     lines = {name: "\n".join(part) if isinstance(part, list) else part for name, part in parts.items()}

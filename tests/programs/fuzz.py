@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import importlib
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import storagetm
 from tests.harness.images import PROJECT
@@ -68,6 +71,13 @@ def netlink(raw: bytes) -> None:
         if found := storagetm.parse_address(body):
             assert found[1].text
         storagetm.parse_attributes(body)
+
+
+def sockets(raw: bytes) -> None:
+    every = range(65536)
+    found = [storagetm.parse_connection(body, every) for _, _, body in storagetm.parse_messages(raw)]
+    found += [storagetm.parse_connection(raw, every), *storagetm.parse_sockets(raw, every)]
+    assert all(c is None or (c.address.isprintable() and c.cipher.isprintable()) for c in found)
 
 
 def uevent(raw: bytes) -> None:
@@ -138,6 +148,77 @@ def nvme_target(raw: bytes) -> None:
         pass
 
 
+class NbdClient(Answers):
+    """Stands in for the connection of a client that says this and hangs up, and takes what comes."""
+
+    def recv_into(self, view: memoryview) -> int:
+        part = self.recv(len(view))
+        view[: len(part)] = part
+        return len(part)
+
+    def sendmsg(self, parts: Iterable[memoryview]) -> int:
+        return sum(map(len, parts))
+
+    def fileno(self) -> int:
+        return nbd_disks()[2]
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None  # what has to do with time
+
+
+@functools.cache
+def nbd_disks() -> tuple[storagetm.NbdServer, list[Path], int]:
+    """A server for a disk that can be read and one that can be written to, and where answers go."""
+    server, places = storagetm.NbdServer(), []
+    for name in ("a", "b"):
+        place = PLACE / "nbd" / f"disk-{name}"
+        place.write_bytes(NBD_CONTENT)
+        disk = storagetm.NamedDisks.resolve(str(place))
+        disk.size, disk.block = len(NBD_CONTENT), 512
+        server.serve(name, storagetm.NbdDisk(str(place), disk, read_only=name == "a"))
+        places.append(place)
+    return server, places, os.open("/dev/null", os.O_WRONLY)
+
+
+NBD_CONTENT = bytes(range(256)) * 64
+
+
+def nbd(raw: bytes) -> None:
+    """From the first byte to the end of a connection; nobody is left, and what is read-only stays."""
+    server, places, _ = nbd_disks()
+    session = storagetm.NbdSession(server, NbdClient(raw), "192.0.2.1", 1)  # type: ignore[arg-type]
+    server.sessions.add(session)
+    session.run()
+    assert not server.sessions
+    assert not any(disk.users or disk.ragged for disk in server.disks.values())
+    assert places[0].read_bytes() == NBD_CONTENT
+    assert places[1].stat().st_size == len(NBD_CONTENT)
+
+
+def nbd_option(number: int, data: bytes = b"") -> bytes:
+    return b"IHAVEOPT" + struct.pack(">II", number, len(data)) + data
+
+
+def nbd_request(kind: int, offset: int, length: int, flags: int = 0) -> bytes:
+    return struct.pack(">IHHQQI", 0x25609513, flags, kind, 1, offset, length)
+
+
+def nbd_seeds() -> Iterable[bytes]:
+    """Dialogues that use all of the protocol."""
+    for name in (b"a", b"b", b"c"):
+        named = struct.pack(">I", 1) + name
+        context = named + struct.pack(">II", 1, 15) + b"base:allocation"
+        requests = b"".join(
+            nbd_request(kind, offset, length, flags) + bytes(length if kind == 1 else 0)
+            for kind in (0, 1, 3, 4, 6, 7)
+            for offset, length, flags in ((0, 512, 0), (700, 100, 1), (2**63, 1, 0))
+        )
+        begin = b"\0\0\0\3" + nbd_option(3) + nbd_option(5) + nbd_option(6, named + b"\0\1\0\3")
+        yield begin + nbd_option(1, name) + requests
+        more = nbd_option(8) + nbd_option(9, context) + nbd_option(10, context)
+        yield begin + more + nbd_option(7, named + b"\0\1\0\3") + requests + nbd_request(2, 0, 0)
+
+
 def texts(raw: bytes) -> None:
     text = storagetm.printable(raw)
     assert text.replace("\n", "").isprintable()
@@ -154,6 +235,7 @@ PARSERS: dict[str, Parser] = {
         mountinfo,
         swaps,
         netlink,
+        sockets,
         uevent,
         block_uevent,
         ledger,
@@ -162,6 +244,7 @@ PARSERS: dict[str, Parser] = {
         arguments,
         device_mapper,
         nvme_target,
+        nbd,
         texts,
     )
 }
@@ -185,13 +268,22 @@ MORE_SEEDS = {
     "nvme_target": [
         bytes((1, 0, 128, 0, 128, 0, 0, 0)) + bytes(120) + bytes((5, 0, 24, 0, 24, 0, 0, 0)) + bytes(16)
     ],
+    "sockets": [
+        b"0: 010200C0:41DA 020200C0:D4F2 01 0:0 2:0\n",
+        bytes((2, 1, 0, 0, 0x41, 0xDA, 0xD4, 0xF2))
+        + bytes(16)
+        + bytes((192, 0, 2, 2))
+        + bytes(44)
+        + bytes((40, 0, 19, 0, 36, 0, 2, 0, 6, 0, 1, 0, 4, 3, 0, 0, 6, 0, 2, 0, 51, 0, 0, 0))
+        + bytes((6, 0, 3, 0, 2, 0, 0, 0, 6, 0, 4, 0, 2, 0, 0, 0)),
+    ],
     "texts": ["Ünïcode\x1b[2J\n".encode()],
 }
 
 
 def seeds(name: str) -> Iterable[bytes]:
     """What real machines have said to this parser, and a few words of its language."""
-    yield from MORE_SEEDS.get(name, ())
+    yield from nbd_seeds() if name == "nbd" else MORE_SEEDS.get(name, ())
     for path in sorted(CAPTURES.glob("*.json")):
         capture = json.loads(path.read_text())
         for kind, messages in capture.get("netlink", {}).items():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A directory that behaves like nvmet's and USB gadgets' parts of configfs, for tests as any user.
 
+LIO's is in lio.py.
+
 The real kernel is tested in machines. Here it is about the order of steps and what is left when they stop.
 """
 
@@ -13,7 +15,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
@@ -21,6 +23,8 @@ import storagetm
 
 if TYPE_CHECKING:
     from tests.unit.devicemapper import DeviceMapper
+    from tests.unit.keyring import Keyring
+    from tests.unit.lio import Lio
 
 SUBSYSTEM = (
     "attr_allow_any_host",
@@ -31,9 +35,63 @@ SUBSYSTEM = (
     "attr_serial",
 )
 NAMESPACE = ("buffered_io", "device_nguid", "device_path", "device_uuid", "enable", "revalidate_size")
-PORT = ("addr_adrfam", "addr_traddr", "addr_trsvcid", "addr_trtype")
+PORT = ("addr_adrfam", "addr_traddr", "addr_treq", "addr_trsvcid", "addr_trtype", "addr_tsas")
+HOST = ("dhchap_ctrl_key", "dhchap_dhgroup", "dhchap_hash", "dhchap_key")
+# What attributes say at first, if that is not "" (of subsystems and ports) or "0".
+FIRST = {
+    "addr_treq": "not specified",
+    "addr_tsas": "reserved",
+    "dhchap_ctrl_key": "",
+    "dhchap_dhgroup": "null",
+    "dhchap_hash": "hmac(sha256)",
+    "dhchap_key": "",
+}
+HASHES = ("hmac(sha256)", "hmac(sha384)", "hmac(sha512)")
+ENOTSUPP = 524  # of the kernel alone, which tells it all the same
 PROTECTED = "write_protected"  # a file that a namespace has once a host has asked for that
 LISTENING = {"127.0.0.1": ("127.0.0.1", "0.0.0.0"), "::1": ("::1", "::")}  # what lets a host in, by where to
+
+
+def failure(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+class Networks:
+    """Stands for the networks of the kernel: the machine's, and those that the program makes for itself.
+
+    A port listens in the network of the thread that links the first subsystem to it, for as long as there
+    are links, whatever becomes of that thread.
+    """
+
+    names: ClassVar[dict[int, str]] = {}  # by what stands for a descriptor
+    thread = threading.local()
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+
+    @property
+    def here(self) -> str:
+        """The network of this thread; empty for the machine's."""
+        return str(getattr(self.thread, "name", ""))
+
+    def begin(self, network: storagetm.PrivateNetwork) -> None:
+        network.fds = 1_000_000 + len(self.names), 1_000_001 + len(self.names)
+        self.names[network.fds[0]], self.names[network.fds[1]] = os.urandom(8).hex(), self.here
+
+    @staticmethod
+    def end(network: storagetm.PrivateNetwork) -> None:
+        network.fds = -1, -1
+
+    def enter(self, fd: int) -> None:
+        self.thread.name = self.names[fd]
+
+    def listen(self, port: str) -> None:
+        self.base.mkdir(exist_ok=True)
+        (self.base / os.path.basename(port)).write_text(self.here)
+
+    def of(self, port: str) -> str:
+        path = self.base / os.path.basename(port)
+        return path.read_text() if path.exists() else ""
 
 
 class Nvmet:
@@ -41,8 +99,11 @@ class Nvmet:
 
     A new object has its attributes and groups at once; removing one removes them too, but not if there are
     objects or links in it, nor if a link points to it. `calls` are the system calls that would change
-    something, and `intercept` is called before each with its number in that list. In place of a host that
-    comes in over the network there is a Host. `mapper` is the device-mapper beside it, if there is one.
+    something, and `intercept` is called before each with its number in that list, `inspect` after each that
+    has succeeded. In place of a host that comes in over the network there is a Host. `mapper` is the
+    device-mapper beside it, if there is one, `keyring` the kernel's keyring for TLS. It is Linux 6.12,
+    unless it has no `authentication` (CONFIG_NVME_TARGET_AUTH) or `encryption` (CONFIG_NVME_TARGET_TCP_TLS),
+    or is `old` (before 6.7) and knows of no TLS.
     """
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,17 +111,29 @@ class Nvmet:
         self.calls: list[str] = []
         self.intercept: Callable[[int], object] = bool
         self.room_for_two = False  # whether a range of controllers' IDs has two at least, as with Linux 6.1
+        self.authentication = self.encryption = True
+        self.old = False
+        self.groups = {"null", "ffdhe2048", "ffdhe3072", "ffdhe4096", "ffdhe6144", "ffdhe8192"}
+        self.hashes = set(HASHES)
         self.mapper: DeviceMapper | None = None
+        self.keyring: Keyring | None = None
         self.gadgets: Gadgets | None = None
+        self.lio: Lio | None = None
+        self.inspect: Callable[[], object] = bool
         # Held by what the real kernel does in one go.
         self.lock = threading.RLock()
         (root / "nvmet/subsystems").mkdir(parents=True)
-        (root / "nvmet/ports").mkdir()
+        for name in ("hosts", "ports"):
+            (root / "nvmet" / name).mkdir()
         self._mkdir, self._rmdir, self._write = os.mkdir, os.rmdir, os.write
         self._symlink, self._unlink = os.symlink, os.unlink
         for name in ("mkdir", "rmdir", "symlink", "unlink", "write"):
             monkeypatch.setattr(os, name, getattr(self, name))
         monkeypatch.setattr(storagetm, "NvmeHost", lambda *whom: Host(self, *whom))
+        self.networks = Networks(root.with_name(root.name + ".networks"))
+        monkeypatch.setattr(storagetm.PrivateNetwork, "begin", lambda network: self.networks.begin(network))
+        monkeypatch.setattr(storagetm.PrivateNetwork, "enter", lambda _, fd: self.networks.enter(fd))
+        monkeypatch.setattr(storagetm.PrivateNetwork, "end", Networks.end)
 
     def path(self, path: str) -> Path:
         return self.root / path
@@ -70,9 +143,11 @@ class Nvmet:
         text = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
         return text[len(str(self.root)) + 1 :] if text.startswith(f"{self.root}/") else ""
 
-    def _gadgets(self, relative: str) -> Gadgets | None:
-        """What a path belongs to, if it is to USB gadgets."""
-        return self.gadgets if relative.startswith("usb_gadget/") else None
+    def _other(self, relative: str) -> Gadgets | Lio | None:
+        """What a path belongs to, if it is to USB gadgets or to LIO."""
+        if relative.startswith("usb_gadget/"):
+            return self.gadgets
+        return self.lio if relative.startswith("target/") else None
 
     def called(self, call: str) -> None:
         with self.lock:
@@ -80,15 +155,16 @@ class Nvmet:
             number = len(self.calls) - 1
         self.intercept(number)
 
-    @staticmethod
-    def _layout(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _layout(self, path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Attributes and groups of an object."""
+        if re.fullmatch(r"nvmet/hosts/[^/]+", path):
+            return (HOST if self.authentication else ()), ()
         if re.fullmatch(r"nvmet/subsystems/[^/]+", path):
-            return SUBSYSTEM, ("namespaces",)
+            return SUBSYSTEM, ("allowed_hosts", "namespaces")
         if re.fullmatch(r"nvmet/subsystems/[^/]+/namespaces/[^/]+", path):
             return NAMESPACE, ()
         if re.fullmatch(r"nvmet/ports/[^/]+", path):
-            return PORT, ("subsystems",)
+            return tuple(n for n in PORT if n != "addr_tsas" or not self.old), ("subsystems",)
         raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
 
     def mkdir(self, path: Any, mode: int = 0o777, **options: Any) -> None:
@@ -96,8 +172,8 @@ class Nvmet:
         if not relative:
             self._mkdir(path, mode, **options)
             return
-        if gadgets := self._gadgets(relative):
-            gadgets.mkdir(relative)
+        if other := self._other(relative):
+            other.mkdir(relative)
             return
         attributes, groups = self._layout(relative)
         self.called(f"mkdir {relative}")
@@ -105,10 +181,13 @@ class Nvmet:
             self._mkdir(path)
             for name in attributes:
                 fd = os.open(f"{path}/{name}", os.O_WRONLY | os.O_CREAT, 0o600)
-                self._write(fd, b"\n" if name.startswith("attr_") or "addr_" in name else b"0\n")
+                first = FIRST.get(name, "" if name.startswith(("attr_", "addr_")) else "0")
+                self._write(fd, f"{first}\n".encode())
+                os.fchmod(fd, 0o644)
                 os.close(fd)
             for name in groups:
                 self._mkdir(f"{path}/{name}")
+            self.inspect()
 
     def rmdir(self, path: Any, **options: Any) -> None:
         relative = self._relative(path)
@@ -117,19 +196,21 @@ class Nvmet:
             return
         self.called(f"rmdir {relative}")
         with self.lock:
-            if gadgets := self._gadgets(relative):
-                gadgets.rmdir(relative)
+            if other := self._other(relative):
+                other.rmdir(relative)
             else:
                 self._remove_object(path, relative)
+            self.inspect()
 
     def _remove_object(self, path: Any, relative: str) -> None:
         if not os.path.isdir(path):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         attributes, groups = self._layout(relative)
-        if any(os.listdir(f"{path}/{name}") for name in groups):
-            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+        # In this order (configfs_detach_prep()).
         if path in self._targets():
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        if any(os.listdir(f"{path}/{name}") for name in groups):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
         for name in (*attributes, PROTECTED):
             if os.path.exists(f"{path}/{name}"):
                 self._unlink(f"{path}/{name}")
@@ -138,24 +219,53 @@ class Nvmet:
         self._rmdir(path)
 
     def _targets(self) -> set[str]:
-        links = self.root.glob("nvmet/ports/*/subsystems/*")
+        links = [p for kind in ("ports/*/subsystems", "subsystems/*/allowed_hosts") for p in self._all(kind)]
         return {os.path.normpath(os.path.join(link.parent, os.readlink(link))) for link in links}
 
+    def _all(self, kind: str) -> list[Path]:
+        return list(self.root.glob(f"nvmet/{kind}/*"))
+
+    def _check_link(self, target: str, relative: str) -> None:
+        """As nvmet_port_subsys_allow_link() and nvmet_allowed_hosts_allow_link() do."""
+        groups, of = relative.rpartition("/")[0], target.rpartition("/")[0]
+        kinds = {"subsystems": "nvmet/subsystems", "allowed_hosts": "nvmet/hosts"}
+        if of != kinds.get(groups.rpartition("/")[2]):
+            raise failure(errno.EINVAL)
+        if of == "nvmet/hosts":
+            anybody = self.path(groups).parent / "attr_allow_any_host"
+            if anybody.read_text() == "1\n":
+                raise failure(errno.EINVAL)
+        if any(os.path.realpath(p) == str(self.path(target)) for p in self.path(groups).iterdir()):
+            raise failure(errno.EEXIST)
+
     def symlink(self, target: Any, path: Any, *is_directory: bool, **options: Any) -> None:
-        if relative := self._relative(path):
-            self.called(f"symlink {relative}")
+        if not (relative := self._relative(path)):
+            self._symlink(target, path, *is_directory, **options)
+            return
+        self.called(f"symlink {relative}")
+        with self.lock:
             if not os.path.isdir(target):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), target)
-            if gadgets := self._gadgets(relative):
-                gadgets.check_link(self._relative(target), relative)
-            target = os.path.relpath(target, os.path.dirname(path))  # as configfs does
-        self._symlink(target, path, *is_directory, **options)
+            if other := self._other(relative):
+                other.check_link(self._relative(target), relative)
+            else:
+                self._check_link(self._relative(target), relative)
+            port = relative.partition("/subsystems/")[0]
+            if port.startswith("nvmet/ports/") and not os.listdir(self.path(port) / "subsystems"):
+                self.networks.listen(port)
+            # As configfs does.
+            self._symlink(os.path.relpath(target, os.path.dirname(path)), path, *is_directory, **options)
+            self.inspect()
 
     def unlink(self, path: Any, **options: Any) -> None:
         if (relative := self._relative(path)) and os.path.lexists(path):
             self.called(f"unlink {relative}")
-            if gadgets := self._gadgets(relative):
-                gadgets.unbind(relative)
+            if isinstance(other := self._other(relative), Gadgets):
+                other.unbind(relative)
+            with self.lock:
+                self._unlink(path, **options)
+                self.inspect()
+            return
         self._unlink(path, **options)
 
     def write(self, fd: int, data: bytes) -> int:
@@ -164,10 +274,12 @@ class Nvmet:
             return self._write(fd, data)
         self.called(f"write {relative} {data.decode()}")
         with self.lock:
-            if data and (gadgets := self._gadgets(relative)):
-                gadgets.write(relative, data.decode())
+            if data and (other := self._other(relative)):
+                other.write(relative, data.decode())
                 return len(data)
-            return self._write_attribute(fd, relative, data)
+            written = self._write_attribute(fd, relative, data)
+            self.inspect()
+            return written
 
     def _write_attribute(self, fd: int, relative: str, data: bytes) -> int:
         parent = os.path.dirname(self.path(relative))
@@ -184,8 +296,12 @@ class Nvmet:
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
             if self.mapper:
                 self.mapper.check_open(device)
-        if name in PORT and os.listdir(f"{parent}/subsystems"):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        if name in PORT:
+            self._check_port(parent, name, data.decode().strip())
+        if name in HOST:
+            self._check_host(name, data.decode().strip())
+        if name == "attr_allow_any_host" and data == b"1" and os.listdir(f"{parent}/allowed_hosts"):
+            raise failure(errno.EINVAL)
         if name == "attr_cntlid_max" and self.room_for_two:
             with open(f"{parent}/attr_cntlid_min") as file:
                 if int(data) <= int(file.read()):
@@ -195,6 +311,41 @@ class Nvmet:
             self._write(fd, data + b"\n")
         return len(data)
 
+    def _check_port(self, port: str, name: str, value: str) -> None:
+        """Raises OSError for what a port does not take, and brings up to date what follows from the rest."""
+        if os.listdir(f"{port}/subsystems"):
+            raise failure(errno.EACCES)
+        treq, tsas = Path(port, "addr_treq"), Path(port, "addr_tsas")
+        if name == "addr_trtype" and not self.old:
+            tsas.write_text("none\n")
+        elif name == "addr_treq":
+            if value not in ("not specified", "required", "not required"):
+                raise failure(errno.EINVAL)
+            if value == "not specified" and not self.old and tsas.read_text() == "tls1.3\n":
+                raise failure(errno.EINVAL)
+        elif name == "addr_tsas":
+            if value not in ("none", "tls1.3") or Path(port, "addr_trtype").read_text() != "tcp\n":
+                raise failure(errno.EINVAL)
+            if value == "tls1.3" and not (self.encryption and self.keyring):
+                raise failure(errno.EINVAL)
+            if value == "none" or treq.read_text() == "not specified\n":
+                treq.write_text("required\n" if value == "tls1.3" else "not specified\n")
+
+    def _check_host(self, name: str, value: str) -> None:
+        """Raises OSError for what a host's secret cannot be, or have. The rest shows when it connects."""
+        if name in ("dhchap_key", "dhchap_ctrl_key"):
+            if not (found := re.match(r"DHHC-1:(\d+):\S", value)) or int(found[1]) > len(HASHES):
+                raise failure(errno.EINVAL)
+            if int(found[1]) and HASHES[int(found[1]) - 1] not in self.hashes:
+                raise failure(ENOTSUPP)
+        elif name == "dhchap_hash":
+            if value not in HASHES:
+                raise failure(errno.EINVAL)
+            if value not in self.hashes:
+                raise failure(ENOTSUPP)
+        elif value not in self.groups:
+            raise failure(errno.EINVAL)
+
     # What tests do with it.
 
     def contents(self) -> dict[str, str]:
@@ -203,6 +354,8 @@ class Nvmet:
         Devices of device-mapper are called by their names, which are the same each time.
         """
         found = self.mapper.contents() if self.mapper else {}
+        if self.keyring:
+            found.update(self.keyring.contents())
         for directory, names, files in os.walk(self.root):
             for name in (*names, *files):
                 path = f"{directory}/{name}"
@@ -221,15 +374,22 @@ class Nvmet:
                         and (device := self.mapper.name_of(found[relative]))
                     ):
                         found[relative] = f"/dev/mapper/{device}"
+                    if self.lio:
+                        found[relative] = self.lio.shown(relative, found[relative])
         return found
 
     def exports(self, node: str) -> int:
         """How many namespaces and LUNs there are of a block device, which is open for them."""
         luns = self.root.glob("usb_gadget/*/functions/*/lun.*/file")
-        return sum(path.read_text() == f"{node}\n" for path in luns) + sum(
-            (path.parent / "enable").read_text() == "1\n"
-            for path in self.root.glob("nvmet/subsystems/*/namespaces/*/device_path")
-            if path.read_text() == f"{node}\n"
+        backstores = self.lio.opened(node) if self.lio else 0
+        return (
+            backstores
+            + sum(path.read_text() == f"{node}\n" for path in luns)
+            + sum(
+                (path.parent / "enable").read_text() == "1\n"
+                for path in self.root.glob("nvmet/subsystems/*/namespaces/*/device_path")
+                if path.read_text() == f"{node}\n"
+            )
         )
 
     def fail_at(self, number: int, code: int = errno.EIO) -> None:
@@ -295,10 +455,6 @@ OBJECTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {  # by what a path
 }
 LUNS_MAX = 16
 NOT_ATTACHED, CONFIGURED = "not attached", "configured"
-
-
-def failure(code: int) -> OSError:
-    return OSError(code, os.strerror(code))
 
 
 class Gadgets:
@@ -562,23 +718,34 @@ class Gadgets:
 class Host:
     """Stands for storagetm.NvmeHost, which has tests of its own: a host that attaches itself to a subsystem.
 
-    It is let in by a port that listens at this address and that the subsystem is linked to.
+    It is let in by a port that listens at this address, without TLS, and that the subsystem is linked to; if
+    that allows any host, or this one; and if it can prove the secret that the target has of it.
     """
 
-    def __init__(self, nvmet: Nvmet, address: tuple[str, int], nqn: str, _: str) -> None:
+    def __init__(self, nvmet: Nvmet, address: tuple[str, int], nqn: str, host_id: str) -> None:
         self.nvmet, self.address, self.nqn = nvmet, address, nqn
+        self.host_nqn = storagetm.HOST_STEM + storagetm.dashed(host_id)
+        self.secret = b""
         nvmet.called(f"connect {nqn}")
         if not (listening := self.listening()):
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-        if nqn not in listening:
+        if nqn not in listening or not self.is_allowed():
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def is_allowed(self) -> bool:
+        subsystem = self.nvmet.path("nvmet/subsystems") / self.nqn
+        anybody = (subsystem / "attr_allow_any_host").read_text() == "1\n"
+        return anybody or (subsystem / "allowed_hosts" / self.host_nqn).exists()
 
     def listening(self) -> list[str]:
         """The subsystems that one is let in to at the address."""
         found: list[str] = []
         for port in self.nvmet.root.glob("nvmet/ports/*"):
+            if (port / "addr_treq").read_text() == "required\n":
+                continue  # what is no TLS, the kernel hangs up on
             where = (port / "addr_traddr").read_text().strip(), (port / "addr_trsvcid").read_text().strip()
-            if where in [(traddr, str(self.address[1])) for traddr in LISTENING[self.address[0]]]:
+            here = self.nvmet.networks.here == self.nvmet.networks.of(f"nvmet/ports/{port.name}")
+            if here and where in [(traddr, str(self.address[1])) for traddr in LISTENING[self.address[0]]]:
                 found += os.listdir(port / "subsystems")
         return found
 
@@ -591,7 +758,16 @@ class Host:
     def finish(self) -> None:
         """All was answered at once."""
 
+    def proves(self) -> bool:
+        """Whether it knows the secret, if it is asked for one (nvmet_setup_auth())."""
+        if (self.nvmet.path("nvmet/subsystems") / self.nqn / "attr_allow_any_host").read_text() == "1\n":
+            return True
+        asked = storagetm.read_attribute(f"{self.nvmet.path('nvmet/hosts')}/{self.host_nqn}/dhchap_key")
+        return asked in ("", storagetm.dhchap_text(self.secret).decode())
+
     def attach(self, number: int = 0) -> None:
+        if not self.proves():
+            raise failure(errno.EIO)
         if not number:
             return
         namespace = f"nvmet/subsystems/{self.nqn}/namespaces/{number}"
@@ -614,19 +790,21 @@ mkdir() {{
     command mkdir "$1" || exit
     case $1 in
         */namespaces/*) names='{" ".join(NAMESPACE)}' value=0 ;;
-        */subsystems/*) names='{" ".join(SUBSYSTEM)}' value= group=namespaces ;;
-        */ports/*) names='{" ".join(PORT)}' value= group=subsystems ;;
+        */subsystems/*) names='{" ".join(SUBSYSTEM)}' value= groups='allowed_hosts namespaces' ;;
+        */ports/*) names='{" ".join(PORT)}' value= groups=subsystems ;;
     esac
     for name in $names; do echo $value >"$1/$name"; done
-    test -z "$group" || command mkdir "$1/$group"
-    group=
+    for group in $groups; do command mkdir "$1/$group" || exit; done
+    groups=
+    case $1 in
+        */ports/*) echo 'not specified' >"$1/addr_treq"; echo none >"$1/addr_tsas" ;;
+    esac
 }}
 rmdir() {{
-    rm -f "$1"/[abderw]*
-    for group in namespaces subsystems; do
+    rm -f "$1"/addr_* "$1"/attr_* "$1"/[bderw]*
+    for group in allowed_hosts namespaces subsystems; do
         test ! -d "$1/$group" || command rmdir "$1/$group" || exit
     done
-    group=
     command rmdir "$1" || exit
 }}
 set -e

@@ -113,6 +113,23 @@ def test_transports_are_a_list(arguments: list[str], transports: list[str]) -> N
     assert parsed("d") == {"devices": ["d"]}
 
 
+def test_options_for_pairing() -> None:
+    words = ["--allow-host=nqn.b", "--allow-host", "nqn.a", "--allow-host=nqn.b", "--secret-file=s"]
+    assert parsed("d", "--pair", "--code-file=c", "--encrypt=no", *words) == {
+        "devices": ["d"],
+        "pair": True,
+        "code_file": "c",
+        "encrypt": "no",
+        "allow_hosts": ["nqn.b", "nqn.a"],
+        "secret_file": "s",
+    }
+    assert parsed("d", "--dhgroup=ffdhe8192", "--hash=sha512", "--hash=sha384") == {
+        "devices": ["d"],
+        "dhgroup": "ffdhe8192",
+        "hash": "sha384",
+    }
+
+
 def test_help_and_version_ask_for_nothing_else() -> None:
     assert parsed("-h") == parsed("--help") == {"help": True}
     assert parsed("--version") == {"version": True}
@@ -163,13 +180,37 @@ REFUSED: list[tuple[list[str | bytes], str]] = [
         "--nqn= is too long: 222 bytes, and with '.' and a disk's name 223 are allowed",
     ),
     (["--all", "--transport"], "Option '--transport' needs a value"),
-    (["--all", "--transport="], "--transport= is no list of nvme-tcp, usb, auto"),
-    (["--all", "--transport=nbd"], "--transport=nbd is no list of nvme-tcp, usb, auto"),
-    (["--all", "--transport=usb,"], "--transport=usb, is no list of nvme-tcp, usb, auto"),
-    (["--all", "--transport=USB"], "--transport=USB is no list of nvme-tcp, usb, auto"),
-    (["--all", "--transport=usb, auto"], "--transport=usb, auto is no list of nvme-tcp, usb, auto"),
+    (["--all", "--transport="], "--transport= is no list of nvme-tcp, usb, nbd, iscsi, auto"),
+    (["--all", "--transport=nbf"], "--transport=nbf is no list of nvme-tcp, usb, nbd, iscsi, auto"),
+    (["--all", "--transport=usb,"], "--transport=usb, is no list of nvme-tcp, usb, nbd, iscsi, auto"),
+    (["--all", "--transport=USB"], "--transport=USB is no list of nvme-tcp, usb, nbd, iscsi, auto"),
+    (
+        ["--all", "--transport=usb, auto"],
+        "--transport=usb, auto is no list of nvme-tcp, usb, nbd, iscsi, auto",
+    ),
     (["--all", "--json"], "--json goes with --list-devices or --dry-run"),
     ([""], "A device's name is empty"),
+    (["--all", "--pair=yes"], "Option '--pair' takes no value"),
+    (["--all", "--encrypt=maybe"], "--encrypt=maybe is not one of no, offered, required"),
+    (["--all", "--hash=md5"], "--hash=md5 is not one of sha256, sha384, sha512"),
+    (
+        ["--all", "--dhgroup=null"],
+        "--dhgroup=null is not one of ffdhe2048, ffdhe3072, ffdhe4096, ffdhe6144, ffdhe8192",
+    ),
+    (["--all", "--code-file="], "--code-file= names no file"),
+    (["--all", "--secret-file="], "--secret-file= names no file"),
+    (
+        ["--all", "--allow-host=myhost"],
+        "--allow-host=myhost is no host NQN: it does not begin with 'nqn.', or is no printable ASCII",
+    ),
+    (
+        ["--all", "--allow-host=nqn.a,b"],
+        "--allow-host=nqn.a,b is no host NQN: it has a '/', a comma or a blank in it",
+    ),
+    (
+        ["--all", "--allow-host=nqn.2014-08.org.nvmexpress.discovery"],
+        "--allow-host=nqn.2014-08.org.nvmexpress.discovery is no host NQN: it is that of discovery",
+    ),
 ]
 
 
@@ -349,6 +390,13 @@ def test_version_is_printed() -> None:
 def test_man_page_has_each_option(name: str) -> None:
     page = MAN_PAGE.read_text().replace("\\-", "-")
     assert re.search(rf"--{name}\b", page)
+
+
+def test_man_page_has_each_kind_of_step() -> None:
+    """As they are in the JSON of a dry run."""
+    page = re.sub(r'\.BR|"|\s+', " ", MAN_PAGE.read_text())
+    (listed,) = re.findall(r"A step has +step +\(([a-z, -]+)\)", page)
+    assert set(re.split(", +", listed)) == set(re.findall(r'"step": "([a-z-]+)"', SCRIPT.read_text()))
 
 
 def test_closed_output_is_no_failure() -> None:

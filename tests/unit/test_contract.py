@@ -506,6 +506,8 @@ def test_search_for_a_free_port_ends(nvmet: Path, monkeypatch: pytest.MonkeyPatc
 
     def urandom(length: int) -> bytes:
         value = taken.randbytes(length)
+        if length > 4:  # what is no port
+            return value
         numbers.append(1024 + int.from_bytes(value, "little") % 64511 & 0xFFFE)
         (nvmet / str(numbers[-1])).mkdir(exist_ok=True)
         return value

@@ -120,17 +120,25 @@ def test_what_is_in_between_is_no_disk(unpack: Unpack, inventory: storagetm.Inve
         inventory.rescan()
         return {n for n in inventory.exports if n in ("loop0", "dm-1")}
 
+    def between() -> set[str]:
+        return {name for name in ("loop0", "dm-1", "vda", "gone") if storagetm.is_between(name)}
+
     (loop / "loop/backing_file").unlink(missing_ok=True)
     assert seen() == {"dm-1"}
+    # A loop device that was let go may have been the use of another disk.
+    assert between() == set()
     machine.attribute("loop0", "loop/backing_file", "/image")
     assert seen() == {"loop0", "dm-1"}
     (loop / "holders/dm-1").touch()
     assert seen() == {"loop0", "dm-1"}
+    assert between() == set()
     machine.attribute("dm-1", "dm/uuid", "storagetm-image-0123456789abcdef")
     assert seen() == set()
+    assert between() == {"loop0", "dm-1"}
     (loop / "holders/dm-1").unlink()
     machine.attribute("loop0", "loop/backing_file", "/memfd:storagetm (deleted)")
     assert seen() == set()
+    assert between() == {"loop0", "dm-1"}
 
 
 @pytest.mark.parametrize("above", ["dm-1", "md0"])

@@ -132,3 +132,46 @@ def test_no_file_is_made_where_there_was_none(tmp_path: Path) -> None:
     script = script.replace("/run/systemd/network", str(tmp_path)).replace("/proc", str(tmp_path))
     subprocess.run(["sh", "-c", script], check=True)
     assert [path.name for path in tmp_path.iterdir()] == ["cmdline"]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_openssl_is_only_there_if_asked_for(wanted: bool, tmp_path: Path) -> None:
+    for path in ("bin/storagetm", "lib/storagetm/storagetm.py"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(Path(storagetm.__file__).read_bytes())
+    (tmp_path / "image").mkdir()
+    more = ["ssl"] if wanted else []
+    objects = subprocess.run(
+        (
+            sys.executable,
+            "-IS",
+            MODULE / "python-initrd",
+            tmp_path / "bin/storagetm",
+            tmp_path / "image",
+            *more,
+        ),
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    names = {path.stem for path in (tmp_path / "image").rglob("*.pyc")}
+    assert {"os", "storagetm"} <= names
+    assert ("ssl" in names) == ("/libssl.so" in objects) == ("/libcrypto.so" in objects) == wanted
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_python_that_cannot_encrypt_nbd_makes_no_image_for_it(capable: bool, tmp_path: Path) -> None:
+    """Which is found out by the one that goes into the image."""
+    text = (MODULE / "module-setup.sh").read_text()
+    begin = text.index("    more=''\n")
+    check = text[begin : text.index("more=ssl\n    fi\n", begin)] + "more=ssl; fi"
+    (tmp_path / "python3").write_text(f"#!/bin/sh\n{'exit' if capable else 'exit 1'}\n")
+    (tmp_path / "python3").chmod(0o755)
+    check = check.replace("/usr/bin/python3", f"{tmp_path}/python3")
+    script = f"{DRACUT}\nstoragetm_nbd_tls=yes\n{check}\necho more=$more"
+    done = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, check=False, text=True)
+    if capable:
+        assert done.stdout == "more=ssl\n"
+    else:
+        assert done.returncode == 1
+        assert done.stdout.startswith("fatal: storagetm: this Python can't encrypt NBD")

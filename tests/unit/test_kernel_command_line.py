@@ -53,22 +53,30 @@ def options(*words: str, initrd: bool = True) -> storagetm.Options:
     return storagetm.options_from_kernel(words, initrd)
 
 
-def test_options_are_taken_and_unknown_ones_named(capfd: pytest.CaptureFixture[str]) -> None:
+def test_options_are_taken() -> None:
     found = options(
         "rd.storagetm.snapshot=2M",
         "storagetm.access=/dev/sda:read-write",
         "rd.storagetm.nqn=quux",
-        "rd.storagetm.kernel_command_line",
-        "rd.storagetm.colour=red",
         "rd.systemd.unit=x",
     )
     assert (found.mode, found.store, found.nqn) == (SNAPSHOT, 2 << 20, "quux")
     assert found.rules == [("/dev/sda", READ_WRITE)]
-    error = capfd.readouterr().err
-    assert "Unknown option 'rd.storagetm.colour' on the kernel command line, ignoring it" in error
-    assert "rd.storagetm.kernel_command_line" in error
     # Underscores and dashes are the same, as everywhere on the kernel command line.
     assert options("rd.storagetm.read_write").mode == READ_WRITE
+
+
+@pytest.mark.parametrize(
+    "word", ["rd.storagetm.colour=red", "rd.storagetm.pairr", "storagetm.kernel_command_line"]
+)
+def test_unknown_option_is_refused(word: str) -> None:
+    """It may be a mistyped one that was meant to keep somebody out."""
+    name = word.partition("=")[0]
+    with pytest.raises(
+        storagetm.UsageError, match=f"^Kernel command line: unknown option '{name}'; correct it$"
+    ):
+        options("rd.storagetm.read-only", word)
+    assert options(word, initrd=False) if word.startswith("rd.") else True
 
 
 def test_initrd_options_count_there_only() -> None:
@@ -98,16 +106,17 @@ def test_transports_are_taken(words: list[str], transports: list[str]) -> None:
 
 def test_bad_transport_names_the_word_to_correct() -> None:
     with pytest.raises(storagetm.UsageError) as caught:
-        options("rd.storagetm.transport=nbd")
+        options("rd.storagetm.transport=nbf")
     assert str(caught.value) == (
-        "Kernel command line: storagetm.transport=nbd is no list of nvme-tcp, usb, auto; correct it"
+        "Kernel command line: storagetm.transport=nbf is no list of nvme-tcp, usb, nbd, iscsi, auto; "
+        "correct it"
     )
 
 
 @pytest.mark.parametrize(
     "word",
     [
-        *("transport=", "transport", "transport=usb,nbd"),
+        *("transport=", "transport", "transport=usb,nbf"),
         *("snapshot=lots", "snapshot=", "access=/dev/sda", "access", "read-write=1", "nqn=a/b", "nqn="),
         # What prints something and ends, which nobody could read there.
         *("help", "version", "list-devices", "list_devices", "dry-run", "json"),
@@ -125,6 +134,26 @@ def test_own_options_come_first() -> None:
     own = storagetm.parse_arguments(["--all", "--access=a:snapshot"])
     storagetm.add_options(own, options("rd.storagetm.read-write", "rd.storagetm.access=b:read-only"))
     assert (own.mode, own.rules) == (READ_WRITE, [("a", SNAPSHOT), ("b", READ_ONLY)])
+
+
+def test_options_for_pairing_are_taken_unless_there_are_own() -> None:
+    more = options(
+        *("rd.storagetm.pair", "storagetm.allow_host=nqn.a", "rd.storagetm.allow-host=nqn.b"),
+        *("rd.storagetm.encrypt=no", "rd.storagetm.code-file=/c", "storagetm.hash=sha384"),
+    )
+    own = storagetm.parse_arguments(["--all"])
+    storagetm.add_options(own, more)
+    assert own.pair
+    assert (own.allow_hosts, own.encrypt, own.code_file, own.hash) == (
+        ["nqn.a", "nqn.b"],
+        "no",
+        "/c",
+        "sha384",
+    )
+    own = storagetm.parse_arguments(["--all", "--allow-host=nqn.c", "--encrypt=required", "--code-file=x"])
+    storagetm.add_options(own, more)
+    assert own.pair
+    assert (own.allow_hosts, own.encrypt, own.code_file, own.hash) == (["nqn.c"], "required", "x", "sha384")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +180,14 @@ def test_it_counts_only_where_asked_for(line: bytes, mode: str, refused: str) ->
     assert bool(found.refused) == bool(refused)
     assert not found.action
     assert storagetm.parse_arguments(["--all"]).mode == ""
+
+
+@pytest.mark.usefixtures("places")
+def test_nothing_is_exported_without_it() -> None:
+    """There may have been something in it that keeps somebody out."""
+    found = storagetm.parse_arguments(["--all", "--kernel-command-line"])
+    why = "Failed to read the kernel command line: No such file or directory; mount proc on '/proc'"
+    assert found.refused == why
 
 
 @pytest.mark.parametrize("arguments", [["--colour", "--all"], ["--all", "sda"], [], ["--snapshot=x"]])

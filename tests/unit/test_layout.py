@@ -139,7 +139,7 @@ def test_no_class_in_use_lacks_what_its_base_leaves_open() -> None:
         for inner in outer.body
         if isinstance(inner, ast.FunctionDef) and "raise NotImplementedError" in ast.unparse(inner)
     ]
-    assert {base for base, _ in opened} == {"Disk", "Source", "Transport", "Output"}
+    assert {base for base, _ in opened} == {"Disk", "OnePort", "Source", "Transport", "Output"}
     for base, method in opened:
         kind = getattr(storagetm, base)
         for leaf in leaves(kind):

@@ -212,6 +212,19 @@ def test_nothing_wakes_it_up_without_reason(service: storagetm.Service, clock: C
     assert service.display.shown == shown
 
 
+def test_screen_looks_every_other_second_who_is_attached(service: storagetm.Service, clock: Clock) -> None:
+    """The kernel does not tell. Where nothing shows it, nobody looks."""
+    service.views.on_consoles = False
+    transports = service.exporter.transports
+    service.sources.append(storagetm.Attendance(transports, service.views, service.display.outdate))
+    run(service, clock, 1)
+    assert run(service, clock, HOUR) == 1
+    service.views.terminals = [storagetm.Plain()]
+    shown = service.display.shown
+    assert 1800 <= run(service, clock, HOUR) <= 1801
+    assert service.display.shown == shown
+
+
 def test_news_of_disks_are_acted_on_before_they_are_shown(
     service: storagetm.Service, clock: Clock, synchronised: Callable[[], list[float]]
 ) -> None:
@@ -269,6 +282,7 @@ def test_waiting_for_disks(
     """Less and less often, until there is news; and not at all once there is nothing to wait for."""
     waiting = [disk("vda")]
     monkeypatch.setattr(service.exporter, "pending", lambda: waiting)
+    service.exporter.outdated = True
     run(service, clock, 60)
     times = synchronised()
     assert len([t for t in times if t < 1]) > 5
@@ -278,8 +292,11 @@ def test_waiting_for_disks(
     assert len(synchronised()) > 5
     waiting.clear()
     run(service, clock, HOUR)
+    assert len(synchronised()) <= 1
+    run(service, clock, HOUR)
     assert synchronised() == []
     service.exporter.opened = False  # as while a disk of the run before has not come back
+    service.exporter.outdated = True
     run(service, clock, 10)
     assert 18 < len(synchronised()) < 30
 
@@ -484,3 +501,59 @@ def test_hung_up_terminal_is_left_alone(terminal: tuple[int, str], monkeypatch: 
     screen.show(report([disk("vda")]))
     assert screen.news()[1].wants()[0] == -1
     assert not screen.whole
+
+
+# Disks
+
+
+class Names:
+    """Uevents of these devices, or lost ones."""
+
+    def __init__(self, names: set[str] | None) -> None:
+        self.names = names
+
+    def changed(self) -> set[str] | None:
+        return self.names
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        ({"dm-7"}, []),
+        (set(), []),
+        ({"dm-7", "dm-8", "vda"}, [{"dm-8", "vda"}]),
+        ({"dm-9"}, [{"dm-9"}]),
+        (None, ["all"]),
+    ],
+)
+def test_what_is_in_between_has_no_news(
+    service: storagetm.Service,
+    monkeypatch: pytest.MonkeyPatch,
+    names: set[str] | None,
+    read: list[set[str] | str],
+) -> None:
+    """No disk is looked at again for udev's events about our own devices: there are three a disk."""
+    for name, uuid in ("dm-7", "storagetm-vda-0123456789abcdef"), ("dm-8", "LVM-vg"):
+        (Path(storagetm.SYS) / "class/block" / name / "dm").mkdir(parents=True)
+        (Path(storagetm.SYS) / "class/block" / name / "dm/uuid").write_text(uuid + "\n")
+    found: list[set[str] | str] = []
+    monkeypatch.setattr(service.inventory, "update", found.append)
+    monkeypatch.setattr(service.inventory, "rescan", lambda: found.append("all"))
+    assert service.read_disks(Names(names)) == bool(read)  # type: ignore[arg-type]
+    assert found == read
+
+
+def test_events_cost_nothing_for_disks_that_have_none(
+    service: storagetm.Service, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is waited for is looked up once after each change, not each time the loop goes round."""
+    looked: list[float] = []
+
+    def pending() -> list[storagetm.Export]:
+        looked.append(clock.now)
+        return []
+
+    monkeypatch.setattr(service.exporter, "pending", pending)
+    service.sources.insert(0, Waiting("event", [], *(clock.now + i / 100 for i in range(100))))
+    run(service, clock, 10)
+    assert len(looked) <= 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hmac
+import os
 import socket
 import struct
 import threading
@@ -126,3 +128,52 @@ def test_target_may_send_any_bytes(raw: bytes) -> None:
     finally:
         thread.join()
         listener.close()
+
+
+def data(number: int, content: bytes) -> bytes:
+    """What a command asked for, and that this is all."""
+    head = struct.pack("<BBBBI", 7, 0x04, 24, 24, 24 + len(content))
+    return head + struct.pack("<HHII4x", number, 0, 0, len(content)) + content + response(number)
+
+
+def test_secret_is_proved_where_the_target_asks(ends: tuple[storagetm.NvmeHost, socket.socket]) -> None:
+    """As NVMe base specification 2.0, 8.13.5 has the messages and the response."""
+    host, target = ends
+    host.greet("nqn.test", "0" * 32)
+    host.secret = bytes(range(32))
+    value, sequence = bytes(range(100, 132)), struct.pack("<I", 7)
+    challenge = bytes([1, 1, 0, 0, 1, 0, 32, 0, 1, 0, 0, 0]) + sequence + value
+    target.sendall(GREETING + response(1, result=1 << 17) + response(2) + data(3, challenge) + response(4))
+    target.sendall(data(5, bytes([1, 3, 0, 0, 1, 0, 32, 0]) + bytes(8)) + response(6) + response(7))
+    host.attach(1)
+    host.finish()
+    sent = target.recv(8192)[128 + 72 + 1024 :]
+    negotiate, sent = sent[: 72 + 72], sent[72 + 72 :]
+    assert negotiate[8:10] == b"\x7f\x40"
+    assert negotiate[12] == 5
+    assert negotiate[48:56] == struct.pack("<II", 0xE9010100, 72)
+    assert negotiate[72:84] == bytes([0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 1, 2])
+    assert (negotiate[84], negotiate[114], negotiate[115]) == (1, 1, 0)  # SHA-256; ffdhe2048 or no group
+    ask, sent = sent[:72], sent[72:]
+    assert ask[12] == 6
+    assert ask[48:56] == struct.pack("<II", 0xE9010100, 512)
+    assert ask[40:44] == struct.pack("<I", 512)
+    reply = sent[72 : 72 + 80]
+    name = f"nqn.2014-08.org.nvmexpress:uuid:{storagetm.dashed('0' * 32)}".encode()
+    message = value + sequence + b"\x01\0\0HostHost" + name + b"\0nqn.test"
+    assert reply[:16] == bytes([1, 2, 0, 0, 1, 0, 32, 0, 0, 0, 0, 0]) + sequence
+    assert reply[16:48] == hmac.digest(bytes(range(32)), message, "sha256")
+
+
+@pytest.mark.parametrize(
+    "message", [b"", b"\x01\xf1" + bytes(14), b"\0\x01" + bytes(14), b"\x01\x01" + bytes(13)]
+)
+def test_target_that_makes_no_sense_gets_no_proof(
+    ends: tuple[storagetm.NvmeHost, socket.socket], message: bytes
+) -> None:
+    host, target = ends
+    host.greet("nqn.test", "0" * 32)
+    target.sendall(GREETING + response(1, result=1 << 17) + response(2) + data(3, message))
+    with pytest.raises(OSError, match=os.strerror(errno.EPROTO)):
+        host.attach(1)
+    assert len(target.recv(8192)) == 128 + 72 + 1024 + 72 + 72 + 72

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import socket
@@ -442,14 +443,23 @@ TCP = b"""\
 TCP6 = b"""\
    0: 000080FE00000000FF005450563412FE:72EF 000080FE00000000FF00545078563412:AF4E 01 0:0 2:0
 """
+# One that came in over IPv4 at [::].
+MAPPED = b"""\
+   0: 0000000000000000FFFF0000010200C0:41DA 0000000000000000FFFF0000020200C0:D4F2 01 0:0 2:0
+"""
 
 
 @pytest.mark.skipif(sys.byteorder == "big", reason="captured on a little-endian machine")
 def test_only_who_is_connected_to_the_ports_is_attached() -> None:
     """Those that are connected to the ports, and no others."""
-    assert storagetm.parse_sockets(TCP, {16858, 29423}) == {"192.0.2.2"}
-    assert storagetm.parse_sockets(TCP6, {16858, 29423}) == {"fe80::5054:ff:1234:5678"}
-    assert storagetm.parse_sockets(TCP + TCP6, {4420}) == set()
+
+    def ends(raw: bytes, ports: set[int]) -> list[tuple[str, int]]:
+        return [(c.address, c.port) for c in storagetm.parse_sockets(raw, ports)]
+
+    assert ends(TCP, {16858, 29423}) == [("192.0.2.2", 0xD4F2)]
+    assert ends(TCP6, {16858, 29423}) == [("fe80::5054:ff:1234:5678", 0xAF4E)]
+    assert ends(TCP + TCP6, {4420}) == []
+    assert ends(MAPPED, {16858}) == [("192.0.2.2", 0xD4F2)]
 
 
 @given(st.binary(max_size=300))
@@ -457,4 +467,115 @@ def test_only_who_is_connected_to_the_ports_is_attached() -> None:
 @example(b"0: 0:41DA zz:0 01")
 @example(b"0: 0:41DA -1:0 01\n0: 0:41DA fffffffff:0 01\n0: 0:_ 00000000:0 01")
 def test_sockets_may_be_any_bytes(raw: bytes) -> None:
-    assert all(isinstance(x, str) for x in storagetm.parse_sockets(raw, {0x41DA}))
+    assert all(c.address.isprintable() for c in storagetm.parse_sockets(raw, {0x41DA}))
+
+
+def diagnosis(
+    peer: str,
+    port: int = 0xD4F2,
+    own: int = 16858,
+    state: int = 1,
+    tls: dict[int, int] | None = None,
+    *,
+    privileged: bool = True,
+) -> bytes:
+    """What sock_diag(7) answers about a connection."""
+    family = storagetm.AF_INET6 if ":" in peer else storagetm.AF_INET
+    message = storagetm.inet_diag_msg(idiag_family=family, idiag_state=state)
+    raw = struct.pack("!HH16s16s", own, port, b"", socket.inet_pton(family, peer))
+    ctypes.memmove(ctypes.byref(message, storagetm.inet_diag_msg.id.offset), raw, len(raw))
+    mark = attribute(storagetm.INET_DIAG_MARK, bytes(4)) if privileged else b""
+    if tls is None:
+        return bytes(message) + mark
+    facts = b"".join(attribute(kind, value.to_bytes(2, sys.byteorder)) for kind, value in tls.items())
+    upper = attribute(1, b"tls\0") + attribute(storagetm.INET_ULP_INFO_TLS, facts)
+    # Others come before it.
+    return bytes(message) + mark + attribute(8, b"\0") + attribute(storagetm.INET_DIAG_ULP_INFO, upper)
+
+
+KEYS = {storagetm.TLS_INFO_TXCONF: 2, storagetm.TLS_INFO_RXCONF: 2}
+
+
+@pytest.mark.parametrize(
+    ("tls", "encrypted", "cipher"),
+    [
+        (None, False, ""),
+        (
+            {**KEYS, storagetm.TLS_INFO_VERSION: 0x304, storagetm.TLS_INFO_CIPHER: 51},
+            True,
+            "TLS 1.3, AES-128-GCM",
+        ),
+        (
+            {**KEYS, storagetm.TLS_INFO_VERSION: 0x304, storagetm.TLS_INFO_CIPHER: 52},
+            True,
+            "TLS 1.3, AES-256-GCM",
+        ),
+        ({**KEYS, storagetm.TLS_INFO_VERSION: 0x305, storagetm.TLS_INFO_CIPHER: 99}, True, ""),
+        # There are no keys yet, or for one direction only.
+        ({**KEYS, storagetm.TLS_INFO_RXCONF: 1, storagetm.TLS_INFO_VERSION: 0x304}, False, ""),
+        ({storagetm.TLS_INFO_TXCONF: 3, storagetm.TLS_INFO_VERSION: 0x304}, False, ""),
+        ({}, False, ""),
+    ],
+)
+def test_connection_is_encrypted_once_it_has_keys(
+    tls: dict[int, int] | None, encrypted: bool, cipher: str
+) -> None:
+    found = storagetm.parse_connection(diagnosis("192.0.2.2", tls=tls), {16858})
+    assert found
+    assert (found.address, found.port, found.encrypted, found.cipher) == (
+        "192.0.2.2",
+        0xD4F2,
+        encrypted,
+        cipher,
+    )
+
+
+# What Linux 6.12 answers about a connection of its NVMe target over which it speaks TLS.
+ENCRYPTED = bytes.fromhex(
+    """
+    0201000041da8e5ec0000201000000000000000000000000c00002020000000000000000000000000000000001000000
+    000000000000000000000000000000000000000056050000050008000000000008000f00000000000c001500b1010000
+    000000000600160052000000fc0002000100000000077700c04b0300409c0000a80500005e0400000000000000000000
+    00000000000000000000000064090000000000007009000038090000dc050000a8050100752f00000b2c000068000000
+    68000000a8050000030000002823000090380000000000005af6e20000000000ffffffffffffffffd03f0a0000000000
+    9d16000000000000df0100006900000000000000350200002f000000dc010000e2b71100000000004084040000000000
+    803e0000000000000000000000000000dd01000000000000d03f0a000000000000000000000000000000000000000000
+    0000000000f60d00000601000000000000000000000000003000130008000100746c7300240002000600010004030000
+    060002003300000006000300020000000600040002000000
+"""
+)
+
+
+@pytest.mark.skipif(sys.byteorder == "big", reason="captured on a little-endian machine")
+def test_captured_connection_is_encrypted() -> None:
+    found = storagetm.parse_connection(ENCRYPTED, {16858})
+    assert found
+    assert (found.address, found.encrypted, found.cipher) == ("192.0.2.2", True, "TLS 1.3, AES-128-GCM")
+
+
+def test_whoever_is_not_told_does_not_know() -> None:
+    found = storagetm.parse_connection(diagnosis("192.0.2.2", privileged=False), {16858})
+    assert found
+    assert found.encrypted is None
+
+
+def test_only_connections_to_the_ports_count() -> None:
+    for peer in ("fe80::5054:ff:1234:5678", "2001:db8::1"):
+        found = storagetm.parse_connection(diagnosis(peer), {16858})
+        assert found
+        assert found.address == peer
+    mapped = storagetm.parse_connection(diagnosis("::ffff:192.0.2.2"), {16858})
+    assert mapped
+    assert mapped.address == "192.0.2.2"
+    assert storagetm.parse_connection(diagnosis("192.0.2.2", own=0xDA41), {16858}) is None
+    assert storagetm.parse_connection(diagnosis("192.0.2.2", state=10), {16858}) is None
+    assert storagetm.parse_connection(diagnosis("192.0.2.2", privileged=False)[:-1], {16858}) is None
+
+
+@given(st.binary(max_size=200))
+@example(diagnosis("192.0.2.2", tls=KEYS)[:-3])
+def test_answers_about_sockets_may_be_any_bytes(raw: bytes) -> None:
+    head = diagnosis("192.0.2.2")
+    for body in (raw, head + raw, head + attribute(storagetm.INET_DIAG_ULP_INFO, raw)):
+        found = storagetm.parse_connection(body, range(65536))
+        assert found is None or found.address.isprintable()

@@ -108,7 +108,9 @@ def test_one_disk_is_shown_with_its_commands(screen: storagetm.Screen) -> None:
         "/dev/vda       1.0 GB  READ-WRITE    QEMU HARDDISK         SERIAL-1",
         "  nvme connect -t tcp -a 192.0.2.1 -s 59936 \\",
         f"    -n {PREFIX}.vda",
-        *[""] * 13,
+        "",
+        "No client is attached: it is safe to switch this machine off.",
+        *[""] * 11,
         "Ctrl-C stops exporting.",
     ]
 
@@ -398,14 +400,15 @@ def test_report_is_taken_once(kind: type[storagetm.NvmeTcp]) -> None:
     disks = [exported, snapshot, waiting]
     for number, made in enumerate(disks, 1):
         made.stay = storagetm.Stay(number, "")
-    clients = ["192.0.2.7"]
+    clients = [storagetm.Client("192.0.2.7", "10:42", 4, encrypted=False)]
     transport.attached = lambda: clients  # type: ignore[method-assign]
     shown = storagetm.take_report(Named(), [transport], where, disks, memory, filtered=True)
     assert {type(value) for value in values(shown)} == {str, int, bool}
     before = everything(shown)
     assert "snapshot 10 %" in str(before)
     assert "Attached from 192.0.2.7; what can be written to is for 1 client at a time" in str(before)
-    assert "1 waiting; snapshots use 10 B of 100 B of memory" in shown.status()
+    assert "  192.0.2.7: since 10:42, 4 connections, not encrypted" in str(before)
+    assert " at 3 addresses to 1 client, 1 waiting; snapshots use 10 B of 100 B of memory" in shown.status()
     for made in disks:
         for fact in ("node", "model", "serial", "tag"):
             setattr(made.disk, fact, "other")
@@ -413,6 +416,7 @@ def test_report_is_taken_once(kind: type[storagetm.NvmeTcp]) -> None:
         made.disk.size, made.waiting = 1, storagetm.Reason()
         made.live = {} if made.live else {"nvme-tcp": EXPORTED}
     where[0].text, where[0].interface, where[0].kind = "198.51.100.1", "other", 2
+    clients[0].who, clients[0].connections = "198.51.100.1", 9
     where.clear()
     disks.clear()
     clients.clear()

@@ -70,7 +70,7 @@ def test_quoted_only_where_needed() -> None:
 def test_folded_command_is_the_same_to_a_shell(name: str, width: int) -> None:
     """Pasted into a shell, a folded command does what the command on one line would do."""
     command, more = "nvme connect -t tcp -a fe80::1 -s 1 -f INTERFACE", f"-n {storagetm.quoted(name)}"
-    lines = storagetm.folded(command, width, more)
+    lines = storagetm.folded([command, more], width)
     script = r"""nvme() { printf '%s\0' "$@"; }""" + "\n" + "\n".join(lines)
     printed = subprocess.run(["sh", "-c", os.fsencode(script)], stdout=subprocess.PIPE, check=True).stdout
     assert printed.split(b"\0")[:-1] == [*map(os.fsencode, command.split()[1:]), b"-n", os.fsencode(name)]
@@ -79,9 +79,17 @@ def test_folded_command_is_the_same_to_a_shell(name: str, width: int) -> None:
 
 
 def test_folded_only_where_needed() -> None:
-    assert storagetm.folded("nvme connect", 30, "-n x") == ["  nvme connect -n x"]
-    assert storagetm.folded("nvme connect", 20, "-n x") == ["  nvme connect \\", "    -n x"]
-    assert storagetm.folded("nvme connect-all", 10) == ["  nvme connect-all"]
+    assert storagetm.folded(["nvme connect", "-n x"], 30) == ["  nvme connect -n x"]
+    assert storagetm.folded(["nvme connect", "-n x"], 20) == ["  nvme connect \\", "    -n x"]
+    assert storagetm.folded(["nvme connect-all"], 10) == ["  nvme connect-all"]
+    parts = ["nvme connect", "-n x", "-a y", "--hostnqn=z"]
+    assert storagetm.folded(parts, 22) == ["  nvme connect -n x \\", "    -a y --hostnqn=z"]
+    assert storagetm.folded(parts, 5) == [
+        "  nvme connect \\",
+        "    -n x \\",
+        "    -a y \\",
+        "    --hostnqn=z",
+    ]
 
 
 @given(st.binary(max_size=60))

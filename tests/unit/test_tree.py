@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import functools
 import json
 import os
 import re
@@ -28,6 +30,7 @@ from tests.unit.configfs import Nvmet
 from tests.unit.conftest import MEMORY
 from tests.unit.devicemapper import DeviceMapper
 from tests.unit.exports import Named, made_export, wanted_of
+from tests.unit.keyring import Keyring
 
 V4, V6 = storagetm.AF_INET, storagetm.AF_INET6
 PORTS = {V4: 4420, V6: 4421}
@@ -40,9 +43,15 @@ NODES = {
 in_each_access = pytest.mark.parametrize("access", storagetm.ACCESS)
 
 
-def transport(ports: dict[int, int], *, shared: bool = False) -> storagetm.NvmeTcp:
+CODES = [storagetm.Code.parse(text) for text in ("k7fm-2qxd-9wtr-4hcn", "0123-4567-89ab-cdef")]
+
+
+def transport(
+    ports: dict[int, int], *, shared: bool = False, admission: storagetm.Admission | None = None
+) -> storagetm.NvmeTcp:
     """One that is called nqn.test, without asking this machine who it is."""
-    made = (storagetm.SharedNvmeTcp if shared else storagetm.NvmeTcp)(Named(), "nqn.test")
+    kind = storagetm.SharedNvmeTcp if shared else storagetm.NvmeTcp
+    made = kind(Named(), "nqn.test", admission=admission)
     made.ports.update(ports)
     return made
 
@@ -59,10 +68,15 @@ def disk(
 
 
 def wanted(
-    disks: Iterable[storagetm.Export], ports: dict[int, int] = PORTS, *, shared: bool = False
+    disks: Iterable[storagetm.Export],
+    ports: dict[int, int] = PORTS,
+    *,
+    shared: bool = False,
+    admission: storagetm.Admission | None = None,
 ) -> list[storagetm.Branch]:
-    made = transport(ports, shared=shared)
+    made = transport(ports, shared=shared, admission=admission)
     disks = list(disks)
+    made.arrange(disks, {})
     for each in disks if shared else ():
         each.stay = storagetm.Stay(1 + zlib.crc32(f"{each.disk.name} {each.disk.tag}".encode()), "")
     made.scaffolds({})
@@ -84,6 +98,7 @@ class Session:
     """One run of the program, as far as the tree is concerned."""
 
     def __init__(self, nvmet: Nvmet, ledger: Path) -> None:
+        keyring_of(nvmet).begin()
         self.ledger = storagetm.Ledger(str(ledger))
         self.ledger.lock()
         self.tree = storagetm.Tree(f"{nvmet.root}/", self.ledger)
@@ -132,6 +147,7 @@ def kernel(base: Path, monkeypatch: pytest.MonkeyPatch) -> Nvmet:
     """One with the disks, but nothing exported."""
     made = Nvmet(base / "config", monkeypatch)
     DeviceMapper(made, base, monkeypatch).nodes.update(NODES)
+    Keyring(made, base, monkeypatch)
     monkeypatch.setattr(storagetm, "CONFIGFS", f"{made.root}/")
     return made
 
@@ -146,6 +162,11 @@ def nvmet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nvmet]:
 def mapper(nvmet: Nvmet) -> DeviceMapper:
     assert nvmet.mapper
     return nvmet.mapper
+
+
+def keyring_of(nvmet: Nvmet) -> Keyring:
+    assert nvmet.keyring
+    return nvmet.keyring
 
 
 @pytest.fixture
@@ -200,23 +221,29 @@ def test_disk_becomes_these_entries(nvmet: Nvmet, run: Run, access: str) -> None
         **{f"dm/{mapping_of(a)}{attribute}": text for attribute, text in between.items()},
         **({f"{subsystem}/namespaces/1/write_protected": "1"} if access == READ_ONLY else {}),
         "nvmet": "directory",
+        "nvmet/hosts": "directory",
         "nvmet/ports": "directory",
         "nvmet/ports/4420": "directory",
         "nvmet/ports/4420/addr_adrfam": "ipv4",
         "nvmet/ports/4420/addr_traddr": "0.0.0.0",
+        "nvmet/ports/4420/addr_treq": "not specified",
         "nvmet/ports/4420/addr_trsvcid": "4420",
         "nvmet/ports/4420/addr_trtype": "tcp",
+        "nvmet/ports/4420/addr_tsas": "none",
         "nvmet/ports/4420/subsystems": "directory",
         "nvmet/ports/4420/subsystems/nqn.test.a": f"-> {subsystem}",
         "nvmet/ports/4421": "directory",
         "nvmet/ports/4421/addr_adrfam": "ipv6",
         "nvmet/ports/4421/addr_traddr": "::",
+        "nvmet/ports/4421/addr_treq": "not specified",
         "nvmet/ports/4421/addr_trsvcid": "4421",
         "nvmet/ports/4421/addr_trtype": "tcp",
+        "nvmet/ports/4421/addr_tsas": "none",
         "nvmet/ports/4421/subsystems": "directory",
         "nvmet/ports/4421/subsystems/nqn.test.a": f"-> {subsystem}",
         "nvmet/subsystems": "directory",
         subsystem: "directory",
+        f"{subsystem}/allowed_hosts": "directory",
         f"{subsystem}/attr_allow_any_host": "1",
         f"{subsystem}/attr_cntlid_max": limit,
         f"{subsystem}/attr_cntlid_min": limit,
@@ -443,11 +470,13 @@ def test_change_of_ports_changes_links_alone(
 
 def test_link_to_something_else_is_mended(nvmet: Nvmet, run: Run) -> None:
     run(wanted([disk("a"), disk("b")]))
-    link = nvmet.path("nvmet/ports/4420/subsystems/nqn.test.a")
-    link.unlink()
-    link.symlink_to(nvmet.path("nvmet/subsystems/nqn.test.b"))
+    complete = nvmet.contents()
+    links = nvmet.path("nvmet/ports/4420/subsystems")
+    for name in "ab":  # a port has one link to each at most
+        os.unlink(links / f"nqn.test.{name}")
+    os.symlink(nvmet.path("nvmet/subsystems/nqn.test.b"), links / "nqn.test.a")
     run(wanted([disk("a"), disk("b")]))
-    assert nvmet.contents()["nvmet/ports/4420/subsystems/nqn.test.a"] == "-> nvmet/subsystems/nqn.test.a"
+    assert nvmet.contents() == complete
 
 
 # Restart
@@ -921,10 +950,9 @@ def test_others_are_left_alone(nvmet: Nvmet, run: Run, access: str) -> None:
     run(want("b", access))
     run([])
     assert all(check() for check in unchanged)
-    assert (
-        len(nvmet.contents())
-        == 3 + 3 + sum(len(stand_in.SUBSYSTEM) + 2 + len(stand_in.NAMESPACE) + 1 for _ in "az") + 6
-    )
+    # The port and the directory in it, and subsystems with two directories and a namespace.
+    theirs = 2 + len(stand_in.PORT) + 2 * (len(stand_in.SUBSYSTEM) + 3 + len(stand_in.NAMESPACE) + 1)
+    assert len(nvmet.contents()) == 4 + theirs + 3
 
 
 @in_each_access
@@ -1235,7 +1263,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.foreign: dict[str, Callable[[], bool]] = {}
 
     WANTED = st.builds(
-        lambda some, ports, shared: wanted(some, ports, shared=shared),
+        lambda some, ports, shared, admission: wanted(some, ports, shared=shared, admission=admission()),
         st.lists(
             st.builds(
                 disk,
@@ -1250,6 +1278,13 @@ class AnyOrder(RuleBasedStateMachine):
         ),
         st.sampled_from([{V4: 2}, {V4: 2, V6: 3}, {V6: 5}]),
         st.booleans(),
+        st.sampled_from(
+            [
+                storagetm.Admission,
+                *(functools.partial(storagetm.Admission, (), "required", code=code) for code in CODES),
+                functools.partial(storagetm.Admission, (), "no", code=CODES[0]),
+            ]
+        ),
     )
 
     def is_foreign(self, path: str) -> bool:
@@ -1282,11 +1317,16 @@ class AnyOrder(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=MEMORY) as directory:
             fresh = kernel(Path(directory), patch)
             session = Session(fresh, Path(directory) / "x.entries")
-            assert session.reconcile(branches) == {}
+            # Entries know what they have made, and where.
+            assert session.reconcile(copy.deepcopy(branches)) == {}
             session.close()
             expected = fresh.contents()
             mapper(fresh).close()
         found = {p: v for p, v in self.nvmet.contents().items() if not self.is_foreign(p)}
+        for contents in (found, expected):
+            # How a host would prove a secret, which counts where it has one.
+            for path in [p for p, text in contents.items() if p.endswith("/dhchap_key") and not text]:
+                del contents[path.replace("dhchap_key", "dhchap_dhgroup")]
         assert found == expected
 
     @rule(branches=WANTED, number=st.integers(0, 60))
@@ -1302,32 +1342,55 @@ class AnyOrder(RuleBasedStateMachine):
         self.nvmet.succeed()
 
     @precondition(lambda self: len(self.foreign) < 2)
-    @rule(name=st.sampled_from(["nqn.test.b", "nqn.test.x", "nqn.test"]))
-    def others_make(self, name: str) -> None:
-        path = f"nvmet/subsystems/{name}"
+    @rule(
+        path=st.sampled_from(
+            [
+                *(f"nvmet/subsystems/{nqn}" for nqn in ("nqn.test.b", "nqn.test.x", "nqn.test")),
+                *(code.host().root() for code in CODES),
+            ]
+        )
+    )
+    def others_make(self, path: str) -> None:
         if self.nvmet.path(path).exists():
             return
+        kind = os.path.dirname(path)
+        inside = ["namespaces/1"] if kind == "nvmet/subsystems" else []
         # configfs gives no inode number twice; the file system of this directory may.
         noted = storagetm.Ledger.parse(self.ledger.read_bytes()) if self.ledger.exists() else {}
         numbers = {int(inode) for _, inode in noted.values() if inode.isdecimal()}
         spare = 0
         while True:
-            decoy = self.nvmet.path(f"nvmet/subsystems/decoy{spare}")
+            decoy = self.nvmet.path(f"{kind}/decoy{spare}")
             os.mkdir(decoy)
-            os.mkdir(decoy / "namespaces/1")
-            if not {decoy.stat().st_ino, (decoy / "namespaces/1").stat().st_ino} & numbers:
+            for name in inside:
+                os.mkdir(decoy / name)
+            if not {(decoy / name).stat().st_ino for name in ("", *inside)} & numbers:
                 break
             spare += 1
         os.rename(decoy, self.nvmet.path(path))
         for i in range(spare):
-            os.rmdir(self.nvmet.path(f"nvmet/subsystems/decoy{i}/namespaces/1"))
-            os.rmdir(self.nvmet.path(f"nvmet/subsystems/decoy{i}"))
+            for name in (*inside, ""):
+                os.rmdir(os.path.normpath(self.nvmet.path(f"{kind}/decoy{i}") / name))
         identity = self.nvmet.path(path).stat().st_ino
-        self.foreign[path] = lambda: (
-            self.nvmet.path(path).stat().st_ino == identity
-            and (self.nvmet.path(path) / "attr_model").read_text() == "\n"
-            and (self.nvmet.path(path) / "namespaces/1/enable").read_text() == "0\n"
-        )
+
+        def contents() -> dict[str, str]:
+            found = self.nvmet.contents().items()
+            return {p: text for p, text in found if p == path or p.startswith(f"{path}/")}
+
+        theirs = contents()
+        self.foreign[path] = lambda: self.nvmet.path(path).stat().st_ino == identity and contents() == theirs
+
+    @precondition(lambda self: len(self.foreign) < 3)
+    @rule(
+        code=st.sampled_from(CODES),
+        nqn=st.sampled_from(["nqn.test", "nqn.test.a", storagetm.DISCOVERY_NQN]),
+        exact=st.booleans(),
+    )
+    def others_make_key(self, code: storagetm.Code, nqn: str, exact: bool) -> None:
+        name, _ = storagetm.tls_key(code.host(), nqn, exact=exact)
+        keyring = keyring_of(self.nvmet)
+        if name not in keyring.usable():
+            self.foreign[keyring.path(name)] = keyring.make(name)
 
     @precondition(lambda self: len(self.foreign) < 3)
     @rule(
@@ -1351,7 +1414,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.open().reconcile([]) == {}
             self.others_are_left_alone()
             left = {p for p in self.nvmet.contents() if not self.is_foreign(p)}
-            assert left == {"nvmet", "nvmet/ports", "nvmet/subsystems"}
+            assert left == {"nvmet", "nvmet/hosts", "nvmet/ports", "nvmet/subsystems"}
             self.restart()
         finally:
             mapper(self.nvmet).close()

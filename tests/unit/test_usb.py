@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from storagetm import AUTO, READ_ONLY, READ_WRITE
 from tests.unit.configfs import Gadgets, Nvmet, gadgets_shell
 from tests.unit.conftest import MEMORY, CapturedMachine
 from tests.unit.devicemapper import captured_kernel
-from tests.unit.exports import Named, made_export
+from tests.unit.exports import Named, made_disk, made_export
 from tests.unit.test_service import unplug
 
 UDC = "dummy_udc.0"
@@ -246,7 +247,7 @@ def test_what_the_host_is_told_of_the_gadget(start: Start, nvmet: Nvmet, gadgets
     assert attribute(nvmet, f"{top()}/idVendor") == "0x1d6b"
     assert all(attribute(nvmet, f"{lun(n)}/removable") == "1" for n in range(4))
     inquiries = {(nvmet.path(lun(n)) / "inquiry_string").read_text() for n in range(2)}
-    assert "Linux   Gr n & S hne Dis0001\n" in inquiries
+    assert "Gr      n & S hne Disk  0001\n" in inquiries
     assert all(len(i) == 29 for i in inquiries)
     assert gadgets.udc.is_dir()
 
@@ -296,7 +297,13 @@ def test_restart_after_a_kill_leaves_all_as_it_is(start: Start, nvmet: Nvmet, ga
     third.synchronise()
     assert calls_since(nvmet, calls) == []
     assert third.stop()
-    assert nvmet.contents().keys() == {"nvmet", "nvmet/ports", "nvmet/subsystems", "usb_gadget"}
+    assert nvmet.contents().keys() == {
+        "nvmet",
+        "nvmet/hosts",
+        "nvmet/ports",
+        "nvmet/subsystems",
+        "usb_gadget",
+    }
 
 
 @pytest.mark.parametrize(("first", "second"), [(READ_ONLY, READ_WRITE), (READ_WRITE, READ_ONLY)])
@@ -868,7 +875,66 @@ def test_state_of_a_controller_that_has_gone(
         os.fstat(fd)
 
 
+def test_what_a_host_ejects_is_looked_for_while_there_is_one(start: Start, gadgets: Gadgets) -> None:
+    told: list[bool] = []
+    run = start("/dev/vdb", "/dev/vdc")
+    run.synchronise()
+    ejections = storagetm.Ejections(run.usb, lambda: told.append(True))
+    shown(run)
+    assert ejections.due() is None  # nobody is there who could
+    gadgets.plug(UDC)
+    run.notice()
+    assert ejections.due() == ejections.LOOK_SEC
+    assert not ejections.act()
+    assert told == []
+    assert (ejections.due() or 0) > time.monotonic()
+    gadgets.eject(f"{lun(1)}/file")
+    assert not ejections.act()
+    assert told == [True]
+    shown(run)
+    ejections.act()
+    assert told == [True]
+    run.update("vdc")
+    gadgets.unplug(UDC)
+    run.notice()
+    assert ejections.due() is None
+
+
+def test_what_is_ejected_stays_out_when_its_size_changes(
+    start: Start, nvmet: Nvmet, gadgets: Gadgets, machine: CapturedMachine
+) -> None:
+    run = start("/dev/vdb", "/dev/vdc")
+    run.synchronise()
+    gadgets.plug(UDC)
+    run.notice()
+    gadgets.eject(f"{lun(1)}/file")
+    grow(run, machine, "vdc", "123456")
+    assert media(nvmet)[:2] == ["vdb", ""]
+    gadgets.unplug(UDC)
+    run.notice()
+    assert media(nvmet)[:2] == ["vdb", "vdc"]
+    assert run.stop()
+
+
 # Where there need not be a controller
+
+
+def test_auto_says_that_another_gadget_has_the_controller(start: Start, gadgets: Gadgets) -> None:
+    (gadgets.udc / UDC / "function").write_text("other\n")
+    run = start("/dev/vdb", transports=(AUTO,))
+    run.synchronise()
+    assert sorted(run.disk("vdb").live) == ["nvme-tcp"]
+    text = (
+        "USB: no disk is exported over it: the gadget 'other' uses the device controller; stop the program "
+        "that made it"
+    )
+    assert [fact.text for fact in shown(run).facts() if fact.kind == "note"] == [text]
+    assert run.usb.why_not(run.disk("vdb")) == "the USB device controller is used by the gadget 'other'"
+    (gadgets.udc / UDC / "function").write_text("")
+    run.hear()
+    assert sorted(run.disk("vdb").live) == ["nvme-tcp", "usb"]
+    assert [fact.text for fact in shown(run).facts() if fact.kind == "note"] == []
+    assert run.stop()
 
 
 def test_auto_says_nothing_of_what_is_not_there(start: Start, nvmet: Nvmet, gadgets: Gadgets) -> None:
@@ -1525,26 +1591,53 @@ def test_uevents_of_controllers_are_told_from_others(raw: bytes, subsystem: str,
     assert storagetm.parse_uevent(raw, subsystem) == name
 
 
-@given(st.text(), st.text())
-def test_inquiry_may_have_any_text(model: str, name: str) -> None:
-    text = storagetm.inquiry_string(model, name)
+@given(st.text(), st.text(), st.text())
+def test_inquiry_may_have_any_text(vendor: str, model: str, name: str) -> None:
+    text = storagetm.inquiry_string(vendor, model, name)
     assert len(text) == 28
-    assert text.startswith("Linux   ")
+    assert text.isascii()
     assert text.endswith("0001")
 
 
 @pytest.mark.parametrize(
-    ("model", "name", "product"),
+    ("vendor", "model", "name", "inquiry"),
     [
-        ("Samsung_SSD_980", "nvme0n1", "Samsung SSD 980 "),
-        ("A very long model's name", "sda", "A very long mode"),
-        ("", "sda", "sda             "),
-        ("", "", "image           "),
-        ("\u00fc\n\x7f", "vdb", "vdb             "),
+        ("", "Samsung_SSD_980", "nvme0n1", "Samsung SSD 980         "),
+        ("", "WDC_WD10EZEX-08WN4A0", "sda", "WDC     WD10EZEX-08WN4A0"),
+        ("", "CT500MX500SSD1", "sda", "Linux   CT500MX500SSD1  "),
+        ("", "Wonderful Disk", "sda", "Linux   Wonderful Disk  "),
+        ("SanDisk", "Ultra_Fit", "sdb", "SanDisk Ultra Fit       "),
+        ("SanDisk", "SanDisk_Ultra", "sdb", "SanDisk Ultra           "),
+        ("SanDisk", "SanDisk", "sdb", "SanDisk SanDisk         "),
+        ("Wonderful", "Disk", "sdb", "WonderfuDisk            "),
+        ("", "A very long model's name", "sda", "A       very long model'"),
+        ("", "", "sda", "Linux   sda             "),
+        ("QEMU", "", "sda", "QEMU    sda             "),
+        ("", "", "", "Linux   image           "),
+        ("\n", "\u00fc\n\x7f", "vdb", "Linux   vdb             "),
     ],
 )
-def test_inquiry_has_the_model_or_the_name(model: str, name: str, product: str) -> None:
-    assert storagetm.inquiry_string(model, name)[8:24] == product
+def test_inquiry_has_vendor_and_model(vendor: str, model: str, name: str, inquiry: str) -> None:
+    assert storagetm.inquiry_string(vendor, model, name) == inquiry + "0001"
+
+
+@pytest.mark.parametrize(
+    ("udev", "sysfs", "vendor"),
+    [
+        ("", "", ""),
+        ("E:ID_VENDOR=SanDisk\n", "Other", "SanDisk"),
+        ("", "SanDisk", "SanDisk"),
+        ("E:ID_VENDOR=ATA\n", "ATA", ""),
+        ("", "ATA", ""),
+        ("E:ID_VENDOR=0x1af4\n", "", ""),
+        ("", "0x1af4", ""),
+    ],
+)
+def test_vendor_is_what_the_disk_tells(udev: str, sysfs: str, vendor: str, machine: CapturedMachine) -> None:
+    disk = made_disk("vdb")
+    disk.udev_entry = udev.encode()
+    machine.write("/sys/block/vdb/device/vendor", sysfs + "\n")
+    assert disk.vendor() == vendor
 
 
 def test_controller_may_tell_any_bytes(start: Start, gadgets: Gadgets) -> None:

@@ -45,13 +45,81 @@ TARGET_DISKS = (
 
 
 # What depends most on the kernel, systemd, udev and dracut.
-EVERYWHERE = ("test_access", "test_crash", "test_hotplug", "test_initrd", "test_peer")
+EVERYWHERE = (
+    *("test_access", "test_crash", "test_hotplug", "test_initrd", "test_pairing", "test_peer"),
+    "test_usb",
+)
 
 # For a parameter `release`. The second is for what other tests show on Debian 13, the third for what differs
 # little between 12 and 13.
 ONCE_FOR_EACH = ("trixie", "bookworm", pytest.param(SID, marks=pytest.mark.reach))
 ON_OLDER = (pytest.param("trixie", marks=pytest.mark.reach), "bookworm", ONCE_FOR_EACH[2])
 ON_NEWER = ("trixie", pytest.param("bookworm", marks=pytest.mark.reach), ONCE_FOR_EACH[2])
+
+# What takes long and shows little more than what stands beside it in its file, or than a unit test: an hour
+# of a processor in all, and there are computers that need twice as long.
+FURTHER = """
+test_access.py::test_good_client_meets_no_error
+test_access.py::test_hostile_client_changes_no_byte_at_any_moment
+test_access.py::test_what_a_client_flushed_is_on_the_disk
+test_access.py::test_client_sees_a_disk_grow_and_shrink_in_each_access[--snapshot=16M]
+test_access.py::test_odd_devices_are_exported_whole[--read-write]
+test_access.py::test_odd_devices_are_exported_whole[--snapshot=8M]
+test_addresses.py::test_closed_output_ends_nothing[>&- 2>&-]
+test_addresses.py::test_closed_output_ends_nothing[>&-]
+test_addresses.py::test_each_disk_is_on_one_page
+test_addresses.py::test_link_local_line_works_on_debian_12
+test_addresses.py::test_locale_without_utf8_ends_nothing
+test_addresses.py::test_terminal_that_is_stopped_stops_nothing
+test_bad_input.py::test_firmware_replaces_a_bad_machine_id[00000000000000000000000000000000\\n]
+test_bad_input.py::test_firmware_replaces_a_bad_machine_id[]
+test_bad_input.py::test_firmware_replaces_a_bad_machine_id[xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\\n]
+test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[character-device]
+test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[comma]
+test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[dangling-link]
+test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[directory]
+test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[loop-of-links]
+test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[missing-node]
+test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[node-left-over]
+test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[not-a-directory]
+test_clients.py::test_as_many_clients_come_in_as_asked_for[any-3]
+test_clients.py::test_second_client_is_turned_away[snapshot]
+test_crash.py::test_crash_or_failure_at_every_step_is_recovered[older]
+test_crash.py::test_crash_or_failure_at_every_step_is_recovered[shared]
+test_exchange.py::test_client_keeps_twelve_disks_over_restart_and_reboot[shared]
+test_exchange.py::test_disk_in_the_place_of_another_is_not_written[none]
+test_exchange.py::test_disk_in_the_place_of_another_is_not_written[other]
+test_exchange.py::test_next_card_is_neither_read_nor_written[read-only-per-disk]
+test_exchange.py::test_next_card_is_neither_read_nor_written[read-write-shared]
+test_harness.py::test_release_has_modules_and_sees_disks_come_grow_and_go[bookworm]
+test_hotplug.py::test_client_sees_a_disk_grow_and_shrink[scsi]
+test_images.py::test_disk_of_4096_bytes_in_use_keeps_its_sectors[snapshot]
+test_images.py::test_image_has_its_own_sectors[read-write]
+test_images.py::test_image_has_its_own_sectors[snapshot]
+test_initrd.py::test_identity_is_that_of_the_running_system[bookworm]
+test_initrd.py::test_kernel_command_line_decides_about_access[bookworm]
+test_initrd.py::test_one_command_attaches_all[bookworm-ipv6]
+test_initrd.py::test_one_command_attaches_all[trixie-ipv6]
+test_initrd.py::test_only_units_that_are_needed_run[bookworm]
+test_initrd.py::test_stop_leaves_nothing_and_reboots[bookworm]
+test_initrd.py::test_tpm_is_told_before_the_export_begins[sid]
+test_initrd.py::test_what_prevents_the_export_stays_on_the_screen[bookworm]
+test_initrd.py::test_what_prevents_the_export_stays_on_the_screen[trixie]
+test_iscsi.py::test_crash_or_failure_at_every_step_is_recovered[EIO]
+test_iscsi.py::test_crash_or_failure_at_every_step_is_recovered[SIGKILL]
+test_nbd.py::test_initrd_serves_disks
+test_many.py::test_256_disks_are_exported_when_it_says_so[probing]
+test_own_use.py::test_nobody_else_takes_it[--read-write]
+test_pairing.py::test_crash_or_failure_at_every_step_is_recovered[SIGKILL]
+test_pairing.py::test_thousand_attempts_beside_a_reader
+test_peer.py::test_all_looks_like_the_peers_to_clients[00000000000000000000000000000001]
+test_peer.py::test_all_looks_like_the_peers_to_clients[8f1d5c2e9ab04d6f9e3c7b1a2d4e6f80]
+test_peer.py::test_all_looks_like_the_peers_to_clients[ffffffffffffffffffffffffffffffff]
+test_peer.py::test_variables_do_what_they_do_for_the_peer[long]
+test_shared.py::test_20_disks_are_attached_at_once_on_each_release[bookworm]
+test_units.py::test_isolate_works_from_a_serial_console[bookworm]
+test_usb.py::test_crash_or_failure_at_every_step_is_recovered
+""".strip().split("\n")
 
 
 class BootMachine(Protocol):
@@ -74,6 +142,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    names = [f"{item.path.name}::{item.name}" for item in items]
+    # A name that no test has any longer leaves out nothing.
+    files = {item.path.name for item in items}
+    if not config.option.keyword and all("::" not in argument for argument in config.args):
+        stale = [name for name in FURTHER if name.partition("::")[0] in files and name not in names]
+        assert not stale, f"there are no such tests: {stale}"
+    for item, name in zip(items, names):
+        if name in FURTHER:
+            item.add_marker(pytest.mark.reach)
     if config.getoption("release") == RELEASES[0]:
         return
     for item in items:

@@ -13,6 +13,7 @@ import pytest
 from tests.harness.machine import Machine, Result
 from tests.vm.initiator import TARGET_ADDRESS, attached
 from tests.vm.nvmet import Service, exporting
+from tests.vm.test_addresses import on_console
 
 PORT, PORT6 = 16858, 29423
 NQN = "quux.vdb"
@@ -51,6 +52,48 @@ def time_until_attached(client: Machine, where: str) -> float:
 
 def wait_line(service: Service, pattern: str) -> None:
     service.machine.wait_until(lambda: re.search(pattern, service.output, re.MULTILINE))
+
+
+SAFE = "No client is attached: it is safe to switch this machine off."
+
+
+def wait_status(service: Service, expected: str) -> None:
+    """No key is pressed meanwhile, after which all would be shown anew."""
+    service.machine.wait_until(lambda: service.show("StatusText") == expected)
+
+
+def shown(target: Machine) -> str:
+    """What is on the serial console, a blank between two lines."""
+    return " ".join(" ".join(target.screen()).split())
+
+
+def test_screen_says_whether_the_machine_can_be_switched_off(target: Machine, client: Machine) -> None:
+    """Soon after a client has come, of which the kernel tells nobody, and when it has gone."""
+    alone = "Exporting 2 disks at 2 addresses."
+    with on_console(target, "--nqn=quux", "/dev/vdb", "/dev/vdc") as service:
+        wait_status(service, alone)
+        target.wait_until(lambda: SAFE in shown(target))
+        with attached(client, NQN, PORT):
+            wait_status(service, "Exporting 2 disks at 2 addresses to 1 client.")
+            first = target.wait_until(
+                lambda: re.search(
+                    r"192.0.2.2: since (\d\d:\d\d), (\d+) conn\S+, not encrypted", shown(target)
+                )
+            )
+            assert "1 client is attached: detach the disks there before you switch" in shown(target)
+            assert SAFE not in shown(target)
+            ours = [line for line in connections(target).splitlines() if line.startswith("ESTAB")]
+            assert int(first[2]) == len(ours) > 1
+            # Another disk is more connections of the same client; over IPv6 it has another address.
+            local = target.run("ip -6 -o address show dev eth0 scope link | grep -o 'fe80::[^/]*'").stdout
+            assert connect(client, "quux.vdc", where=f"-a {local.strip()}%eth0 -s {PORT6}").returncode == 0
+            wait_status(service, "Exporting 2 disks at 2 addresses to 2 clients.")
+            target.wait_until(lambda: "2 clients are attached: detach" in shown(target))
+            assert f"192.0.2.2: since {first[1]}, {first[2]} " in shown(target)
+            client.run("nvme disconnect -n quux.vdc")
+            wait_status(service, "Exporting 2 disks at 2 addresses to 1 client.")
+        wait_status(service, alone)
+        target.wait_until(lambda: SAFE in shown(target))
 
 
 @pytest.mark.parametrize("access", ["read-write", "snapshot"])

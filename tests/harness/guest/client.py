@@ -5,11 +5,12 @@
     client.py attach RUNS DISKS NAME=COMMAND...
 
 Each command exports null_blk disks, and the same machine attaches them over its loopback interface. So there
-is no network, which would hide some of the work. Prints one JSON object a line.
+is no network, which would hide some of the work. One with `--pair` gets a code, and its client what is made
+from that: the secrets for DH-HMAC-CHAP with `--encrypt=no`, or else TLS. Prints one JSON object a line.
 
 reads: One disk that answers after 50 microseconds, as a fast SSD does, is read past the cache: from the
 beginning in pieces of 128 KiB, and 4 KiB at random places, one at a time; `sequential` in MB/s, `random` in
-reads a second.
+reads a second. `cipher` is what encrypts the connections, and the kernel's driver that does; empty without.
 
 attach: DISKS disks are attached with `nvme connect-all`; `command` until nvme is done and `disks` until all
 disks are there, in seconds, and `sockets`, the connections at the target's end.
@@ -23,6 +24,7 @@ import json
 import mmap
 import os
 import random
+import re
 import shlex
 import signal
 import socket
@@ -34,6 +36,16 @@ from collections.abc import Iterator
 NOTIFY = "/run/client.notify"
 NQN = "quux"
 PORT = "16858"  # that follows from the NQN
+SUBSYSTEMS = "/sys/kernel/config/nvmet/subsystems"
+# The example of the manual page, under "What is made from the code".
+CODE = "k7fm-2qxd-9wtr-4hcn"
+CODE_FILE = "/run/client.code"
+HOST_ID = "79338e9a-2392-49a9-91f4-9675489fb8f3"
+HOST = ["-q", f"nqn.2014-08.org.nvmexpress:uuid:{HOST_ID}", "-I", HOST_ID]
+SECRETS = [
+    *("-S", "DHHC-1:00:+CjuZwpXuWN6mZBucBOWV4WZl94PgPcNT6Vnyb31FBB10wjG:"),
+    *("-C", "DHHC-1:00:Mq+KQxlduOENyArtRtykZGk2qd+vQDsSBRZoQD1PXfwFvqNK:"),
+]
 TIMEOUT = 600  # seconds, to start, to attach, to stop
 LATENCY = 50_000  # of the disk that is read, in nanoseconds
 PIECE, PIECES = 128 << 10, 2048
@@ -41,8 +53,28 @@ SMALL, SMALLS = 4 << 10, 2000
 
 
 @contextlib.contextmanager
-def exported(command: str, what: str) -> Iterator[None]:
-    """What a command exports, once it says that it is ready."""
+def able_to_pair() -> Iterator[None]:
+    """The machine with a code, and with what opens TLS connections for the kernel."""
+    with open(os.open(CODE_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(CODE + "\n")
+    # tlshd looks for the keyring when it starts.
+    subprocess.run(["modprobe", "nvme-keyring"], check=True)
+    subprocess.run(["systemctl", "restart", "tlshd"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["systemctl", "stop", "tlshd"], check=True)
+        os.unlink(CODE_FILE)
+
+
+@contextlib.contextmanager
+def exported(command: str, what: str) -> Iterator[list[str]]:
+    """What a command exports, once it says that it is ready; the options that its clients connect with."""
+    words, options = shlex.split(command), []
+    if "--pair" in words:
+        # The target has put the key for TLS into the keyring, where this machine as the client finds it.
+        options = [*HOST, *(SECRETS if "--encrypt=no" in words else ["--tls"])]
+        words.append(f"--code-file={CODE_FILE}")
     subprocess.run(["udevadm", "settle"], check=True)
     if os.path.exists(NOTIFY):
         os.unlink(NOTIFY)
@@ -50,7 +82,7 @@ def exported(command: str, what: str) -> Iterator[None]:
         notify.bind(NOTIFY)
         notify.settimeout(TIMEOUT)
         process = subprocess.Popen(
-            [*shlex.split(command), f"--nqn={NQN}", what],
+            [*words, f"--nqn={NQN}", what],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -60,16 +92,36 @@ def exported(command: str, what: str) -> Iterator[None]:
             while b"READY=1" not in notify.recv(8192).split(b"\n"):
                 pass
             subprocess.run(["udevadm", "settle"], check=True)
-            yield
+            yield options
         finally:
             subprocess.run(["nvme", "disconnect-all"], check=True)
             process.send_signal(signal.SIGTERM)
             process.wait(TIMEOUT)
 
 
-def nvme(command: str) -> None:
-    arguments = f"nvme {command} -t tcp -a 127.0.0.1 -s {PORT}"
-    subprocess.run(shlex.split(arguments), check=True, stdout=subprocess.DEVNULL)
+def nvme(command: str, *options: str) -> None:
+    words = ["nvme", command, "-t", "tcp", "-a", "127.0.0.1", "-s", PORT, *options]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+
+
+def connections(*options: str) -> str:
+    """What ss(8) says of the connections, at the target's end."""
+    words = ["ss", "-Htn", *options, "state", "established", f"( sport = :{PORT} )"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def cipher() -> str:
+    """What encrypts the connections, and the kernel's driver that does; empty if nothing does."""
+    found = set(re.findall(r"\bcipher: (\S+)", connections("-i")))
+    if not found:
+        return ""
+    (name,) = found
+    # As the kernel's TLS asks for them: "aes-gcm-128" is "gcm(aes)".
+    algorithm = re.sub(r"^(\w+)-(\w+)-\d+$", r"\2(\1)", name)
+    with open("/proc/crypto") as file:
+        entries = [dict(re.findall(r"(\w+) *: (.*)", entry)) for entry in file.read().split("\n\n")]
+    able = [e for e in entries if e.get("name") == algorithm and e["internal"] == "no"]
+    return f"{name}, {max(able, key=lambda e: int(e['priority']))['driver']}"
 
 
 def attached(count: int) -> list[str]:
@@ -98,9 +150,10 @@ def timed(fd: int, length: int, places: list[int]) -> float:
     return time.monotonic() - begin
 
 
-def measure_reads(command: str) -> dict[str, float]:
-    with exported(command, "/dev/nullb0"):
-        nvme(f"connect -n {NQN}.nullb0")
+def measure_reads(command: str) -> dict[str, float | str]:
+    with exported(command, "/dev/nullb0") as options:
+        (nqn,) = os.listdir(SUBSYSTEMS)
+        nvme("connect", "-n", nqn, *options)
         fd = os.open(attached(1)[0], os.O_RDONLY | os.O_DIRECT)
         size = os.lseek(fd, 0, os.SEEK_END)
         subprocess.run(["udevadm", "settle"], check=True)
@@ -108,19 +161,21 @@ def measure_reads(command: str) -> dict[str, float]:
         places = random.Random(1)
         at_random = timed(fd, SMALL, [places.randrange(size // SMALL) * SMALL for _ in range(SMALLS)])
         os.close(fd)
-    return {"sequential": PIECE * PIECES / 1e6 / sequential, "random": SMALLS / at_random}
+        return {
+            "sequential": PIECE * PIECES / 1e6 / sequential,
+            "random": SMALLS / at_random,
+            "cipher": cipher(),
+        }
 
 
-def measure_attach(command: str, disks: int) -> dict[str, float]:
-    with exported(command, "--all"):
+def measure_attach(command: str, disks: int) -> dict[str, float | str]:
+    with exported(command, "--all") as options:
         begin = time.monotonic()
-        nvme("connect-all")
+        nvme("connect-all", *options)
         done = time.monotonic() - begin
         attached(disks)
         there = time.monotonic() - begin
-        connections = ["ss", "-Htn", "state", "established", f"( sport = :{PORT} )"]
-        listed = subprocess.run(connections, check=True, capture_output=True, text=True).stdout
-    return {"command": done, "disks": there, "sockets": len(listed.splitlines())}
+        return {"command": done, "disks": there, "sockets": len(connections().splitlines())}
 
 
 def main() -> None:
@@ -134,11 +189,14 @@ def main() -> None:
     subprocess.run(["modprobe", "-a", "nvmet-tcp", "nvme-tcp"], check=True)
     subprocess.run(["modprobe", "null_blk", "gb=1", f"nr_devices={disks}", *parameters], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    for run in range(int(runs)):
-        for argument in arguments:
-            name, _, command = argument.partition("=")
-            result = measure_reads(command) if what == "reads" else measure_attach(command, disks)
-            print(json.dumps({"name": name, "run": run, **result}), flush=True)
+    with contextlib.ExitStack() as stack:
+        if any(" --pair" in argument for argument in arguments):
+            stack.enter_context(able_to_pair())
+        for run in range(int(runs)):
+            for argument in arguments:
+                name, _, command = argument.partition("=")
+                result = measure_reads(command) if what == "reads" else measure_attach(command, disks)
+                print(json.dumps({"name": name, "run": run, **result}), flush=True)
     subprocess.run(["modprobe", "-r", "null_blk"], check=True)
 
 

@@ -38,14 +38,20 @@ class Queue:
     """A queue, that is, a connection. `number` 0 is the admin queue."""
 
     def __init__(
-        self, address: tuple[str, int], nqn: str, number: int, controller: int, namespace: int = 0
+        self,
+        address: tuple[str, int],
+        nqn: str,
+        number: int,
+        controller: int,
+        namespace: int = 0,
+        host: str = HOST,
     ) -> None:
         self.namespace = namespace
         self.socket = socket.create_connection(address, timeout=5)
         self.socket.sendall(struct.pack("<BBBBI", 0, 0, 128, 0, 128).ljust(128, b"\0"))
         self.read_pdu()
-        data = bytes(15) + b"\x0d" + struct.pack("<H", controller)
-        data = data.ljust(256, b"\0") + nqn.encode().ljust(256, b"\0") + HOST.encode().ljust(256, b"\0")
+        data = bytes.fromhex(host[-36:].replace("-", "")) + struct.pack("<H", controller)
+        data = data.ljust(256, b"\0") + nqn.encode().ljust(256, b"\0") + host.encode().ljust(256, b"\0")
         connect = self.command(FABRICS, 1, cdw10=number << 16, cdw11=31, data=data.ljust(1024, b"\0"))
         self.send([connect])
         status, self.result = self.answers(1)[0]
