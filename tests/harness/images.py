@@ -28,6 +28,7 @@ import dataclasses
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,8 @@ PACKAGES = (
 )
 # Debian 12's kernel has no TLS for NVMe.
 TLS_PACKAGES = ("keyutils", "ktls-utils", "tcpdump")
+# A login that activates home directories.
+HOME_PACKAGES = ("libnss-systemd", "libpam-systemd", "login", "systemd-homed")
 # Parts of the packages above in older releases.
 SID_PACKAGES = ("systemd-tpm",)
 
@@ -332,7 +335,7 @@ def base_command(release: str, target: str) -> list[str]:
 
 
 def packages(release: str) -> tuple[str, ...]:
-    more = () if release == "bookworm" else TLS_PACKAGES
+    more = () if release == "bookworm" else TLS_PACKAGES + HOME_PACKAGES
     return PACKAGES + more + (SID_PACKAGES if release == SID else ())
 
 
@@ -406,6 +409,20 @@ def initrd(image: Image, *options: str, spoil: str = "") -> Path:
     if not path.exists():
         builder = start_builder("initrd", image.release, *options, spoil=spoil)
         finish_builder(builder, f"the initrd for {image.release}")
+    return path
+
+
+def interpreter(release: str) -> Path:
+    """A program that runs a release's own Python here, once its image is made: for bytecode that fits it."""
+    path = cache_directory() / f"{release}-python"
+    command = [*([] if os.geteuid() == 0 else ["sudo"]), "chroot", f"{base_path(release)}/root"]
+    text = f'#!/bin/sh\nexec {shlex.join(command)} /usr/bin/python3 "$@"\n'
+    if not path.exists() or path.read_text() != text:
+        # Renamed into place: several processes may do this at the same time.
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        new.write_text(text)
+        new.chmod(0o755)
+        new.replace(path)
     return path
 
 
@@ -554,6 +571,7 @@ def configure(root: Path) -> None:
         (units / unit).symlink_to("/dev/null")
     # Those tests start it that are about it.
     (units / "remote-fs.target.wants/tlshd.service").unlink(missing_ok=True)
+    (units / "multi-user.target.wants/systemd-homed.service").unlink(missing_ok=True)
     (units / "default.target").unlink(missing_ok=True)
     (units / "default.target").symlink_to("/usr/lib/systemd/system/multi-user.target")
     (units / "harness-agent.service").write_text(AGENT_UNIT)
