@@ -22,28 +22,30 @@ A section uses nothing but those above it:
 11. Exports
 12. Which disks there are
 13. Addresses and news
-14. Entries and branches
-15. The ledger
-16. The tree
-17. Stores of snapshots
-18. Between a disk and its export
-19. Memory and media
-20. Transports
-21. Hosts that are allowed
-22. TCP ports
-23. A host of our own
-24. Parts of NVMe/TCP
-25. NVMe/TCP
-26. USB
-27. Parts of NBD
-28. A server for NBD
-29. NBD
-30. iSCSI
-31. The exporter
-32. The report
-33. Outputs
-34. The service
-35. The command line
+14. Home directories
+15. Entries and branches
+16. The ledger
+17. The tree
+18. Stores of snapshots
+19. Between a disk and its export
+20. Memory and media
+21. Transports
+22. Hosts that are allowed
+23. TCP ports
+24. A host of our own
+25. Parts of NVMe/TCP
+26. NVMe/TCP
+27. USB
+28. Parts of NBD
+29. A server for NBD
+30. NBD
+31. iSCSI
+32. The exporter
+33. The report
+34. Outputs
+35. The service
+36. The command line
+37. The program
 
 Some words have one meaning here:
 
@@ -489,6 +491,42 @@ class loop_config(ctypes.Structure):
         ("block_size", ctypes.c_uint32),
         ("info", loop_info64),
         ("reserved", ctypes.c_uint64 * 8),
+    ]
+
+
+class gpt_header(ctypes.LittleEndianStructure):
+    """Header of a GUID partition table (UEFI 2.10, 5.3.2)."""
+
+    _pack_ = 1
+    _fields_ = [
+        ("signature", ctypes.c_char * 8),
+        ("revision", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("crc", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("own_lba", ctypes.c_uint64),
+        ("other_lba", ctypes.c_uint64),
+        ("first_usable", ctypes.c_uint64),
+        ("last_usable", ctypes.c_uint64),
+        ("guid", ctypes.c_ubyte * 16),
+        ("array_lba", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("entry_size", ctypes.c_uint32),
+        ("array_crc", ctypes.c_uint32),
+    ]
+
+
+class gpt_entry(ctypes.LittleEndianStructure):
+    """A partition in a GUID partition table (UEFI 2.10, 5.3.3)."""
+
+    _pack_ = 1
+    _fields_ = [
+        ("type", ctypes.c_ubyte * 16),
+        ("guid", ctypes.c_ubyte * 16),
+        ("first", ctypes.c_uint64),
+        ("last", ctypes.c_uint64),
+        ("attributes", ctypes.c_uint64),
+        ("name", ctypes.c_ubyte * 72),
     ]
 
 
@@ -2526,6 +2564,7 @@ class Disk:
     __slots__ = (
         "block",
         "cached",
+        "home",
         "id_serial",
         "model",
         "name",
@@ -2543,11 +2582,14 @@ class Disk:
         "typed",
         "udev_entry",
         "unready",
+        "usual",
     )
 
     def __init__(self, name: str, node: str, sysname: str = "") -> None:
         self.name = name
         self.node = node
+        self.home = ""  # whose home directory it is, if it is one
+        self.usual = DEFAULT_ACCESS  # what clients may do to it where the user has asked for nothing
         self.sysname = sysname  # empty for an image
         self.place = ""  # its directory in sysfs, once probed
         self.cached: dict[str, str] = {}  # what stable(), location() and Stays have found
@@ -2856,10 +2898,14 @@ class Image(Disk):
         st = os.stat(self.node)
         changed = self.set_tag(f"{FILE_TAG}{st.st_dev}:{st.st_ino} {birth_time(self.node) or UNKNOWN}")
         if not held or changed:  # what clients have attached keeps the size of its sectors
-            self.block = image_sectors(self.node)
+            self.block = self.sectors()
         self.size = st.st_size // self.block * self.block
         self.rest = st.st_size - self.size
         self.read_only = not os.access(self.node, os.W_OK)
+
+    def sectors(self) -> int:
+        """The size that its sectors have, in bytes. Raises OSError."""
+        return image_sectors(self.node)
 
     def use(self, usage: Usage) -> str:
         return usage.of_file(self.node)
@@ -2893,6 +2939,28 @@ class Source:
         """Why it leaves a disk out, whoever uses it; empty if it does not."""
         return ""
 
+    def may_write(self) -> bool:
+        """Whether there may be a disk that clients can write to although the user has not asked for it."""
+        return False
+
+    def news(self, update: Callable[[Iterable[str]], None]) -> list[News]:
+        """What it waits for, once disks are exported.
+
+        Calls `update` with the keys of disks to read again.
+        """
+        return []
+
+    def missing(self) -> list[str]:
+        """A sentence, without its full stop, for each thing that was asked for and is not there."""
+        return []
+
+    def remarks(self, exports: Iterable[Export]) -> list[str]:
+        """What else there is to say, a sentence each without its full stop, of those of its disks."""
+        return []
+
+    def interrupted(self, exports: Iterable[Export]) -> None:
+        """Called when those of its disks were taken away while clients had some of them attached."""
+
 
 def stack(sysname: str, direction: str, seen: set[str]) -> Iterator[str]:
     """The block devices below ("slaves") or above ("holders") one, and their partitions or whole disks."""
@@ -2903,6 +2971,16 @@ def stack(sysname: str, direction: str, seen: set[str]) -> Iterator[str]:
             seen.add(name)
             yield name
             yield from stack(name, direction, seen)
+
+
+def partition_properties(sysname: str) -> dict[str, str]:
+    """What udev knows of a partition; nothing if it does not."""
+    try:
+        return parse_udev_database(
+            read_udev_entry(*parse_block_uevent(read_page(sys_block(sysname) + "/uevent")))
+        )
+    except OSError:
+        return {}
 
 
 def names_of(sysname: str) -> tuple[list[str], bool]:
@@ -3269,6 +3347,7 @@ class Access:
 
     def __init__(self, rules: Sequence[tuple[str, str]] = (), mode: str = "") -> None:
         self.rules = rules
+        self.asked = mode
         self.mode = mode or DEFAULT_ACCESS
         self.matched: set[int] = set()  # the rules that have matched a device of this machine at any time
 
@@ -3303,13 +3382,14 @@ class Access:
         The first rule counts that matches the disk or one of its partitions. If a partition, or what stands
         above or below the disk, has a rule of its own that protects more, the whole disk is protected so.
         """
+        usual = self.asked or disk.usual
         if not self.rules:
-            return self.mode, None
+            return usual, None
         own = self.match(disk.names)
         parts = [self.match(names) for names in disk.parts]
         relatives = [self.match(names) for names in disk.relatives]
         first = min((found[0] for found in (own, *parts) if found), default=len(self.rules))
-        mode = self.rules[first][1] if first < len(self.rules) else self.mode
+        mode = self.rules[first][1] if first < len(self.rules) else usual
         for found in (*parts, *relatives):
             if found and found[0] not in own:
                 mode = min(mode, self.rules[found[0]][1], key=ACCESS.index)
@@ -3468,6 +3548,10 @@ class Inventory:
         """Whether there are no disks but those that were named."""
         return all(source.named for source in self.sources)
 
+    def may_write(self) -> bool:
+        """Whether there may be a disk that clients can write to, now or later."""
+        return self.access.may_write() or any(source.may_write() for source in self.sources)
+
     def rescan(self) -> None:
         """Reads all disks again."""
         self.look(None)
@@ -3544,6 +3628,10 @@ class Inventory:
                     f"'{DEV}disk', does not run here; name the disk by its node, serial number or model: "
                     f"{instead}"
                 )
+
+    def missing(self) -> list[str]:
+        """A sentence for each disk that was asked for and is not there."""
+        return [text for source in self.sources for text in source.missing()]
 
     def idle_rules(self) -> list[str]:
         """A sentence for each rule that has matched nothing so far."""
@@ -4335,7 +4423,436 @@ class Uevents:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 14. Entries and branches
+# 14. Home directories
+# -----------------------------------------------------------------------------------------------------------
+
+
+# A home directory of systemd-homed in LUKS storage is a disk of its own: a GUID partition table with one
+# partition of a type for that, in it LUKS2, in it the file system (systemd: "Home Directories"). Mostly it
+# is a file, /home/NAME.home. While it is active, systemd-homed holds the file's BSD lock.
+
+HOME_DIRECTORY = "/home"
+HOME_RECORDS = "/var/lib/systemd/home"
+HOME_TYPE = "773f91ef-66d4-49b5-bd83-d683bf40ad16"
+HOME_DIRTY = "user.home-dirty"
+HOME_SECTOR = 512  # bytes; with others, nobody finds the partition
+RECORD_MAX = 4 << 20  # bytes of a user's record that are looked at
+NO_HOMES = {
+    "directory": "a directory",
+    "subvolume": "a btrfs subvolume",
+    "fscrypt": "a directory with fscrypt",
+    "cifs": "on a file server",
+}
+INOTIFY_EVENTS = (
+    0x8 | 0x40 | 0x80 | 0x100 | 0x200
+)  # closed after writing, moved away and here, made, deleted
+
+
+class Gpt:
+    """A GUID partition table with sectors of 512 bytes (UEFI 2.10, 5.3)."""
+
+    SIGNATURE = b"EFI PART"
+
+    def __init__(self, header: gpt_header, array: bytes) -> None:
+        self.header = header
+        self.array = array
+
+    @classmethod
+    def read(cls, fd: int, lba: int = 1) -> Gpt | None:
+        """The table whose header is in a sector; None if there is none, or its checksums are wrong.
+
+        Takes any bytes. Raises OSError.
+        """
+        raw = os.pread(fd, HOME_SECTOR, lba * HOME_SECTOR)
+        if len(raw) < HOME_SECTOR:
+            return None
+        header = gpt_header.from_buffer_copy(raw)
+        length = header.count * header.entry_size
+        if header.signature != cls.SIGNATURE or header.entry_size < ctypes.sizeof(gpt_entry):
+            return None
+        if not ctypes.sizeof(header) <= header.size <= HOME_SECTOR or not 0 < length <= 1 << 20:
+            return None
+        if header.own_lba != lba or header.array_lba >= 1 << 50:
+            return None
+        array = os.pread(fd, length, header.array_lba * HOME_SECTOR)
+        found = cls(header, array)
+        whole = len(array) == length
+        return found if whole and found.checksums() == (header.crc, header.array_crc) else None
+
+    def checksums(self) -> tuple[int, int]:
+        """Of the header, as it is with its own field zero, and of the array."""
+        from binascii import crc32
+
+        copy = gpt_header.from_buffer_copy(bytes(self.header))
+        copy.crc = 0
+        # Whatever a longer header has behind this is zero.
+        padding = bytes(self.header.size - ctypes.sizeof(copy))
+        return crc32(bytes(copy) + padding), crc32(self.array)
+
+    def partitions(self) -> list[tuple[int, gpt_entry]]:
+        """Those that there are, with the offset of each in the array."""
+        step = self.header.entry_size
+        entries = [(i, gpt_entry.from_buffer_copy(self.array, i)) for i in range(0, len(self.array), step)]
+        return [(i, entry) for i, entry in entries if any(entry.type)]
+
+    def write(self, fd: int) -> None:
+        """Writes it where it is from, with new checksums. Raises OSError."""
+        self.header.array_crc = self.checksums()[1]
+        self.header.crc = self.checksums()[0]
+        os.pwrite(fd, self.array, self.header.array_lba * HOME_SECTOR)
+        os.pwrite(fd, bytes(self.header), self.header.own_lba * HOME_SECTOR)
+
+
+def is_home_type(entry: gpt_entry) -> bool:
+    return uuid_text(bytes(entry.type)) == HOME_TYPE
+
+
+def uuid_text(raw: bytes) -> str:
+    """A GUID as people write it: the first three of its fields are little-endian (UEFI 2.10, appendix A)."""
+    ordered = raw[3::-1] + raw[5:3:-1] + raw[7:5:-1] + raw[8:]
+    text = ordered.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def home_partitions(gpt: Gpt | None) -> list[tuple[int, gpt_entry]]:
+    """The partitions of a table, if it has one, and that is a home directory's."""
+    found = gpt.partitions() if gpt else []
+    return found if len(found) == 1 and is_home_type(found[0][1]) else []
+
+
+def user_in(gpt: Gpt | None) -> str:
+    """Whose home directory a disk is by the name of its partition, NAME or NAME@REALM; empty if nobody's."""
+    for _, entry in home_partitions(gpt):
+        return bytes(entry.name).decode("utf-16-le", "replace").split("\0")[0].partition("@")[0]
+    return ""
+
+
+def widen_partition(path: str) -> bool:
+    """Makes a home's partition as large again as it can be; False if it is so. Raises OSError.
+
+    On a block device systemd-homed shrinks file system and partition at the end of a session, but never the
+    device. A file shrinks with them, and when it comes home larger than what is in it, that is never used
+    again (home_resize_luks() in systemd's src/home/homework-luks.c). The next session grows the rest.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        gpt = Gpt.read(fd)
+        other = Gpt.read(fd, gpt.header.other_lba) if gpt else None
+        if not (gpt and other and home_partitions(gpt) and home_partitions(other)):
+            return False
+        changed = False
+        # The second copy comes first: if this is cut short, the first one is as it was.
+        for table in (other, gpt):
+            for offset, entry in home_partitions(table):
+                last = (table.header.last_usable + 1) // 2048 * 2048 - 1  # a whole MiB
+                if entry.first <= entry.last < last:
+                    entry.last = last
+                    end = offset + ctypes.sizeof(entry)
+                    table.array = table.array[:offset] + bytes(entry) + table.array[end:]
+                    table.write(fd)
+                    os.fsync(fd)
+                    changed = True
+        return changed
+    finally:
+        os.close(fd)
+
+
+class HomeImage(Image):
+    """A home directory in a file."""
+
+    __slots__ = ()
+
+    def __init__(self, user: str, path: str) -> None:
+        super().__init__(user, path)
+        self.home = user
+        self.model = f"home of {user}"
+
+    def sectors(self) -> int:
+        return HOME_SECTOR
+
+    def use(self, usage: Usage) -> str:
+        return f"{self.home} is logged in here" if super().use(usage) else ""
+
+    def why_no_home(self) -> str:
+        try:
+            fd = os.open(self.node, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            return reason_of(e)
+        try:
+            found = home_partitions(Gpt.read(fd))
+        except OSError as e:
+            return reason_of(e)
+        finally:
+            os.close(fd)
+        return "" if found else "it has no partition of a home directory"
+
+
+class HomeDrive(BlockDevice):
+    """A home directory that has a block device for itself, such as a stick."""
+
+    __slots__ = ()
+
+    def __init__(self, user: str, sysname: str) -> None:
+        super().__init__(user, device_node(sysname), sysname)
+        self.home = user
+
+    def probe(self, *, held: bool = False) -> None:
+        super().probe(held=held)
+        self.model = f"home of {self.home}"
+
+    def use(self, usage: Usage) -> str:
+        return f"{self.home} is logged in here" if super().use(usage) else ""
+
+
+class NoHomeDisk(Disk):
+    """A home directory that is no disk, `why` not."""
+
+    __slots__ = ("why",)
+
+    def __init__(self, user: str, node: str, why: str) -> None:
+        super().__init__(user, node)
+        self.home = user
+        self.why = why
+
+    def probe(self, *, held: bool = False) -> None:
+        st = os.stat(self.node)
+        self.set_tag(f"{FILE_TAG}{st.st_dev}:{st.st_ino}")
+
+    def use(self, usage: Usage) -> str:
+        return ""
+
+    def why_ours(self) -> str:
+        return ""
+
+    def identity(self) -> str:
+        return self.node
+
+    def lasts(self) -> bool:
+        return False
+
+
+def parse_home_record(raw: bytes, machine_id: str) -> tuple[str, str]:
+    """Storage and path of a home directory on a machine, from a user's record; both empty if it has none.
+
+    It is a JSON user record (systemd: "JSON User Records"): what is so on one machine alone is below
+    `binding` and the machine's ID. Takes any bytes.
+    """
+    import json
+
+    try:
+        record = json.loads(raw.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return "", ""
+    binding = record.get("binding") if isinstance(record, dict) else None
+    here = binding.get(machine_id) if isinstance(binding, dict) else None
+    if not isinstance(here, dict):
+        return "", ""
+    storage, path = here.get("storage"), here.get("imagePath")
+    path = path if isinstance(path, str) and path.startswith("/") and "\0" not in path else ""
+    return (storage, path) if isinstance(storage, str) else ("", "")
+
+
+class Homes(Source):
+    """The home directories of systemd-homed that are here, of all users or of some.
+
+    `usual` is what clients may do to them unless the user says something else, `root` where the root file
+    system is.
+    """
+
+    def __init__(self, machine_id: str, users: Sequence[str] = (), usual: str = "", root: str = "") -> None:
+        self.machine_id = machine_id
+        self.users = list(dict.fromkeys(users))
+        self.usual = usual or DEFAULT_ACCESS
+        self.root = root
+        self.keys: list[str] = []  # of what was found last
+        self.found: set[str] = set()  # the users whose home directories were found last
+
+    def may_write(self) -> bool:
+        return self.usual != READ_ONLY
+
+    # What there is
+
+    def scan(self, known: dict[str, Disk], only: Iterable[str] | None = None) -> list[Disk]:
+        disks: dict[str, Disk] = {}
+        for disk in (*self.recorded(), *self.in_directory(), *self.on_drives()):
+            if self.users and disk.home not in self.users:
+                continue
+            disk.usual = self.usual
+            before = known.get(disk.key)
+            same = before and type(before) is type(disk) and before.home == disk.home
+            disks.setdefault(disk.key, before if before and same else disk)
+        self.keys, self.found = list(disks), {disk.home for disk in disks.values()}
+        return list(disks.values())
+
+    def recorded(self) -> Iterator[Disk]:
+        """Those that systemd-homed has records of."""
+        directory = self.root + HOME_RECORDS
+        for name in sorted(list_directory(directory)):
+            user, dot, kind = name.rpartition(".")
+            if not dot or kind != "identity" or not user:
+                continue
+            try:
+                raw = read_bytes(f"{directory}/{name}")[:RECORD_MAX]
+            except OSError as e:
+                debug(f"Failed to read '{directory}/{name}', ignoring: {reason_of(e)}")
+                continue
+            storage, path = parse_home_record(raw, self.machine_id)
+            if storage == "luks":
+                place = path or f"{HOME_DIRECTORY}/{user}.home"
+                if disk := self.disk_at(user, place if place.startswith(DEV) else self.root + place):
+                    yield disk
+            elif storage in NO_HOMES:
+                where = self.root + (path or f"{HOME_DIRECTORY}/{user}.homedir")
+                yield NoHomeDisk(user, where, self.why_no_disk(storage))
+
+    def in_directory(self) -> Iterator[Disk]:
+        """Those in /home of which there may be no record."""
+        directory = self.root + HOME_DIRECTORY
+        for name in sorted(list_directory(directory)):
+            user, dot, kind = name.rpartition(".")
+            path = f"{directory}/{name}"
+            if dot and user and kind == "home" and os.path.isfile(path):
+                yield HomeImage(self.owner(path) or user, path)
+            elif dot and user and kind == "homedir" and os.path.isdir(path):
+                yield NoHomeDisk(user, path, self.why_no_disk("directory"))
+
+    def on_drives(self) -> Iterator[Disk]:
+        """Those that udev knows on block devices."""
+        for name in list_directory(SYS + "block"):
+            parts = partitions_of(name)
+            for part in parts:
+                properties = partition_properties(part)
+                if properties.get("ID_PART_ENTRY_TYPE") == HOME_TYPE:
+                    user = properties.get("ID_PART_ENTRY_NAME", "").partition("@")[0] or part
+                    yield self.drive(user, name, part, alone=len(parts) == 1)
+
+    def disk_at(self, user: str, path: str) -> Disk | None:
+        """The disk that a record names; None if it is not here."""
+        if os.path.isfile(path):
+            return HomeImage(user, path)
+        if not (part := sysname_of_node(path)):
+            return None
+        whole = whole_disk(part) or part
+        return self.drive(user, whole, part, alone=len(partitions_of(whole)) <= 1)
+
+    @staticmethod
+    def drive(user: str, whole: str, part: str, *, alone: bool) -> Disk:
+        if alone:
+            return HomeDrive(user, whole)
+        why = f"it is beside other partitions on '{device_node(whole)}', which --all exports as a whole"
+        return NoHomeDisk(user, device_node(part), why)
+
+    @staticmethod
+    def why_no_disk(storage: str) -> str:
+        return f"it is {NO_HOMES[storage]}; only home directories in LUKS storage are disks"
+
+    @staticmethod
+    def owner(path: str) -> str:
+        """Whose home directory a file is, as it tells itself; empty if it does not."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return ""
+        try:
+            return user_in(Gpt.read(fd))
+        except OSError:
+            return ""
+        finally:
+            os.close(fd)
+
+    def why_not(self, disk: Disk) -> str:
+        if isinstance(disk, NoHomeDisk):
+            return disk.why
+        return disk.why_no_home() if isinstance(disk, HomeImage) else BlockDevices().why_not(disk)
+
+    # What people are told
+
+    def missing(self) -> list[str]:
+        where = f"'{self.root}{HOME_DIRECTORY}' or on a partition"
+        found = [
+            f"There is no home directory of '{user}' in {where}; it is exported as soon as it is there"
+            for user in self.users
+            if user not in self.found
+        ]
+        if not self.users and not self.found:
+            found.append(f"There is no home directory of systemd-homed in {where}")
+        return found
+
+    def remarks(self, exports: Iterable[Export]) -> list[str]:
+        found = []
+        writable = [e.disk.home for e in exports if e.access != READ_ONLY]
+        if any(e.access == READ_ONLY for e in exports):
+            found.append(
+                "Home directories that are read-only cannot be logged in to; start with --pair, or with "
+                "--read-write or --snapshot, to use them on the other machine"
+            )
+        if writable:
+            found.append(
+                "Each home directory is for one client at a time. Once its disk is attached, log in there "
+                f"as its user, or run 'homectl activate {writable[0]}'; if that machine does not know the "
+                "user, see storagetm(8), HOME DIRECTORIES"
+            )
+        return found
+
+    def interrupted(self, exports: Iterable[Export]) -> None:
+        """Marks them as systemd-homed does while they are active (run_mark_dirty() in homework-luks.c)."""
+        for export in exports:
+            if export.access != READ_WRITE or export.disk.sysname:
+                continue
+            node = export.disk.node
+            warning(
+                f"'{node}' was taken away while a client was attached: what {export.disk.home} changed last "
+                "may be missing"
+            )
+            try:
+                os.setxattr(node, HOME_DIRTY, b"1")
+            except OSError as e:
+                debug(f"Failed to mark '{node}', ignoring: {reason_of(e)}")
+
+    def news(self, update: Callable[[Iterable[str]], None]) -> list[News]:
+        paths = [self.root + HOME_DIRECTORY, self.root + HOME_RECORDS]
+        try:
+            return [FileNews(paths, lambda: update(self.keys))]
+        except OSError as e:
+            warning(
+                f"Home directories that come and go are not noticed: {reason_of(e)}; start again after a "
+                "change"
+            )
+            return []
+
+
+class FileNews(News):
+    """Word of files in some directories that come, go, or are let go of (inotify(7))."""
+
+    def __init__(self, paths: Sequence[str], changed: Callable[[], None]) -> None:
+        """Raises OSError."""
+        self.paths = paths
+        self.changed = changed
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.fd = int(self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        if self.fd < 0:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+
+    def wants(self) -> tuple[int, int]:
+        # Each time: a directory may have come, or another one been mounted over it. What is watched already
+        # stays so.
+        for path in self.paths:
+            self.libc.inotify_add_watch(self.fd, os.fsencode(path), ctypes.c_uint32(INOTIFY_EVENTS))
+        return self.fd, select.POLLIN
+
+    def act(self) -> bool:
+        try:
+            while os.read(self.fd, 65536):
+                pass
+        except BlockingIOError:
+            pass
+        self.changed()
+        return True
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 15. Entries and branches
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -4717,7 +5234,7 @@ class Patch:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 15. The ledger
+# 16. The ledger
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -4732,7 +5249,7 @@ class Ledger:
     """
 
     NEED = "n"
-    BETWEEN = "mvw"  # letters of what stands between a disk and its export
+    BETWEEN = "mrvw"  # letters of what stands between a disk and its export
     MUCH = 4096  # records after which those that no longer count are dropped
 
     def __init__(self, path: str) -> None:
@@ -4902,7 +5419,7 @@ class Ledger:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 16. The tree
+# 17. The tree
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -5494,7 +6011,7 @@ class Rehearsal(Tree):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 17. Stores of snapshots
+# 18. Stores of snapshots
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -5633,7 +6150,7 @@ def snapshot_store(name: str) -> str:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 18. Between a disk and its export
+# 19. Between a disk and its export
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -5974,6 +6491,40 @@ class Writable(Entry):
         return {"step": "reread", "path": path, "command": f"blockdev --rereadpt {path}"}
 
 
+class LentHome(Entry):
+    """A home directory in a file that clients write to: "home/" and its path.
+
+    What they shrank in it is made as large again in the end as the file is.
+    """
+
+    __slots__ = ()
+    LETTER = "r"
+    PREFIX = "home/"
+
+    def node(self) -> str:
+        return self.path[len(self.PREFIX) :]
+
+    def place(self, root: str) -> str:
+        return self.node()
+
+    def identity(self, root: str) -> str:
+        return self.path
+
+    def unmake(self, root: str) -> None:
+        try:
+            if widen_partition(self.node()):
+                debug(f"The partition in '{self.node()}' is as large as the file again")
+        except OSError as e:
+            warning(
+                f"Failed to make the partition in '{self.node()}' as large as the file: {reason_of(e)}; "
+                "what clients shrank stays small"
+            )
+
+    def undescribed(self, root: str) -> dict[str, str]:
+        command = f"echo ', +' | sfdisk -N 1 {quoted(self.node())}"
+        return {"step": "widen", "path": self.node(), "command": command}
+
+
 def sectors_written(sysname: str) -> str:
     """The count of sectors written to a block device so far; empty if it is not known."""
     try:
@@ -6060,6 +6611,8 @@ def backing(disk: Disk, access: str, instance: str, *, lent: bool = False) -> Br
     if access == READ_WRITE and disk.sysname:
         # Before the mapping, so that it comes after that when all is taken away.
         entries.append(Writable(Writable.path_for(disk.tag), disk.sysname, mapped=bool(target)))
+    elif access == READ_WRITE and disk.home:
+        entries.append(LentHome(LentHome.PREFIX + disk.node))
     if target:
         path = Mapping.path_for(disk.name, instance, disk.tag, disk.node, target)
         kind = LentMapping if lent else Mapping
@@ -6138,7 +6691,7 @@ def why_not_backed(failure: Failure, disk: Disk, access: str) -> str:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 19. Memory and media
+# 20. Memory and media
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -6395,7 +6948,7 @@ def revive_snapshot(name: str) -> None:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 20. Transports
+# 21. Transports
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -6616,7 +7169,7 @@ class Transport:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 21. Hosts that are allowed
+# 22. Hosts that are allowed
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -6763,7 +7316,7 @@ class TlsKey(Entry):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 22. TCP ports
+# 23. TCP ports
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -7009,7 +7562,7 @@ class OnePort(Transport):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 23. A host of our own
+# 24. A host of our own
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -7497,7 +8050,7 @@ class Courtesy:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 24. Parts of NVMe/TCP
+# 25. Parts of NVMe/TCP
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -7738,7 +8291,7 @@ class Identities:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 25. NVMe/TCP
+# 26. NVMe/TCP
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -8372,7 +8925,7 @@ class SharedNvmeTcp(NvmeTcp):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 26. USB
+# 27. USB
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -8940,7 +9493,7 @@ class UsbGadget(Transport):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 27. Parts of NBD
+# 28. Parts of NBD
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -9301,7 +9854,7 @@ class NbdDisk:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 28. A server for NBD
+# 29. A server for NBD
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -9851,7 +10404,7 @@ class NbdServer:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 29. NBD
+# 30. NBD
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -10114,7 +10667,7 @@ class Nbd(OnePort):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 30. iSCSI
+# 31. iSCSI
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -10616,7 +11169,7 @@ MODULES = (*(m for transport in TRANSPORTS for m in transport.modules), *COMMON_
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 31. The exporter
+# 32. The exporter
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -10794,7 +11347,8 @@ class Wanted:
         for export in sorted(exports, key=lambda e: not e.live):
             if not (found := self.of(export)):
                 continue
-            claims = [claim for branch in found.values() for claim in branch.claims]
+            claims = [("name", export.disk.name)]
+            claims += [claim for branch in found.values() for claim in branch.claims]
             if twins := [(kind, claimed[kind, x]) for kind, x in claims if (kind, x) in claimed]:
                 self.leave_out_twin(export, *twins[0])
                 continue
@@ -10853,8 +11407,18 @@ class Wanted:
         for export in exports:
             roots = [(t.name, t.root(export)) for t in self.transports]
             live = [(name, self.tree.live.get(root)) for name, root in roots if root not in gone]
-            export.live = {name: branch for name, branch in live if branch}
+            # Another disk's may have the same root.
+            export.live = {name: b for name, b in live if b and b.tag == export.disk.tag}
             export.backing = self.backing_of(export.live.values())
+
+    def lent_homes(self, exports: Iterable[Export]) -> list[Export]:
+        """Home directories that clients may have at this moment, as far as that can be told."""
+        homes = [export for export in exports if export.live and export.disk.home]
+        try:
+            return homes if homes and any(transport.attached() for transport in self.transports) else []
+        except OSError as e:
+            debug(f"Failed to find out which clients are attached, ignoring: {reason_of(e)}")
+            return []
 
     def end(self) -> None:
         """Called after a clean stop, when nothing is exported any longer."""
@@ -11084,12 +11648,13 @@ class Exporter:
 
     def stop(self) -> bool:
         """Takes all exports down again; False if some would not go."""
+        exports = self.inventory.exports.values()
+        lent = self.want.lent_homes(exports)
         self.end_removals()
         self.media.watch(())
         if self.opened:
             # All others are new ones when they return.
-            exported = [e.disk for e in self.inventory.exports.values() if e.live]
-            self.inventory.stays.leave(disk for disk in exported if disk.lasts())
+            self.inventory.stays.leave(e.disk for e in exports if e.live and e.disk.lasts())
         for failure in self.take_away():
             why = self.want.explain(failure) or f"{reason_of(failure.error)}; remove what is below it"
             if isinstance(failure.error, IoPending):
@@ -11098,6 +11663,8 @@ class Exporter:
                     "storagetm and stop it again, or boot this machine"
                 )
             error(f"Failed to remove '{failure.branch.entries[0].place(CONFIGFS)}': {why}")
+        for source in self.inventory.sources if lent else ():
+            source.interrupted([e for e in lent if e.source is source])
         for export in self.inventory.exports.values():
             export.release()
         if not self.tree.live:
@@ -11202,7 +11769,7 @@ def withdraw(exporter: Exporter) -> None:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 32. The report
+# 33. The report
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -11559,6 +12126,8 @@ def take_report(
             instruction.transport = transport.name
             where = rows[instruction.disk].commands if instruction.disk else report.commands
             where.append(instruction)
+    for source in dict.fromkeys(e.source for e in exported):
+        report.notes += source.remarks([e for e in exported if e.source is source])
     report.numbered = next(filter(None, (t.NUMBERED for t in transports)), "")
     limits = [t.limit(e.access) for t in transports for e in exported]
     if limit := max(limits, default=0):
@@ -11578,7 +12147,7 @@ def take_report(
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 33. Outputs
+# 34. Outputs
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -12136,7 +12705,7 @@ def paginated(blocks: Iterable[list[tuple[str, str]]], width: int, room: int) ->
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 34. The service
+# 35. The service
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -12452,6 +13021,7 @@ class Service:
                 Attendance(self.exporter.transports, self.views, self.display.outdate),
                 Incoming(network.socket, lambda: self.read_addresses(network)),
                 *(news for t in self.exporter.transports for news in t.news(self.display.outdate)),
+                *(news for s in self.inventory.sources for news in s.news(self.inventory.update)),
                 Incoming(uevents.socket, lambda: self.read_disks(uevents)),
                 Exports(self.exporter, self.synchronise),
             ]
@@ -12491,8 +13061,10 @@ class Service:
                 warning(text)
 
     def idle_rules(self) -> list[str]:
-        """What to say of rules that have matched nothing, once all disks were looked at."""
-        return self.inventory.idle_rules() if self.ready else []
+        """What was asked for and is not there, once all disks were looked at."""
+        if not self.ready:
+            return []
+        return [*self.inventory.missing(), *self.inventory.idle_rules()]
 
     # Events
 
@@ -12567,7 +13139,7 @@ class Service:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 35. The command line
+# 36. The command line
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -12577,6 +13149,8 @@ class Options:
     def __init__(self) -> None:
         self.devices: list[str] = []
         self.all = 0
+        self.homes = False
+        self.users: list[str] = []  # whose home directories; empty for all
         self.nqn = ""
         self.list_devices = False
         self.modules = False
@@ -12640,6 +13214,12 @@ OPTIONS = (
         "all",
         "Export all local disks, now and as they come and go;\ntwice: also those in use by this system",
         short="a",
+    ),
+    Option(
+        "homes",
+        "Export the home directories of systemd-homed, or\nof these users, now and as they come and go",
+        value="[=USER,...]",
+        whole=True,
     ),
     Option("nqn", "Use this NVMe Qualified Name before the disks' names", value="=NQN"),
     Option("read-only", "Let nobody write to the disks (default)"),
@@ -12705,6 +13285,7 @@ def help_text() -> str:
     lines = [
         "storagetm [OPTIONS...] DEVICE...",
         "storagetm [OPTIONS...] --all",
+        "storagetm [OPTIONS...] --homes[=USER,...]",
         "storagetm --list-devices",
         "",
         "Export block devices or regular files over NVMe/TCP, USB, NBD or iSCSI.",
@@ -12795,6 +13376,9 @@ def set_option(options: Options, name: str, value: str, before: str = "--") -> N
         options.nqn = value
     elif name == "all":
         options.all += 1
+    elif name == "homes":
+        options.homes = True
+        options.users += parse_users(value, before)
     elif name in ACCESS:
         if options.mode not in ("", name):
             raise UsageError(
@@ -12844,6 +13428,14 @@ def set_option(options: Options, name: str, value: str, before: str = "--") -> N
         setattr(options, name, value)
     else:
         setattr(options, name.replace("-", "_"), True)
+
+
+def parse_users(text: str, before: str = "--") -> list[str]:
+    """Users, with commas in between; none for all. Raises UsageError."""
+    users = text.split(",") if text else []
+    if any(not user or "/" in user or not user.isprintable() for user in users):
+        raise UsageError(f"{before}homes={text} is no list of users")
+    return users
 
 
 def parse_size(text: str, before: str = "--") -> int:
@@ -12909,6 +13501,8 @@ def add_options(options: Options, more: Options) -> None:
         options.mode = more.mode
     options.store = options.store or more.store
     options.nqn = options.nqn or more.nqn
+    options.users = options.users if options.homes else more.users
+    options.homes = options.homes or more.homes
     options.subsystem = options.subsystem or more.subsystem
     options.transports = options.transports or more.transports
     options.listen = options.listen or more.listen
@@ -12953,10 +13547,20 @@ def check_arguments(options: Options) -> None:
         raise UsageError(
             "--stacked goes with --all; a device that is named is exported whatever it is made of"
         )
-    if not (options.devices or options.all or options.list_devices or options.modules):
-        raise UsageError("Name a device, or give --all; see --help")
+    if not (options.devices or options.all or options.homes or options.list_devices or options.modules):
+        raise UsageError("Name a device, or give --all or --homes; see --help")
+    if options.homes and options.clients not in (-1, 1):
+        raise UsageError(
+            "--clients= does not go with --homes: a home directory that two machines write to at the same "
+            "time is lost"
+        )
     if any("\0" in d or not d for d in options.devices):
         raise UsageError("A device's name is empty")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 37. The program
+# -----------------------------------------------------------------------------------------------------------
 
 
 def write_output(text: str) -> None:
@@ -12982,10 +13586,13 @@ def write_json(value: object) -> None:
 def list_devices(options: Options) -> int:
     """Says what --all would export, what not, and why."""
     access = Access(options.rules, options.mode)
-    inventory = Inventory([BlockDevices()], access, force=options.all > 1, stacked=options.stacked)
+    sources: list[Source] = [BlockDevices()]
+    if options.homes:
+        sources.insert(0, homes(options, paired=options.pair or options.code_file != ""))
+    inventory = Inventory(sources, access, force=options.all > 1, stacked=options.stacked)
     inventory.rescan()
     inventory.check_rules()
-    for text in inventory.idle_rules():
+    for text in (*inventory.missing(), *inventory.idle_rules()):
         warning(text)
     exports = sorted(inventory.exports.values(), key=lambda e: natural_order(e.disk.name))
     if options.json:
@@ -13021,7 +13628,7 @@ def dry_run(options: Options, exporter: Exporter, steps: list[dict[str, str]]) -
     if not inventory.all_named:
         inventory.rescan()
     inventory.check_rules()
-    for text in inventory.idle_rules():
+    for text in (*inventory.missing(), *inventory.idle_rules()):
         warning(text)
     exporter.check()
     failures = exporter.rehearse()
@@ -13108,31 +13715,63 @@ def kept_code(path: str) -> Code:
     return Code.random()
 
 
+def homes(options: Options, *, paired: bool) -> Homes:
+    """The home directories that were asked for. In an initrd, those of the root file system if it is there.
+
+    To be of use elsewhere they have to be written to, but only by those who are let in.
+    """
+    root = "/sysroot" if os.path.exists(ETC + "initrd-release") else ""
+    machine_id = read_attribute(root + ETC + "machine-id")
+    return Homes(machine_id, options.users, READ_WRITE if paired else "", root)
+
+
+def chosen_sources(options: Options, admission: Admission | None) -> list[Source]:
+    """Where the disks come from that were asked for. What two sources have is the first one's."""
+    found: list[Source] = []
+    if options.homes:
+        found.append(homes(options, paired=admission is not None and admission.code is not None))
+    if options.all:
+        found.append(BlockDevices())
+    elif options.devices or not options.homes:
+        found.append(NamedDisks(options.devices))
+    return found
+
+
 def chosen_transports(
-    options: Options, machine: Machine, instance: str, access: Access, admission: Admission | None = None
+    options: Options,
+    machine: Machine,
+    instance: str,
+    access: Access | Inventory,
+    admission: Admission | None = None,
 ) -> list[Transport]:
     """The transports that were asked for, in that order. Raises UsageError."""
-    found: list[Transport] = []
     restricted = admission is not None and admission.restricted
-    if admission and Iscsi.name in options.transports:
+    names = [name for name in options.transports or [NvmeTcp.name] if name != AUTO]
+    if AUTO in options.transports:
+        at = options.transports.index(AUTO)
+        names[at:at] = [NvmeTcp.name, *([] if restricted else [UsbGadget.name])]
+    if admission and Iscsi.name in names:
         Iscsi.check_admission(admission)
-    if admission and Nbd.name in options.transports:
+    if admission and Nbd.name in names:
         Nbd.check_admission(admission)
-    if restricted and UsbGadget.name in options.transports:
+    if restricted and UsbGadget.name in names:
         raise UsageError(
             "Over USB nobody can be kept out but by who has the cable; leave out --transport=usb, or --pair "
             "and --allow-host="
         )
     # The other machine then needs one key and one command.
     shared = options.subsystem == SHARED or (restricted and options.subsystem != PER_DISK)
-    for name in options.transports or [NvmeTcp.name]:
-        if name in (NvmeTcp.name, AUTO) and not any(isinstance(t, NvmeTcp) for t in found):
-            kind = SharedNvmeTcp if shared else NvmeTcp
-            clients = 1 if options.clients < 0 else options.clients
-            where = Listening(options.listen, options.port) if options.listen or options.port else None
-            writable = access.may_write()
+    clients = 1 if options.clients < 0 else options.clients
+    writable = access.may_write()
+    found: list[Transport] = []
+    for name in dict.fromkeys(names):
+        # Of several, a port that was asked for is the first one's that everybody has.
+        port = options.port if name == NvmeTcp.name or len(options.transports) == 1 else 0
+        where = Listening(options.listen, port) if options.listen or port else None
+        if name == NvmeTcp.name:
+            tcp = SharedNvmeTcp if shared else NvmeTcp
             found.append(
-                kind(
+                tcp(
                     machine,
                     instance,
                     clients=clients,
@@ -13141,25 +13780,14 @@ def chosen_transports(
                     listening=where,
                 )
             )
-        if name == Nbd.name and not any(isinstance(t, Nbd) for t in found):
-            alone = not any(isinstance(t, NvmeTcp) for t in found) and len(options.transports) == 1
-            words, port = options.listen, options.port if alone else 0
-            clients = 1 if options.clients < 0 else options.clients
-            found.append(Nbd(Listening(words, port) if words or port else None, clients, admission))
-        if name == Iscsi.name and not any(isinstance(t, Iscsi) for t in found):
-            alone = not any(isinstance(t, NvmeTcp) for t in found) and len(options.transports) == 1
-            words, port = options.listen, options.port if alone else 0
-            clients = 1 if options.clients < 0 else options.clients
-            where = Listening(words, port) if words or port else None
-            writable = access.may_write()
+        elif name == Nbd.name:
+            found.append(Nbd(where, clients, admission))
+        elif name == Iscsi.name:
             found.append(
                 Iscsi(machine, instance, where, clients=clients, writable=writable, admission=admission)
             )
-        if restricted:
-            continue
-        if name in (UsbGadget.name, AUTO) and not any(isinstance(t, UsbGadget) for t in found):
-            optional = UsbGadget.name not in options.transports
-            found.append(UsbGadget(machine, instance, optional=optional))
+        else:
+            found.append(UsbGadget(machine, instance, optional=UsbGadget.name not in options.transports))
     return found
 
 
@@ -13185,13 +13813,20 @@ def start(argv: Sequence[str]) -> int:
     if not options.dry_run and os.geteuid() != 0:
         raise UserError("Only root can export disks; run it as root, or see what it would do with --dry-run")
     machine = Machine()
-    access = Access(options.rules, options.mode)
     instance = options.nqn or machine.instance()
     code = f"{RUN}{instance}.code"
     admission = None
+    inventory = Inventory([])
     try:
         admission = chosen_admission(options, code)
-        transports = chosen_transports(options, machine, instance, access, admission)
+        inventory = Inventory(
+            chosen_sources(options, admission),
+            Access(options.rules, options.mode),
+            Stays(f"{RUN}{instance}.disks", machine.id),
+            force=options.force or options.all > 1,
+            stacked=options.stacked,
+        )
+        transports = chosen_transports(options, machine, instance, inventory, admission)
     except UserError as e:
         if not options.dry_run and (admission is None or admission.restricted):
             withdraw(Exporter(instance, [], Inventory([])))
@@ -13200,11 +13835,7 @@ def start(argv: Sequence[str]) -> int:
         options.refused = options.refused or str(e)
         transports = []
     if options.refused:
-        options.devices, options.all = [], 0
-    sources: list[Source] = [BlockDevices()] if options.all else [NamedDisks(options.devices)]
-    stays = Stays(f"{RUN}{instance}.disks", machine.id)
-    force = options.force or options.all > 1
-    inventory = Inventory(sources, access, stays, force=force, stacked=options.stacked)
+        inventory.sources = []
     if options.dry_run:
         steps: list[dict[str, str]] = []
         rehearsing = Exporter(instance, transports, inventory, rehearse=steps.append)

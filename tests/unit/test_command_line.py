@@ -153,8 +153,8 @@ def test_any_arguments_are_understood_or_refused(arguments: list[str]) -> None:
 LONGEST = "n" * (223 - len(".x"))
 
 REFUSED: list[tuple[list[str | bytes], str]] = [
-    ([], "Name a device, or give --all; see --help"),
-    (["--force"], "Name a device, or give --all; see --help"),
+    ([], "Name a device, or give --all or --homes; see --help"),
+    (["--force"], "Name a device, or give --all or --homes; see --help"),
     (["--all", "/dev/vda"], "--all takes no device ('/dev/vda')"),
     (["/dev/vda", "-aa"], "--all takes no device ('/dev/vda')"),
     (["--list-devices", "/dev/vda"], "--list-devices takes no device ('/dev/vda')"),

@@ -1153,6 +1153,18 @@ def test_partition_table_is_read_again(
     assert done == (["sdz"] if read else [])
 
 
+def test_each_kind_of_entry_has_a_letter_of_its_own() -> None:
+    """An earlier run's are known by it, and would be taken for something else."""
+
+    def kinds(kind: type[storagetm.Entry]) -> list[type[storagetm.Entry]]:
+        return [kind, *(k for sub in kind.__subclasses__() for k in kinds(sub))]
+
+    own = [kind for kind in kinds(storagetm.Entry) if vars(kind).get("LETTER")]
+    letters = [kind.LETTER for kind in own if kind.__module__ == storagetm.__name__]
+    assert len(letters) > 10
+    assert sorted(letters) == sorted({*letters} - {storagetm.Ledger.NEED})
+
+
 def test_every_step_is_described() -> None:
     """What is done by an entry of any kind is in a dry run, too."""
 

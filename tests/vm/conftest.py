@@ -46,7 +46,7 @@ TARGET_DISKS = (
 
 # What depends most on the kernel, systemd, udev and dracut.
 EVERYWHERE = (
-    *("test_access", "test_crash", "test_hotplug", "test_initrd", "test_pairing", "test_peer"),
+    *("test_access", "test_crash", "test_homes", "test_hotplug", "test_initrd", "test_pairing", "test_peer"),
     "test_usb",
 )
 
@@ -59,12 +59,15 @@ ON_NEWER = ("trixie", pytest.param("bookworm", marks=pytest.mark.reach), ONCE_FO
 # What takes long and shows little more than what stands beside it in its file, or than a unit test: an hour
 # of a processor in all, and there are computers that need twice as long.
 FURTHER = """
+test_access.py::test_client_sees_a_disk_grow_and_shrink_in_each_access[--snapshot=16M]
+test_access.py::test_each_access_works_on_each_release[bookworm]
 test_access.py::test_good_client_meets_no_error
 test_access.py::test_hostile_client_changes_no_byte_at_any_moment
-test_access.py::test_what_a_client_flushed_is_on_the_disk
-test_access.py::test_client_sees_a_disk_grow_and_shrink_in_each_access[--snapshot=16M]
+test_access.py::test_missing_modules_make_nothing_less_safe
 test_access.py::test_odd_devices_are_exported_whole[--read-write]
 test_access.py::test_odd_devices_are_exported_whole[--snapshot=8M]
+test_access.py::test_read_only_devices_are_not_exported_to_be_written
+test_access.py::test_what_a_client_flushed_is_on_the_disk
 test_addresses.py::test_closed_output_ends_nothing[>&- 2>&-]
 test_addresses.py::test_closed_output_ends_nothing[>&-]
 test_addresses.py::test_each_disk_is_on_one_page
@@ -74,6 +77,7 @@ test_addresses.py::test_terminal_that_is_stopped_stops_nothing
 test_bad_input.py::test_firmware_replaces_a_bad_machine_id[00000000000000000000000000000000\\n]
 test_bad_input.py::test_firmware_replaces_a_bad_machine_id[]
 test_bad_input.py::test_firmware_replaces_a_bad_machine_id[xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\\n]
+test_bad_input.py::test_missing_modules_are_named
 test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[character-device]
 test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[comma]
 test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[dangling-link]
@@ -83,21 +87,29 @@ test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[missing-nod
 test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[node-left-over]
 test_bad_input.py::test_one_bad_device_keeps_all_from_being_exported[not-a-directory]
 test_clients.py::test_as_many_clients_come_in_as_asked_for[any-3]
+test_clients.py::test_same_client_may_return
 test_clients.py::test_second_client_is_turned_away[snapshot]
+test_consoles.py::test_service_starts_without_a_console
+test_crash.py::test_crash_or_failure_at_every_step_is_recovered[newer]
 test_crash.py::test_crash_or_failure_at_every_step_is_recovered[older]
 test_crash.py::test_crash_or_failure_at_every_step_is_recovered[shared]
+test_crash.py::test_earlier_version_is_taken_over
+test_crash.py::test_what_was_replaced_while_dead_is_told
 test_exchange.py::test_client_keeps_twelve_disks_over_restart_and_reboot[shared]
 test_exchange.py::test_disk_in_the_place_of_another_is_not_written[none]
 test_exchange.py::test_disk_in_the_place_of_another_is_not_written[other]
 test_exchange.py::test_next_card_is_neither_read_nor_written[read-only-per-disk]
+test_exchange.py::test_next_card_is_neither_read_nor_written[read-write-per-disk]
 test_exchange.py::test_next_card_is_neither_read_nor_written[read-write-shared]
 test_harness.py::test_release_has_modules_and_sees_disks_come_grow_and_go[bookworm]
 test_hotplug.py::test_client_sees_a_disk_grow_and_shrink[scsi]
 test_images.py::test_disk_of_4096_bytes_in_use_keeps_its_sectors[snapshot]
 test_images.py::test_image_has_its_own_sectors[read-write]
 test_images.py::test_image_has_its_own_sectors[snapshot]
+test_initrd.py::test_disks_appear_at_the_end_of_a_usb_cable[trixie]
 test_initrd.py::test_identity_is_that_of_the_running_system[bookworm]
 test_initrd.py::test_kernel_command_line_decides_about_access[bookworm]
+test_initrd.py::test_one_command_attaches_a_shared_subsystem[trixie]
 test_initrd.py::test_one_command_attaches_all[bookworm-ipv6]
 test_initrd.py::test_one_command_attaches_all[trixie-ipv6]
 test_initrd.py::test_only_units_that_are_needed_run[bookworm]
@@ -105,11 +117,25 @@ test_initrd.py::test_stop_leaves_nothing_and_reboots[bookworm]
 test_initrd.py::test_tpm_is_told_before_the_export_begins[sid]
 test_initrd.py::test_what_prevents_the_export_stays_on_the_screen[bookworm]
 test_initrd.py::test_what_prevents_the_export_stays_on_the_screen[trixie]
+test_iscsi.py::test_all_transports_have_the_same_bytes
 test_iscsi.py::test_crash_or_failure_at_every_step_is_recovered[EIO]
 test_iscsi.py::test_crash_or_failure_at_every_step_is_recovered[SIGKILL]
-test_nbd.py::test_initrd_serves_disks
+test_iscsi.py::test_disk_that_hangs_holds_up_no_other
+test_iscsi.py::test_disks_come_grow_and_go_and_a_kill_beside_a_reader
+test_iscsi.py::test_link_local_line_works
+test_iscsi.py::test_raw_commands_change_no_byte[more1]
+test_iscsi.py::test_session_does_not_go_on_after_another_boot
+test_iscsi.py::test_what_clients_write[snapshot]
+test_listening.py::test_own_seat_is_taken_at_the_only_address_and_is_no_client
 test_many.py::test_256_disks_are_exported_when_it_says_so[probing]
+test_many.py::test_256_disks_are_exported_when_it_says_so[rest]
+test_many.py::test_much_at_once_loses_nothing
+test_nbd.py::test_clients_of_two_transports_see_the_same
+test_nbd.py::test_initrd_serves_disks
+test_nbd.py::test_kernel_client_over_a_restart
+test_nbd.py::test_python_without_keys_is_refused
 test_own_use.py::test_nobody_else_takes_it[--read-write]
+test_own_use.py::test_what_was_taken_while_dead_is_not_exported
 test_pairing.py::test_crash_or_failure_at_every_step_is_recovered[SIGKILL]
 test_pairing.py::test_thousand_attempts_beside_a_reader
 test_peer.py::test_all_looks_like_the_peers_to_clients[00000000000000000000000000000001]

@@ -39,6 +39,8 @@ import sys
 import time
 
 # The part of configfs in which the tool works, and how far below it its objects are.
+# Of all disturbances, only each one of so many.
+EVERY = int(os.environ.get("CRASH_EVERY", "1"))
 PART = os.environ.get("CONFIGFS_PART", "/sys/kernel/config/nvmet")
 DEPTH = 1 if PART.endswith("/usb_gadget") else 2
 # What the kernel sets in a gadget once a host has asked for it, and what it counts in targets.
@@ -347,24 +349,22 @@ def main() -> None:
     print(f"{len(trial.steps)} steps, undisturbed in {time.monotonic() - begin:.1f} s", flush=True)
     counts: collections.Counter[str] = collections.Counter()
     wrong = []
-    for step in trial.steps:
-        for kind in kinds_of(step):
-            if kinds and kind not in kinds:
-                continue
-            began = time.monotonic()
-            try:
-                if kind == "SIGKILL":
-                    trial.kill(step)
-                elif kind == "stuck":
-                    trial.stuck(step)
-                else:
-                    trial.error(step, kind)
-            except (Wrong, OSError) as e:
-                wrong.append(f"{kind} at {step}: {e}")
-                print(f"WRONG: {wrong[-1]}", flush=True)
-                trial.clean_up()
-            counts[f"{step.call} {kind}"] += 1
-            print(f"{time.monotonic() - began:.1f} s: {kind} at {step}", flush=True)
+    chosen = [(s, kind) for s in trial.steps for kind in kinds_of(s) if not kinds or kind in kinds]
+    for step, kind in chosen[::EVERY]:
+        began = time.monotonic()
+        try:
+            if kind == "SIGKILL":
+                trial.kill(step)
+            elif kind == "stuck":
+                trial.stuck(step)
+            else:
+                trial.error(step, kind)
+        except (Wrong, OSError) as e:
+            wrong.append(f"{kind} at {step}: {e}")
+            print(f"WRONG: {wrong[-1]}", flush=True)
+            trial.clean_up()
+        counts[f"{step.call} {kind}"] += 1
+        print(f"{time.monotonic() - began:.1f} s: {kind} at {step}", flush=True)
     seconds = time.monotonic() - begin
     print(json.dumps({"counts": counts, "wrong": wrong, "seconds": seconds}), flush=True)
 
