@@ -118,6 +118,7 @@ test-vm: deps storagetm.pyz  ## Tests in emulated machines; T=NAME for those who
 	$(PYTEST) $(IN_MACHINES) -m 'not reach' $(if $(T),-k '$(T)') tests/vm
 
 test-reach: deps storagetm.pyz  ## Further tests in emulated machines, most of them on Debian unstable; takes two hours; T=NAME
+	@tests/install-deps reach
 	$(PYTEST) $(IN_MACHINES) -m reach --release=sid $(if $(T),-k '$(T)') tests/vm
 
 bench: storagetm.pyz  ## All comparisons with systemd-storagetm; writes docs/benchmarks.md; takes an hour or two; BEFORE=COMMIT; ONLY=PART prints that part

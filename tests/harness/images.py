@@ -83,6 +83,8 @@ PACKAGES = (
 )
 # Debian 12's kernel has no TLS for NVMe.
 TLS_PACKAGES = ("keyutils", "ktls-utils", "tcpdump")
+# What transports are compared with.
+BENCH_PACKAGES = ("openssh-client", "openssh-server")
 # A login that activates home directories.
 HOME_PACKAGES = ("libnss-systemd", "libpam-systemd", "login", "systemd-homed")
 # Parts of the packages above in older releases.
@@ -335,7 +337,7 @@ def base_command(release: str, target: str) -> list[str]:
 
 
 def packages(release: str) -> tuple[str, ...]:
-    more = () if release == "bookworm" else TLS_PACKAGES + HOME_PACKAGES
+    more = () if release == "bookworm" else TLS_PACKAGES + HOME_PACKAGES + BENCH_PACKAGES
     return PACKAGES + more + (SID_PACKAGES if release == SID else ())
 
 
@@ -571,7 +573,8 @@ def configure(root: Path) -> None:
         (units / unit).symlink_to("/dev/null")
     # Those tests start it that are about it.
     (units / "remote-fs.target.wants/tlshd.service").unlink(missing_ok=True)
-    (units / "multi-user.target.wants/systemd-homed.service").unlink(missing_ok=True)
+    for service in ("ssh", "systemd-homed"):
+        (units / f"multi-user.target.wants/{service}.service").unlink(missing_ok=True)
     (units / "default.target").unlink(missing_ok=True)
     (units / "default.target").symlink_to("/usr/lib/systemd/system/multi-user.target")
     (units / "harness-agent.service").write_text(AGENT_UNIT)

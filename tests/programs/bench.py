@@ -71,6 +71,8 @@ PROTECTION = {
     "authenticated": "/usr/local/bin/storagetm --read-only --pair --encrypt=no",
     "encrypted": "/usr/local/bin/storagetm --read-only --pair",
 }
+TOOL = "/usr/local/bin/storagetm --read-only --transport="
+TRANSPORTS = {name: TOOL + name for name in ("nvme-tcp", "iscsi", "nbd", "usb")} | {"ssh … dd": "ssh"}
 WITH_AES = "encrypted, AES instructions"
 
 
@@ -167,10 +169,12 @@ def table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
     return lines
 
 
-def measure_reads(machine: Machine, runs: int, commands: Mapping[str, str]) -> list[dict[str, Any]]:
+def measure_reads(
+    machine: Machine, runs: int, commands: Mapping[str, str], what: str = "reads"
+) -> list[dict[str, Any]]:
     """The results of `client.py reads`: `sequential` in MB/s, `random` in reads a second, and `cipher`."""
     arguments = [f"{name}={command}" for name, command in commands.items()]
-    output = machine.run(["python3", CLIENT, "reads", str(runs), *arguments], timeout=3000).stdout
+    output = machine.run(["python3", CLIENT, what, str(runs), *arguments], timeout=3000).stdout
     return [json.loads(line) for line in output.splitlines()]
 
 
@@ -195,6 +199,11 @@ def reads_table(results: Sequence[dict[str, Any]]) -> list[str]:
 def reads(machine: Machine, runs: int) -> list[str]:
     """Lines of a Markdown table: how fast one disk is read, by kind of access."""
     return reads_table(measure_reads(machine, runs, ACCESS))
+
+
+def transports(machine: Machine, runs: int) -> list[str]:
+    """Lines of a Markdown table: how fast one disk is read over each transport, and by ssh and dd."""
+    return reads_table(measure_reads(machine, runs, TRANSPORTS, "transports"))
 
 
 def protection(machine: Machine, runs: int) -> list[str]:
@@ -384,6 +393,7 @@ PARTS: dict[str, tuple[str, Callable[[Machine, argparse.Namespace], list[str]]]]
         "reads, authenticated and encrypted",
         lambda machine, args: protection(machine, args.runs),
     ),
+    "transports": ("reads over each transport", lambda machine, args: transports(machine, args.runs)),
     "attachments": ("attaching 64 disks", lambda machine, args: attachments(machine, args.runs, 64)),
     "changes": (
         "many changes beside many disks",

@@ -11,6 +11,7 @@ is kept in build/fuzz/PARSER/ and named at the end; it belongs into the unit tes
 from __future__ import annotations
 
 import argparse
+import base64
 import ctypes
 import functools
 import importlib
@@ -22,6 +23,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,6 +118,29 @@ def arguments(raw: bytes) -> None:
         storagetm.parse_arguments([os.fsdecode(argument) for argument in raw.split(b"\0")])
     except storagetm.UsageError:
         pass
+
+
+def home_record(raw: bytes) -> None:
+    storage, path = storagetm.parse_home_record(raw, "42aefbae01d2dfd981f7da7d823d689e")
+    assert isinstance(storage, str)
+    assert path == "" or path.startswith("/")
+
+
+def partition_table(raw: bytes) -> None:
+    """As a file that a client has written to, with and without checksums that are right."""
+    fd = os.memfd_create("home")
+    try:
+        os.write(fd, bytes(512) + raw)
+        header = storagetm.gpt_header.from_buffer_copy(raw.ljust(512, b"\0"))
+        size = min(header.count * header.entry_size, 1 << 16)
+        table = storagetm.Gpt(header, raw[512 : 512 + size].ljust(size, b"\0"))
+        if 92 <= header.size <= 512 and header.array_lba < 1 << 20 and header.own_lba < 1 << 20:
+            table.write(fd)
+        for lba in (1, header.own_lba % 64):
+            storagetm.user_in(storagetm.Gpt.read(fd, lba))
+        storagetm.widen_partition(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
 
 
 def device_mapper(raw: bytes) -> None:
@@ -242,6 +267,8 @@ PARSERS: dict[str, Parser] = {
         stays_of_disks,
         kernel_command_line,
         arguments,
+        home_record,
+        partition_table,
         device_mapper,
         nvme_target,
         nbd,
@@ -281,8 +308,18 @@ MORE_SEEDS = {
 }
 
 
+def home_seeds(name: str) -> Iterable[bytes]:
+    home = json.loads((CAPTURES / "home.json").read_text())
+    if name == "home_record":
+        yield home["record"].encode()
+    if name == "partition_table":
+        for state in ("went", "shrunk", "back"):
+            yield zlib.decompress(base64.b64decode(home[state]["head"]))[512:][:INPUT_MAX]
+
+
 def seeds(name: str) -> Iterable[bytes]:
     """What real machines have said to this parser, and a few words of its language."""
+    yield from home_seeds(name)
     yield from nbd_seeds() if name == "nbd" else MORE_SEEDS.get(name, ())
     for path in sorted(CAPTURES.glob("*.json")):
         capture = json.loads(path.read_text())

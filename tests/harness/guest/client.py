@@ -3,6 +3,7 @@
 
     client.py reads RUNS NAME=COMMAND...
     client.py attach RUNS DISKS NAME=COMMAND...
+    client.py transports RUNS NAME=COMMAND...
 
 Each command exports null_blk disks, and the same machine attaches them over its loopback interface. So there
 is no network, which would hide some of the work. One with `--pair` gets a code, and its client what is made
@@ -14,6 +15,10 @@ reads a second. `cipher` is what encrypts the connections, and the kernel's driv
 
 attach: DISKS disks are attached with `nvme connect-all`; `command` until nvme is done and `disks` until all
 disks are there, in seconds, and `sockets`, the connections at the target's end.
+
+transports: As reads, attached as the command's `--transport=` asks for it: by nvme, iscsiadm, nbd-client, or
+the cable of dummy_hcd. A command that is just "ssh" is that with dd, for sequential reads in one go and for
+each one at random anew, over one connection.
 """
 
 from __future__ import annotations
@@ -50,6 +55,17 @@ TIMEOUT = 600  # seconds, to start, to attach, to stop
 LATENCY = 50_000  # of the disk that is read, in nanoseconds
 PIECE, PIECES = 128 << 10, 2048
 SMALL, SMALLS = 4 << 10, 2000
+SSH_SMALLS = 20
+SSH = [
+    "ssh",
+    "-p",
+    "2222",
+    "-o",
+    "StrictHostKeyChecking=no",
+    "-o",
+    "ControlPath=/run/client.ssh",
+    "root@127.0.0.1",
+]
 
 
 @contextlib.contextmanager
@@ -150,22 +166,118 @@ def timed(fd: int, length: int, places: list[int]) -> float:
     return time.monotonic() - begin
 
 
+def read_from(node: str) -> dict[str, float | str]:
+    """How fast a block device is read."""
+    fd = os.open(node, os.O_RDONLY | os.O_DIRECT)
+    size = os.lseek(fd, 0, os.SEEK_END)
+    subprocess.run(["udevadm", "settle"], check=True)
+    sequential = timed(fd, PIECE, [i * PIECE for i in range(PIECES)])
+    places = random.Random(1)
+    at_random = timed(fd, SMALL, [places.randrange(size // SMALL) * SMALL for _ in range(SMALLS)])
+    os.close(fd)
+    return {"sequential": PIECE * PIECES / 1e6 / sequential, "random": SMALLS / at_random}
+
+
 def measure_reads(command: str) -> dict[str, float | str]:
     with exported(command, "/dev/nullb0") as options:
         (nqn,) = os.listdir(SUBSYSTEMS)
         nvme("connect", "-n", nqn, *options)
-        fd = os.open(attached(1)[0], os.O_RDONLY | os.O_DIRECT)
-        size = os.lseek(fd, 0, os.SEEK_END)
-        subprocess.run(["udevadm", "settle"], check=True)
-        sequential = timed(fd, PIECE, [i * PIECE for i in range(PIECES)])
+        return {**read_from(attached(1)[0]), "cipher": cipher()}
+
+
+def wait_for(path: str, pattern: str) -> re.Match[str]:
+    """Until something in a file, or one of the paths of a glob's links, is as a regular expression says."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        text = "\n".join(map(os.path.realpath, glob.glob(path)))
+        if os.path.isfile(path):
+            with open(path) as file:
+                text = file.read()
+        if found := re.search(pattern, text, re.MULTILINE):
+            return found
+        time.sleep(0.05)
+    raise TimeoutError(f"no {pattern} in {path}")
+
+
+@contextlib.contextmanager
+def node_over(transport: str) -> Iterator[str]:
+    """The node of the exported disk, attached as this transport asks for."""
+    if transport == "nvme-tcp":
+        (nqn,) = os.listdir(SUBSYSTEMS)
+        nvme("connect", "-n", nqn)
+        yield attached(1)[0]  # all are detached at the end of exported()
+    elif transport == "iscsi":
+        iqn = wait_for("/run/client.log", r"as iSCSI LUN \d+ of (\S+)$")[1]
+        node = ["iscsiadm", "-m", "node", "-T", iqn, "-p", "127.0.0.1:3260"]
+        for action in (["-o", "new"], ["-l"]):
+            subprocess.run([*node, *action], check=True, stdout=subprocess.DEVNULL)
+        yield "/dev/" + wait_for("/sys/block/sd*", r"/session.*/(sd[a-z]+)$")[1]
+        for action in (["-u"], ["-o", "delete"]):
+            subprocess.run([*node, *action], check=True, stdout=subprocess.DEVNULL)
+    elif transport == "nbd":
+        subprocess.run(["modprobe", "nbd"], check=True)
+        words = ["nbd-client", "127.0.0.1", "10809", "/dev/nbd0", "-N", "nullb0", "-b", "512"]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        yield "/dev/nbd0"
+        subprocess.run(["nbd-client", "-d", "/dev/nbd0"], check=True, stdout=subprocess.DEVNULL)
+    else:
+        yield "/dev/" + wait_for("/sys/block/sd*", r"/usb\d+/.*/(sd[a-z]+)$")[1]
+
+
+@contextlib.contextmanager
+def ssh_server() -> Iterator[None]:
+    """sshd on port 2222, and one connection to it that all commands go over."""
+    os.makedirs("/root/.ssh", 0o700, exist_ok=True)
+    os.makedirs("/run/sshd", exist_ok=True)
+    if not os.path.exists("/root/.ssh/id_ed25519"):
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/root/.ssh/id_ed25519"], check=True
+        )
+        os.link("/root/.ssh/id_ed25519.pub", "/root/.ssh/authorized_keys")
+    server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-p", "2222"])
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while subprocess.run([*SSH[:-1], "-M", "-f", "-N", SSH[-1]], stderr=subprocess.DEVNULL).returncode:
+            if time.monotonic() > deadline:
+                raise TimeoutError("no connection to sshd")
+            time.sleep(0.2)
+        yield
+        subprocess.run([*SSH[:-1], "-O", "exit", SSH[-1]], check=True, stderr=subprocess.DEVNULL)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def measure_ssh() -> dict[str, float | str]:
+    def read(length: int, count: int, place: int = 0) -> None:
+        words = f"dd if=/dev/nullb0 bs={length} count={count} skip={place} iflag=direct status=none"
+        with subprocess.Popen([*SSH, words], stdout=subprocess.PIPE) as process:
+            assert process.stdout
+            done = 0
+            while piece := process.stdout.read(PIECE):
+                done += len(piece)
+        if done != length * count:
+            raise OSError("short read")
+
+    with ssh_server():
+        begin = time.monotonic()
+        read(PIECE, PIECES)
+        sequential = time.monotonic() - begin
         places = random.Random(1)
-        at_random = timed(fd, SMALL, [places.randrange(size // SMALL) * SMALL for _ in range(SMALLS)])
-        os.close(fd)
-        return {
-            "sequential": PIECE * PIECES / 1e6 / sequential,
-            "random": SMALLS / at_random,
-            "cipher": cipher(),
-        }
+        begin = time.monotonic()
+        for _ in range(SSH_SMALLS):
+            read(SMALL, 1, places.randrange((1 << 30) // SMALL))
+        at_random = time.monotonic() - begin
+    return {"sequential": PIECE * PIECES / 1e6 / sequential, "random": SSH_SMALLS / at_random}
+
+
+def measure_transport(command: str) -> dict[str, float | str]:
+    if command == "ssh":
+        return measure_ssh()
+    transport = re.findall(r"--transport=(\S+)", command)[0]
+    subprocess.run(["modprobe", "dummy_hcd"], check=True)
+    with exported(command, "/dev/nullb0"), node_over(transport) as node:
+        return read_from(node)
 
 
 def measure_attach(command: str, disks: int) -> dict[str, float | str]:
@@ -180,7 +292,7 @@ def measure_attach(command: str, disks: int) -> dict[str, float | str]:
 
 def main() -> None:
     what, runs, *arguments = sys.argv[1:]
-    if what == "reads":
+    if what != "attach":
         disks = 1
         parameters = ["irqmode=2", f"completion_nsec={LATENCY}"]
     else:
@@ -195,7 +307,10 @@ def main() -> None:
         for run in range(int(runs)):
             for argument in arguments:
                 name, _, command = argument.partition("=")
-                result = measure_reads(command) if what == "reads" else measure_attach(command, disks)
+                if what == "attach":
+                    result = measure_attach(command, disks)
+                else:
+                    result = (measure_reads if what == "reads" else measure_transport)(command)
                 print(json.dumps({"name": name, "run": run, **result}), flush=True)
     subprocess.run(["modprobe", "-r", "null_blk"], check=True)
 
