@@ -3710,7 +3710,8 @@ class Inventory:
             )
 
     def why_used(self, disk: Disk, usage: Usage | None) -> Reason:
-        if self.force:
+        # Two machines that have a home directory mounted destroy it, so nobody is asked for that by the way.
+        if self.force and not disk.home:
             return Reason()
         if usage is None:
             return Reason("its use by the running system cannot be determined", Reason.IN_USE)

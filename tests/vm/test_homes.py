@@ -6,14 +6,20 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness.machine import CommandError, Machine, Result
+from tests.harness import images as harness_images
+from tests.harness.images import Image
+from tests.harness.machine import CommandError, Disk, Machine, Nic, Result, Wire
+from tests.unit.test_homes import HOME, MACHINE_ID, write_home
+from tests.vm.conftest import BootMachine
 from tests.vm.initiator import TARGET_ADDRESS
 from tests.vm.nvmet import Service, exporting
+from tests.vm.test_initrd import DRACUT_OPTIONS, OPTIONS
 from tests.vm.test_pairing import FORGET_KEYS, HOST, KEY, attach, code_file, insert_key, start_tls, subsystem
 
 LOGIN = Path(__file__).parent / "guest/login.py"
@@ -277,6 +283,37 @@ def test_home_is_on_a_stick_or_is_one(homed: tuple[Machine, Machine]) -> None:
             "wipefs --quiet --all /dev/vdc && dd if=/dev/zero of=/dev/vdc bs=1M 2>/dev/null", check=False
         )
         target.run("blockdev --rereadpt /dev/vdc; udevadm settle")
+
+
+@pytest.mark.reach
+def test_initrd_exports_homes_of_the_root_file_system(
+    boot: BootMachine, images: dict[str, Image], standard: str, tmp_path: Path
+) -> None:
+    """If that is mounted; its disk is in use then, and left out."""
+    tree = tmp_path / "tree"
+    for directory in ("dev", "etc", "proc", "run", "sys", "usr/bin", "var/lib/systemd/home"):
+        (tree / directory).mkdir(parents=True)
+    (tree / "etc/machine-id").write_text(f"{MACHINE_ID}\n")
+    (tree / "etc/os-release").write_text("ID=debian\n")
+    (tree / "var/lib/systemd/home/lennart.identity").write_text(HOME["record"])
+    write_home(tree / "home/lennart.home")
+    root = tmp_path / "root.img"
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, root, "100M"], check=True)
+    target = boot(
+        "rooted",
+        wait=False,
+        initrd=harness_images.initrd(images[standard], *DRACUT_OPTIONS, "--filesystems", "ext4"),
+        kernel_options=(
+            *OPTIONS,
+            *("root=/dev/vda", "rw", "rd.systemd.wants=sysroot.mount", "rd.storagetm.homes"),
+            "rd.storagetm.read-write",
+        ),
+        disks=[Disk("root", path=root), Disk("other", serial="DISK-OTHER")],
+        nics=[Nic(Wire(), 0)],
+    )
+    screen = "\n".join(target.wait_screen(r"home of lennart", redraw="x"))
+    assert "/sysroot/home/lennart.home" in screen
+    assert re.search(r"READ-WRITE +home of lennart", screen), screen
 
 
 @pytest.mark.reach
