@@ -4444,9 +4444,8 @@ NO_HOMES = {
     "fscrypt": "a directory with fscrypt",
     "cifs": "on a file server",
 }
-INOTIFY_EVENTS = (
-    0x8 | 0x40 | 0x80 | 0x100 | 0x200
-)  # closed after writing, moved away and here, made, deleted
+# Closed after writing, moved away and here, made, deleted.
+INOTIFY_EVENTS = 0x8 | 0x40 | 0x80 | 0x100 | 0x200
 
 
 class Gpt:

@@ -128,8 +128,9 @@ def test_table_cut_short_while_it_is_written_leaves_a_whole_one(
     monkeypatch.undo()
     fd = os.open(path, os.O_RDONLY)
     try:
-        last = HOME["shrunk"]["size"] // 512 - 1
-        assert storagetm.Gpt.read(fd) or storagetm.Gpt.read(fd, last)
+        # The first copy is written last, and nobody looks for the second one while the first is whole.
+        other = storagetm.Gpt.read(fd, HOME["shrunk"]["size"] // 512 - 1)
+        assert storagetm.Gpt.read(fd) if number <= 2 else other
     finally:
         os.close(fd)
 
