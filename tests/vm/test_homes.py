@@ -116,7 +116,7 @@ def test_user_is_on_the_other_machine(homed: tuple[Machine, Machine], user: str)
     for machine in homed:
         start_tls(machine)
     homectl(target, "activate", user)
-    target.run(f"echo here >/home/{user}/file")
+    target.run(f"echo here >/home/{user}/file; chown {user}: /home/{user}/file")
     with exporting(target, "--homes", code_file(target)) as service:
         service.wait_output(f"^Not exporting '{image}': .*{user} is logged in here$")
         homectl(target, "deactivate", user)
