@@ -56,7 +56,7 @@ ONCE_FOR_EACH = ("trixie", "bookworm", pytest.param(SID, marks=pytest.mark.reach
 ON_OLDER = (pytest.param("trixie", marks=pytest.mark.reach), "bookworm", ONCE_FOR_EACH[2])
 ON_NEWER = ("trixie", pytest.param("bookworm", marks=pytest.mark.reach), ONCE_FOR_EACH[2])
 
-# What takes long and shows little more than what stands beside it in its file, or than a unit test: an hour
+# What takes long and shows little more than what stands beside it in its file, or than a unit test: two hours
 # of a processor in all, and there are computers that need twice as long.
 FURTHER = """
 test_access.py::test_client_sees_a_disk_grow_and_shrink_in_each_access[--snapshot=16M]
@@ -98,6 +98,9 @@ test_crash.py::test_what_was_replaced_while_dead_is_told
 test_exchange.py::test_client_keeps_twelve_disks_over_restart_and_reboot[shared]
 test_exchange.py::test_disk_in_the_place_of_another_is_not_written[none]
 test_exchange.py::test_disk_in_the_place_of_another_is_not_written[other]
+test_exchange.py::test_disks_that_change_places_over_a_reboot_are_not_mixed_up
+test_exchange.py::test_disks_with_one_serial_number_are_all_attached
+test_exchange.py::test_multipath_disk_is_exported_and_no_path
 test_exchange.py::test_next_card_is_neither_read_nor_written[read-only-per-disk]
 test_exchange.py::test_next_card_is_neither_read_nor_written[read-write-per-disk]
 test_exchange.py::test_next_card_is_neither_read_nor_written[read-write-shared]
@@ -135,9 +138,12 @@ test_nbd.py::test_initrd_serves_disks
 test_nbd.py::test_kernel_client_over_a_restart
 test_nbd.py::test_python_without_keys_is_refused
 test_own_use.py::test_nobody_else_takes_it[--read-write]
+test_own_use.py::test_partition_table_is_read_again
 test_own_use.py::test_what_was_taken_while_dead_is_not_exported
 test_pairing.py::test_crash_or_failure_at_every_step_is_recovered[SIGKILL]
 test_pairing.py::test_thousand_attempts_beside_a_reader
+test_pairing.py::test_what_becomes_of_tls_later_is_shown
+test_pairing.py::test_who_listens_to_an_attached_client
 test_peer.py::test_all_looks_like_the_peers_to_clients[00000000000000000000000000000001]
 test_peer.py::test_all_looks_like_the_peers_to_clients[8f1d5c2e9ab04d6f9e3c7b1a2d4e6f80]
 test_peer.py::test_all_looks_like_the_peers_to_clients[ffffffffffffffffffffffffffffffff]
