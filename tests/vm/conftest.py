@@ -56,8 +56,8 @@ ONCE_FOR_EACH = ("trixie", "bookworm", pytest.param(SID, marks=pytest.mark.reach
 ON_OLDER = (pytest.param("trixie", marks=pytest.mark.reach), "bookworm", ONCE_FOR_EACH[2])
 ON_NEWER = ("trixie", pytest.param("bookworm", marks=pytest.mark.reach), ONCE_FOR_EACH[2])
 
-# What takes long and shows little more than what stands beside it in its file, or than a unit test: two hours
-# of a processor in all, and there are computers that need twice as long.
+# What takes long and shows little more than what stands beside it in its file, or than a unit test: two
+# hours of a processor in all, and there are computers that need twice as long.
 FURTHER = """
 test_access.py::test_client_sees_a_disk_grow_and_shrink_in_each_access[--snapshot=16M]
 test_access.py::test_each_access_works_on_each_release[bookworm]
