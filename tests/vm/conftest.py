@@ -151,6 +151,7 @@ test_peer.py::test_variables_do_what_they_do_for_the_peer[long]
 test_shared.py::test_20_disks_are_attached_at_once_on_each_release[bookworm]
 test_snapshots.py::test_machine_with_little_memory_lives
 test_units.py::test_isolate_works_from_a_serial_console[bookworm]
+test_units.py::test_isolate_works_from_a_virtual_terminal
 test_usb.py::test_crash_or_failure_at_every_step_is_recovered
 """.strip().split("\n")
 
