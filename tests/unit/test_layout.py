@@ -147,6 +147,20 @@ def test_no_class_in_use_lacks_what_its_base_leaves_open() -> None:
             assert getattr(leaf, method) is not getattr(kind, method), (leaf, method)
 
 
+def test_no_codec_is_used_that_an_initrd_has_not() -> None:
+    """Those that Python has built in; all others are modules of the package encodings."""
+    built_in = {"utf-8", "ascii", "latin-1"}
+    calls = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Call)]
+    names = [
+        call.args[0].value
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr in ("decode", "encode")
+        if call.args and isinstance(call.args[0], ast.Constant)
+    ]
+    assert len(names) > 5
+    assert set(names) <= built_in
+
+
 def test_words_of_the_vocabulary_are_used() -> None:
     """Each is the name of something, or stands in names."""
     doc = storagetm.__doc__ or ""
