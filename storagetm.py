@@ -4523,7 +4523,8 @@ def home_partitions(gpt: Gpt | None) -> list[tuple[int, gpt_entry]]:
 def user_in(gpt: Gpt | None) -> str:
     """Whose home directory a disk is by the name of its partition, NAME or NAME@REALM; empty if nobody's."""
     for _, entry in home_partitions(gpt):
-        # UTF-16, of which an initrd's Python has no codec. Half of a pair is no character that a name may have.
+        # UTF-16, of which an initrd's Python has no codec. Half of a pair is no character that may be in a
+        # name.
         raw = bytes(entry.name)
         units = (raw[i] | raw[i + 1] << 8 for i in range(0, len(raw), 2))
         return "".join(map(chr, units)).split("\0")[0].partition("@")[0]
