@@ -261,7 +261,9 @@ def test_nobody_waits_for_a_disk_that_is_removed_in_use(target: Machine, client:
         assert settled.keys() - uuids(target).keys() == {expected_uuid(target, "DISK-DOOMED")}
         # Its lock, and the claim on our device over it.
         assert resources(service) == (descriptors[0] - 2, descriptors[1])
-        assert [line for priority, line in service.journal() if priority < 6] == []
+        # On a computer that is busy, udev may keep a new disk for longer than it is waited for in silence.
+        kept = re.compile(r"is not exported yet: process \d+ \(\(udev-worker\)\) holds its lock")
+        assert [line for p, line in service.journal() if p < 6 and not kept.search(line)] == []
     assert left_over(target) == []
 
 

@@ -63,7 +63,8 @@ def test_image_has_its_own_sectors(target: Machine, client: Machine, files: list
                 ).stdout
                 assert client.run(f"blockdev --getss --getsize64 {node}").stdout == f"{sector}\n{size}"
                 digest = f"| head -c {size.strip()} | sha256sum"
-                theirs = client.run(f"dd if={node} bs=1M iflag=direct status=none {digest}").stdout
+                command = f"dd if={node} bs=1M iflag=direct status=none {digest}"
+                theirs = client.run(command, timeout=400).stdout
                 assert theirs == target.run(f"cat /var/tmp/images/{name} {digest}").stdout
                 part = node if name == "xfs" else f"{node}p1"
                 client.wait_run(f"test -b {part}")
