@@ -308,9 +308,8 @@ def test_initrd_exports_homes_of_the_root_file_system(
         disks=[Disk("root", path=root), Disk("other", serial="DISK-OTHER")],
         nics=[Nic(Wire(), 0)],
     )
-    screen = "\n".join(target.wait_screen(r"home of lennart", redraw="x"))
-    assert "/sysroot/home/lennart.home" in screen
-    assert re.search(r"READ-WRITE +home of lennart", screen), screen
+    # The model behind it is cut off at the edge of the screen.
+    target.wait_screen(r"^/sysroot/home/lennart\.home +593\.5 MB +READ-WRITE +home o", redraw="x")
 
 
 @pytest.mark.reach
