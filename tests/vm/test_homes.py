@@ -90,8 +90,9 @@ def trust(target: Machine, client: Machine) -> None:
     key = "/var/lib/systemd/home/local.public"
     raw = target.get(key)
     if "add-signing-key" in client.run("homectl --help").stdout:
-        client.put("/run/target.public", target.run("homectl get-signing-key").stdout)
-        client.run("homectl add-signing-key /run/target.public")
+        if "target.public" not in client.run("homectl list-signing-keys").stdout:
+            client.put("/run/target.public", target.run("homectl get-signing-key").stdout)
+            client.run("homectl add-signing-key /run/target.public")
     else:
         client.put(key.replace("local", "target"), raw)
         client.run("systemctl restart systemd-homed")

@@ -221,7 +221,18 @@ def node_over(transport: str) -> Iterator[str]:
         yield "/dev/nbd0"
         subprocess.run(["nbd-client", "-d", "/dev/nbd0"], check=True, stdout=subprocess.DEVNULL)
     else:
-        yield "/dev/" + wait_for("/sys/block/sd*", r"/usb\d+/.*/(sd[a-z]+)$")[1]
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            # There are empty drives, too.
+            for name in [
+                p.split("/")[3] for p in glob.glob("/sys/block/sd*") if "/usb" in os.path.realpath(p)
+            ]:
+                with open(f"/sys/block/{name}/size") as size:
+                    if size.read() != "0\n":
+                        yield f"/dev/{name}"
+                        return
+            time.sleep(0.05)
+        raise TimeoutError("no drive")
 
 
 @contextlib.contextmanager

@@ -31,12 +31,14 @@ def main() -> int:
             if not select.select([terminal], [], [], max(0, deadline - time.monotonic()))[0]:
                 return False
             try:
-                data = os.read(terminal, 4096)
+                shown += os.read(terminal, 4096)
             except OSError:
-                data = b""
-            if not data:
-                return text is None
-            shown += data
+                # login(1) hangs its terminal up and opens it anew. Without it, that is the end.
+                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    return text is None
+                time.sleep(0.05)
+                if time.monotonic() > deadline:
+                    return False
         return True
 
     done = wait_for(b"assword: ")
