@@ -117,7 +117,7 @@ test-unit: deps  ## Tests that need no kernel but the one they run on; T=NAME fo
 test-vm: deps storagetm.pyz  ## Tests in emulated machines; T=NAME for those whose name has NAME in it
 	$(PYTEST) $(IN_MACHINES) -m 'not reach' $(if $(T),-k '$(T)') tests/vm
 
-test-reach: deps storagetm.pyz  ## Further tests in emulated machines, most of them on Debian unstable; takes two hours; T=NAME
+test-reach: deps storagetm.pyz  ## Further tests in emulated machines, most of them on Debian unstable; takes hours; T=NAME
 	@tests/install-deps reach
 	$(PYTEST) $(IN_MACHINES) -m reach --release=sid $(if $(T),-k '$(T)') tests/vm
 

@@ -3550,7 +3550,8 @@ class Inventory:
 
     def may_write(self) -> bool:
         """Whether there may be a disk that clients can write to, now or later."""
-        return self.access.may_write() or any(source.may_write() for source in self.sources)
+        usual = not self.access.asked and any(source.may_write() for source in self.sources)
+        return self.access.may_write() or usual
 
     def rescan(self) -> None:
         """Reads all disks again."""
@@ -4435,9 +4436,10 @@ class Uevents:
 HOME_DIRECTORY = "/home"
 HOME_RECORDS = "/var/lib/systemd/home"
 HOME_TYPE = "773f91ef-66d4-49b5-bd83-d683bf40ad16"
+HOME_TYPE_RAW = bytes.fromhex("ef913f77d466b549bd83d683bf40ad16")  # the first three fields are little-endian
 HOME_DIRTY = "user.home-dirty"
 HOME_SECTOR = 512  # bytes; with others, nobody finds the partition
-RECORD_MAX = 4 << 20  # bytes of a user's record that are looked at
+USER_MAX = 256  # characters of a user's name
 NO_HOMES = {
     "directory": "a directory",
     "subvolume": "a btrfs subvolume",
@@ -4463,7 +4465,7 @@ class Gpt:
 
         Takes any bytes. Raises OSError.
         """
-        raw = os.pread(fd, HOME_SECTOR, lba * HOME_SECTOR)
+        raw = os.pread(fd, HOME_SECTOR, lba * HOME_SECTOR) if lba < 1 << 50 else b""
         if len(raw) < HOME_SECTOR:
             return None
         header = gpt_header.from_buffer_copy(raw)
@@ -4499,35 +4501,47 @@ class Gpt:
         """Writes it where it is from, with new checksums. Raises OSError."""
         self.header.array_crc = self.checksums()[1]
         self.header.crc = self.checksums()[0]
-        os.pwrite(fd, self.array, self.header.array_lba * HOME_SECTOR)
-        os.pwrite(fd, bytes(self.header), self.header.own_lba * HOME_SECTOR)
-
-
-def is_home_type(entry: gpt_entry) -> bool:
-    return uuid_text(bytes(entry.type)) == HOME_TYPE
-
-
-def uuid_text(raw: bytes) -> str:
-    """A GUID as people write it: the first three of its fields are little-endian (UEFI 2.10, appendix A)."""
-    ordered = raw[3::-1] + raw[5:3:-1] + raw[7:5:-1] + raw[8:]
-    text = ordered.hex()
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+        header = self.header.own_lba * HOME_SECTOR, bytes(self.header).ljust(HOME_SECTOR, b"\0")
+        (place, data), (then, more) = sorted((header, (self.header.array_lba * HOME_SECTOR, self.array)))
+        if place + len(data) == then:
+            # In one go, so that a kill leaves no checksum that is wrong. This is how everybody has them.
+            data, more = data + more, b""
+        os.pwrite(fd, data, place)
+        os.pwrite(fd, more, then)
 
 
 def home_partitions(gpt: Gpt | None) -> list[tuple[int, gpt_entry]]:
     """The partitions of a table, if it has one, and that is a home directory's."""
     found = gpt.partitions() if gpt else []
-    return found if len(found) == 1 and is_home_type(found[0][1]) else []
+    return found if len(found) == 1 and bytes(found[0][1].type) == HOME_TYPE_RAW else []
+
+
+def gpt_of(path: str) -> Gpt | None:
+    """The partition table in a file, if it has one. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return Gpt.read(fd)
+    finally:
+        os.close(fd)
+
+
+def plain_user(name: str) -> str:
+    """The user in NAME or NAME@REALM; empty for what cannot be a part of a disk's name.
+
+    Whoever has made a stick or a file has chosen it.
+    """
+    user = name.partition("@")[0]
+    return user if user.isprintable() and "/" not in user and len(user) <= USER_MAX else ""
 
 
 def user_in(gpt: Gpt | None) -> str:
-    """Whose home directory a disk is by the name of its partition, NAME or NAME@REALM; empty if nobody's."""
+    """Whose home directory a disk is by the name of its partition; empty if nobody's."""
     for _, entry in home_partitions(gpt):
         # UTF-16, of which an initrd's Python has no codec. Half of a pair is no character that may be in a
         # name.
         raw = bytes(entry.name)
         units = (raw[i] | raw[i + 1] << 8 for i in range(0, len(raw), 2))
-        return "".join(map(chr, units)).split("\0")[0].partition("@")[0]
+        return plain_user("".join(map(chr, units)).split("\0")[0])
     return ""
 
 
@@ -4579,15 +4593,9 @@ class HomeImage(Image):
 
     def why_no_home(self) -> str:
         try:
-            fd = os.open(self.node, os.O_RDONLY | os.O_CLOEXEC)
+            found = home_partitions(gpt_of(self.node))
         except OSError as e:
             return reason_of(e)
-        try:
-            found = home_partitions(Gpt.read(fd))
-        except OSError as e:
-            return reason_of(e)
-        finally:
-            os.close(fd)
         return "" if found else "it has no partition of a home directory"
 
 
@@ -4696,7 +4704,7 @@ class Homes(Source):
             if not dot or kind != "identity" or not user:
                 continue
             try:
-                raw = read_bytes(f"{directory}/{name}")[:RECORD_MAX]
+                raw = read_bytes(f"{directory}/{name}")
             except OSError as e:
                 debug(f"Failed to read '{directory}/{name}', ignoring: {reason_of(e)}")
                 continue
@@ -4707,6 +4715,8 @@ class Homes(Source):
                     yield disk
             elif storage in NO_HOMES:
                 where = self.root + (path or f"{HOME_DIRECTORY}/{user}.homedir")
+                # On a file server there is nothing here but the record.
+                where = where if os.path.isdir(where) else f"{directory}/{name}"
                 yield NoHomeDisk(user, where, self.why_no_disk(storage))
 
     def in_directory(self) -> Iterator[Disk]:
@@ -4727,7 +4737,7 @@ class Homes(Source):
             for part in parts:
                 properties = partition_properties(part)
                 if properties.get("ID_PART_ENTRY_TYPE") == HOME_TYPE:
-                    user = properties.get("ID_PART_ENTRY_NAME", "").partition("@")[0] or part
+                    user = plain_user(properties.get("ID_PART_ENTRY_NAME", "")) or part
                     yield self.drive(user, name, part, alone=len(parts) == 1)
 
     def disk_at(self, user: str, path: str) -> Disk | None:
@@ -4754,15 +4764,9 @@ class Homes(Source):
     def owner(path: str) -> str:
         """Whose home directory a file is, as it tells itself; empty if it does not."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return user_in(gpt_of(path))
         except OSError:
             return ""
-        try:
-            return user_in(Gpt.read(fd))
-        except OSError:
-            return ""
-        finally:
-            os.close(fd)
 
     def why_not(self, disk: Disk) -> str:
         if isinstance(disk, NoHomeDisk):
@@ -4779,7 +4783,9 @@ class Homes(Source):
             if user not in self.found
         ]
         if not self.users and not self.found:
-            found.append(f"There is no home directory of systemd-homed in {where}")
+            found.append(
+                f"There is no home directory of systemd-homed in {where}; one that comes is exported"
+            )
         return found
 
     def remarks(self, exports: Iterable[Export]) -> list[str]:
@@ -4806,7 +4812,7 @@ class Homes(Source):
             node = export.disk.node
             warning(
                 f"'{node}' was taken away while a client was attached: what {export.disk.home} changed last "
-                "may be missing"
+                "may be missing, and the next session here checks its file system"
             )
             try:
                 os.setxattr(node, HOME_DIRTY, b"1")
@@ -6516,7 +6522,13 @@ class LentHome(Entry):
 
     def unmake(self, root: str) -> None:
         try:
-            if widen_partition(self.node()):
+            # The lock of a run that was killed is gone, so that somebody may have logged in here since.
+            if use := Usage().of_file(self.node()):
+                warning(
+                    f"'{self.node()}' was exported until now and is used here, too ({use}), so both may have "
+                    "written to it; log out here, and log in again to have its file system checked"
+                )
+            elif widen_partition(self.node()):
                 debug(f"The partition in '{self.node()}' is as large as the file again")
         except OSError as e:
             warning(
@@ -11060,6 +11072,10 @@ class Iscsi(IscsiTarget):
     def why_never(self, export: Export) -> str:
         if not self.clients or export.access == READ_ONLY:
             return ""
+        if export.disk.home:
+            return (
+                "it can be written to, and iSCSI cannot keep it for one client at a time; see --transport="
+            )
         return (
             "it can be written to, and iSCSI cannot keep it for one client at a time; see --clients=any, "
             "and attach it to one machine only"
@@ -13555,8 +13571,8 @@ def check_arguments(options: Options) -> None:
         raise UsageError("Name a device, or give --all or --homes; see --help")
     if options.homes and options.clients not in (-1, 1):
         raise UsageError(
-            "--clients= does not go with --homes: a home directory that two machines write to at the same "
-            "time is lost"
+            "--clients= does not go with --homes, since a home directory that two machines write to at the "
+            "same time is lost; leave one of them out"
         )
     if any("\0" in d or not d for d in options.devices):
         raise UsageError("A device's name is empty")

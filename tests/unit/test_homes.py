@@ -8,6 +8,7 @@ and as the program gave it back; of each its size, and its first 34 and last 33 
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -107,11 +108,11 @@ def test_what_is_as_large_as_it_can_be_is_not_written(tmp_path: Path, which: str
     assert content(path) == before
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(4))  # a second piece of each copy is empty
 def test_table_cut_short_while_it_is_written_leaves_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """However many of the four writes reach the file, at least one copy is whole."""
+    """However many of the writes reach the file, each copy is whole, as it was or as it shall be."""
     path = write_home(tmp_path / "x.home", "shrunk")
     pwrite = os.pwrite
     calls: list[int] = []
@@ -128,9 +129,8 @@ def test_table_cut_short_while_it_is_written_leaves_a_whole_one(
     monkeypatch.undo()
     fd = os.open(path, os.O_RDONLY)
     try:
-        # The first copy is written last, and nobody looks for the second one while the first is whole.
-        other = storagetm.Gpt.read(fd, HOME["shrunk"]["size"] // 512 - 1)
-        assert storagetm.Gpt.read(fd) if number <= 2 else other
+        assert storagetm.Gpt.read(fd, HOME["shrunk"]["size"] // 512 - 1)
+        assert storagetm.Gpt.read(fd)
     finally:
         os.close(fd)
 
@@ -145,6 +145,22 @@ def test_table_with_a_wrong_checksum_is_none(tmp_path: Path, at: int) -> None:
         file.write(bytes([byte ^ 1]))
     assert not storagetm.widen_partition(str(path))
     assert "no partition" in storagetm.HomeImage("lennart", str(path)).why_no_home()
+
+
+@pytest.mark.parametrize("lba", [0, 1 << 50, 1 << 63, (1 << 64) - 1])
+def test_second_copy_can_be_said_to_be_anywhere(tmp_path: Path, lba: int) -> None:
+    """With checksums that are right: a client may have written it."""
+    path = write_home(tmp_path / "x.home", "shrunk")
+    table = tables(path)[0]
+    table.header.other_lba = lba
+    fd = os.open(path, os.O_RDWR)
+    try:
+        table.write(fd)
+    finally:
+        os.close(fd)
+    before = content(path)
+    assert not storagetm.widen_partition(str(path))
+    assert content(path) == before
 
 
 def test_file_with_two_partitions_or_another_type_is_no_home(tmp_path: Path) -> None:
@@ -254,6 +270,7 @@ def test_each_home_is_a_disk_named_by_its_user(computer: Computer) -> None:
     computer.add("anna", path="/srv/homes/a.image")
     computer.add("fs", storage="directory")
     computer.add("crypt", storage="fscrypt")
+    (computer.add("far", storage="cifs")).rmdir()
     computer.add("gone", binding=False)
     (computer.root / "home/gone.home").unlink()
     (computer.root / "home/stranger.home").write_bytes(bytes(4096))
@@ -265,6 +282,7 @@ def test_each_home_is_a_disk_named_by_its_user(computer: Computer) -> None:
         "/srv/homes/a.image": "anna",
         "/home/fs.homedir": "fs",
         "/home/crypt.homedir": "crypt",
+        "/var/lib/systemd/home/far.identity": "far",
         "/home/stranger.home": "stranger",
         # It has no record here, but says itself whose it is.
         "/home/copy-of-a-stick.home": "lennart",
@@ -276,7 +294,25 @@ def test_each_home_is_a_disk_named_by_its_user(computer: Computer) -> None:
     only = "only home directories in LUKS storage are disks"
     assert verdicts["/home/fs.homedir"] == f"it is a directory; {only}"
     assert verdicts["/home/crypt.homedir"] == f"it is a directory with fscrypt; {only}"
+    assert verdicts["/var/lib/systemd/home/far.identity"] == f"it is on a file server; {only}"
     assert verdicts["/home/stranger.home"] == "it has no partition of a home directory"
+
+
+@pytest.mark.parametrize("label", ["../../hosts/x", "a\nb", "/", "@", "\ud800"])
+def test_label_that_is_no_name_is_not_believed(computer: Computer, label: str) -> None:
+    """It would be part of a path in configfs."""
+    path = write_home(computer.root / "home/own.home")
+    fd = os.open(path, os.O_RDWR)
+    try:
+        table = storagetm.Gpt.read(fd)
+        assert table
+        name = label.encode("utf-16-le", "surrogatepass").ljust(72, b"\0")
+        table.array = table.array[:56] + name + table.array[128:]
+        table.write(fd)
+    finally:
+        os.close(fd)
+    names = {e.disk.node.rpartition("/")[2]: e.disk.name for e in computer.inventory().exports.values()}
+    assert names == {"lennart.home": "lennart", "own.home": "own"}
 
 
 def test_only_the_users_that_were_named(computer: Computer) -> None:
@@ -352,7 +388,7 @@ def test_home_can_be_written_to_only_where_that_was_asked_for(
     assert seen(inventory) == {"lennart": expected}
     # Nothing of that is for other disks.
     assert inventory.exports["vdb"].access == (asked or READ_ONLY)
-    assert inventory.may_write() == (READ_WRITE in (usual, asked) or asked == SNAPSHOT)
+    assert inventory.may_write() == (expected != READ_ONLY)
 
 
 def test_rules_come_before_what_is_usual_for_homes(computer: Computer) -> None:
@@ -438,8 +474,8 @@ def test_home_comes_back_as_large_also_after_a_kill(
     (export,) = run.exporter.inventory.exports.values()
     assert list(export.live) == ["nvme-tcp"]
     path = computer.root / "home/lennart.home"
-    # Who logs in here meanwhile is turned away.
-    assert storagetm.lock_holder(str(path)) or export.held
+    with path.open() as file, pytest.raises(BlockingIOError):  # who logs in here meanwhile is turned away
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     write_home(path, "shrunk")
     run.kill()
     again = start(READ_WRITE)
@@ -449,6 +485,19 @@ def test_home_comes_back_as_large_also_after_a_kill(
     assert again.exporter.stop()
     assert nvmet.contents() == before
     assert ends(path) == ends(write_home(computer.root / "back", "back"))
+
+
+def test_home_that_is_used_again_after_a_kill_is_not_touched(
+    computer: Computer, start: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock died with the process, and somebody has logged in here."""
+    run = start(READ_WRITE)
+    run.exporter.synchronise(strict=True)
+    path = write_home(computer.root / "home/lennart.home", "shrunk")
+    before = content(path)
+    monkeypatch.setattr(storagetm.Usage, "of_file", lambda *_: "it is mounted")
+    assert run.exporter.stop()
+    assert content(path) == before
 
 
 @pytest.mark.parametrize("access", [READ_ONLY, SNAPSHOT])
