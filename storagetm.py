@@ -6525,8 +6525,8 @@ class LentHome(Entry):
             # The lock of a run that was killed is gone, so that somebody may have logged in here since.
             if use := Usage().of_file(self.node()):
                 warning(
-                    f"'{self.node()}' was exported until now and is used here, too ({use}), so both may have "
-                    "written to it; log out here, and log in again to have its file system checked"
+                    f"'{self.node()}' was exported until now and is used here, too ({use}), so both may "
+                    "have written to it; log out here, and log in again to have its file system checked"
                 )
             elif widen_partition(self.node()):
                 debug(f"The partition in '{self.node()}' is as large as the file again")
